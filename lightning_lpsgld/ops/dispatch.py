@@ -1,0 +1,117 @@
+"""Which backend runs an op, and why: queryable, logged once."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_lpsgld.formats import NumberFormat
+
+__all__ = ["BACKENDS", "BackendName", "backend_report", "choose", "choose_step", "unavailable"]
+
+log = logging.getLogger(__name__)
+
+BackendName = Literal["auto", "reference", "cpu", "triton", "qtorch"]
+
+#: Order in which ``"auto"`` asks on each device type; the reference runs everywhere.
+_AUTO: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+BACKENDS = ("reference", "cpu", "triton", "qtorch")
+
+
+@lru_cache(maxsize=None)
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"lightning_lpsgld.ops.{name}")
+
+
+@lru_cache(maxsize=None)
+def unavailable(name: str) -> str | None:
+    """Reason why backend ``name`` cannot run in this process, or ``None`` if it can.
+
+    Raises:
+        ValueError: If no backend has that name.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"`backend` must be 'auto' or one of {BACKENDS}, got {name!r}.")
+    if name == "reference":
+        return None
+    reason: str | None = _module(name).unavailable()
+    return reason
+
+
+@lru_cache(maxsize=None)
+def _say_once(message: str) -> None:
+    log.info(message)
+
+
+def backend_report() -> dict[str, str]:
+    """What each backend can do here: its name mapped to ``"available"`` or the reason why not."""
+    return {name: unavailable(name) or "available" for name in BACKENDS}
+
+
+def _refusal(name: str, op: str, x: Tensor, formats: Sequence[NumberFormat]) -> str | None:
+    """Why backend ``name`` will not run ``op`` on ``x``; ``None`` if it will."""
+    if name == "reference":
+        return None
+    missing = unavailable(name)
+    if missing is not None:
+        return missing
+    reason: str | None = _module(name).refusal(op, x, formats)
+    return reason
+
+
+def choose(backend: str, op: str, x: Tensor, *formats: NumberFormat) -> ModuleType:
+    """Module that runs ``op`` on ``x``.
+
+    Args:
+        backend: ``"auto"`` takes the first of the device's list that accepts; any other name is binding.
+        op: ``"quantize"``, ``"quantize_variance_corrected"``, ``"encode"``, ``"decode"`` or ``"langevin_step_"``.
+        x: A tensor of the call.
+        formats: Formats of the call.
+
+    Returns:
+        A module with a function of that name.
+
+    Raises:
+        ValueError: If there is no such backend.
+        RuntimeError: If the backend that was asked for cannot run this call; the message gives the reason.
+    """
+    if backend != "auto":
+        reason = _refusal(backend, op, x, formats)
+        if reason is not None:
+            raise RuntimeError(f"backend={backend!r} cannot run {op} here: {reason} Use backend='auto' or 'reference'.")
+        return _module(backend)
+    for name in _AUTO.get(x.device.type, ("reference",)):
+        reason = _refusal(name, op, x, formats)
+        if reason is None:
+            return _module(name)
+        _say_once(f"{op} on {x.device.type} does not use backend {name!r}: {reason}")
+    return _module("reference")
+
+
+def choose_step(backend: str, tensors: Sequence[Tensor], *formats: NumberFormat) -> ModuleType | None:
+    """Module with a fused ``langevin_step_`` for all ``tensors``, or ``None``: then the composed ops run.
+
+    Raises:
+        RuntimeError: As :func:`choose`; a backend without fused step (``"reference"``, ``"qtorch"``) gives ``None``.
+    """
+    if backend in ("reference", "qtorch") or torch.compiler.is_compiling():
+        return None
+    candidates = [backend] if backend != "auto" else _AUTO.get(tensors[0].device.type, ())
+    for name in candidates:
+        if name == "reference":
+            return None
+        reasons = (_refusal(name, "langevin_step_", tensor, formats) for tensor in tensors)
+        reason = next((r for r in reasons if r is not None), None)
+        if reason is None:
+            return _module(name)
+        if backend != "auto":
+            raise RuntimeError(f"backend={backend!r} cannot run the fused step here: {reason} Use backend='auto'.")
+        _say_once(f"The fused step on {tensors[0].device.type} does not use backend {name!r}: {reason}")
+    return None

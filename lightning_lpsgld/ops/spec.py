@@ -1,0 +1,35 @@
+"""What one sampler step does to a tensor, as frozen data: the contract between samplers and fused kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_lpsgld.formats import NumberFormat
+
+__all__ = ["Accumulation", "StepSpec"]
+
+#: ``"float"``: the weight is not rounded; ``"full"``: a full-precision accumulator beside the rounded weight;
+#: ``"naive"``: Gaussian noise, then stochastic rounding; ``"vc"``: the variance-corrected quantizer.
+Accumulation = Literal["float", "full", "naive", "vc"]
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    r"""One Langevin step :math:`\theta \leftarrow \theta - \eta\,(Q_G(g) + \lambda\theta) + N(0, v)` and its rounding.
+
+    Attributes:
+        lr: Step size η >= 0.
+        weight_decay: λ >= 0, applied after the gradient's rounding (to the accumulator where there is one).
+        noise_variance: v >= 0 in squared weight units.
+        weight_format: Grid of the weight; ``None`` only with ``accumulation="float"``.
+        gradient_format: Grid of the gradient; stochastic rounding, stream ``Role.GRADIENT``. ``None``: not rounded.
+        accumulation: Where the sum is kept, and how it is rounded; see :data:`Accumulation`.
+    """
+
+    lr: float
+    weight_decay: float
+    noise_variance: float
+    weight_format: NumberFormat | None
+    gradient_format: NumberFormat | None
+    accumulation: Accumulation
