@@ -1,0 +1,272 @@
+"""What every sampler shares: closure, groups, draws, saved state, and taking over another optimizer."""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_lpsgld.random import DrawKey
+from lightning_lpsgld.samplers.step_size import ConstantStepSize, StepSize
+
+__all__ = ["LangevinOptimizer"]
+
+log = logging.getLogger(__name__)
+
+S = TypeVar("S", bound="LangevinOptimizer")
+
+#: Options of torch's optimizers that change the update in a way that a sampler does not follow, and their neutral values.
+_IGNORED: dict[str, Any] = {
+    "momentum": 0, "dampening": 0, "nesterov": False, "betas": None, "amsgrad": False, "alpha": None, "rho": None,
+    "lr_decay": 0, "etas": None, "lambd": None, "centered": False, "momentum_decay": None,
+}  # fmt: skip
+
+
+class LangevinOptimizer(Optimizer):
+    """Base of the samplers: a real ``torch.optim.Optimizer`` whose randomness is a function of (seed, step).
+
+    A subclass implements :meth:`update`. Every parameter group holds ``lr``, ``weight_decay``, ``temperature``,
+    ``seed`` and ``step``; all of them, and the per-parameter state, are in ``state_dict``.
+
+    Args:
+        params: Iterable of parameters, of named parameters, or of parameter groups.
+        defaults: Default options of a group.
+        num_data: N >= 1, number of training examples (not batches, not divided by the world size).
+        schedule: Factor on ``lr`` and gate of the noise per step; constant by default.
+        check_finite: Refuse a step whose loss or gradient is NaN or infinite. On an accelerator the check is read one
+            step later, so that it costs no synchronization.
+
+    Raises:
+        ValueError: If an argument is out of range; the message names it, the rule and the value.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        num_data: int,
+        schedule: StepSize | None = None,
+        check_finite: bool = True,
+    ) -> None:
+        if isinstance(num_data, bool) or not isinstance(num_data, int) or num_data < 1:
+            raise ValueError(f"`num_data` must be an int >= 1 (number of training examples), got {num_data!r}.")
+        self.num_data = num_data
+        self.schedule: StepSize = ConstantStepSize() if schedule is None else schedule
+        self.check_finite = check_finite
+        self.source: Optimizer | None = None
+        self._indices: dict[Tensor, int] = {}
+        self._names: dict[Tensor, str] = {}
+        self._pending: tuple[Tensor, list[Tensor]] | None = None
+        super().__init__(params, {**defaults, "step": 0})
+
+    # ------------------------------------------------------------------------------------------------ construction
+
+    @classmethod
+    def from_optimizer(cls: type[S], optimizer: Optimizer, **options: Any) -> S:
+        """Take over the parameters, groups, learning rates and weight decay of another optimizer.
+
+        The ``param_groups`` list is shared, so that LR schedulers that hold ``optimizer`` keep working. What this
+        sampler does not follow (momentum, betas, ...) is said once.
+
+        Args:
+            optimizer: Any ``torch.optim.Optimizer``.
+            options: Keyword arguments of the sampler, ``params``, ``lr`` and ``weight_decay`` excepted.
+
+        Returns:
+            The sampler; ``sampler.source`` is ``optimizer``.
+
+        Raises:
+            ValueError: If a group maximizes, or has no learning rate.
+        """
+        for group in optimizer.param_groups:
+            if group.get("maximize"):
+                raise ValueError("`maximize=True` has no meaning for a posterior: return the negative as the loss.")
+            if "lr" not in group:
+                raise ValueError(f"{type(optimizer).__name__} has a parameter group without `lr`; a sampler needs one.")
+        groups = optimizer.param_groups
+        lr = float(groups[0]["lr"])
+        kept = {name: [group.get(name) for group in groups] for name in ("step", "seed", "temperature")}
+        for group in groups:
+            group.setdefault("weight_decay", 0.0)
+            for name in kept:  # the sampler's own options win over equally named ones of the optimizer
+                group.pop(name, None)
+        sampler = cls(groups, lr, **options)
+        sampler.param_groups = groups
+        sampler.source = optimizer
+        sampler._report_ignored(optimizer)
+        return sampler
+
+    def _report_ignored(self, optimizer: Optimizer) -> None:
+        plain = {"SGD": {}, "Adam": {"betas"}, "AdamW": {"betas"}}
+        names = set(plain.get(type(optimizer).__name__, {}))
+        for group in optimizer.param_groups:
+            names |= {k for k, neutral in _IGNORED.items() if k in group and group[k] not in (neutral, None)}
+        if names:
+            log.warning(
+                "%s takes lr and weight_decay from %s and does not use its %s: the update is a Langevin step, so a "
+                "learning rate tuned for %s may need another value.",
+                type(self).__name__, type(optimizer).__name__, ", ".join(sorted(names)), type(optimizer).__name__,
+            )  # fmt: skip
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its parameters get the next numbers, so that the draws of the others stay as they are."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        _check_group(group)
+        group["step"] = max((g.get("step", 0) for g in self.param_groups), default=0)
+        for i, param in enumerate(group["params"]):
+            self._indices[param] = len(self._indices)
+            names = group.get("param_names")
+            if names:
+                self._names[param] = names[i]
+
+    def name_parameters(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Learn parameter names, for messages and statistics."""
+        self._names.update({param: name for name, param in named})
+
+    def name_of(self, param: Tensor) -> str:
+        """Name of a parameter, or its number among the sampler's parameters."""
+        return self._names.get(param, f"parameter {self._indices[param]}")
+
+    # ------------------------------------------------------------------------------------------------------ stepping
+
+    @property
+    def steps(self) -> int:
+        """Number of steps taken."""
+        return int(self.param_groups[0]["step"])
+
+    def key(self, group: Mapping[str, Any]) -> DrawKey:
+        """Key of the draws of the current step."""
+        return DrawKey(seed=group["seed"], step=group["step"])
+
+    def index_of(self, param: Tensor) -> int:
+        """Number of a parameter among the sampler's parameters, which selects its streams."""
+        return self._indices[param]
+
+    def step_size(self, group: Mapping[str, Any]) -> float:
+        """Learning rate of the current step: the group's ``lr`` times the schedule's factor."""
+        return float(group["lr"]) * self.schedule.factor(group["step"])
+
+    def noise_variance(self, group: Mapping[str, Any]) -> float:
+        r"""Variance :math:`v = 2\eta T/N` of the Langevin noise of the current step; 0 where the schedule is silent."""
+        if not self.schedule.noise(group["step"]):
+            return 0.0
+        return 2.0 * self.step_size(group) * float(group["temperature"]) / self.num_data
+
+    @abstractmethod
+    def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        """Move ``params`` (those of ``group`` that have a gradient) by one step, in place."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Evaluate ``closure`` once with gradients enabled, then update every parameter that has a gradient.
+
+        Args:
+            closure: Re-evaluates the model, runs backward and returns the loss. Without one the gradients already
+                present are used.
+
+        Returns:
+            The closure's value.
+
+        Raises:
+            FloatingPointError: If the loss or a gradient is NaN or infinite; no parameter has been changed by this
+                step (on an accelerator: it is raised at the next step).
+            TypeError: If a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = [(group, *self._with_gradients(group)) for group in self.param_groups]
+        if self.check_finite:
+            self._refuse_non_finite(loss, work)
+        for group, params, grads in work:
+            if params:
+                self.update(group, params, grads)
+        for group in self.param_groups:
+            group["step"] += 1
+        if self.source is not None:
+            self.source._opt_called = True  # type: ignore[attr-defined]  # LR schedulers look at the optimizer they hold
+        return loss
+
+    def _with_gradients(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+        params = [p for p in group["params"] if p.grad is not None]
+        for param in params:
+            if param.grad.layout != torch.strided:
+                raise TypeError(
+                    f"{type(self).__name__}: the gradient of {self.name_of(param)} has layout {param.grad.layout}; "
+                    "samplers take dense gradients. Set `sparse=False` on the embedding."
+                )
+        return params, [p.grad for p in params]
+
+    def _refuse_non_finite(self, loss: Any, work: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]]) -> None:
+        if isinstance(loss, Tensor) and loss.device.type == "cpu" and not bool(torch.isfinite(loss).all()):
+            raise FloatingPointError(f"The loss is {loss.tolist()} at step {self.steps}; no parameter was changed.")
+        params = [p for _, ps, _ in work for p in ps]
+        if not params:
+            return
+        norms = torch._foreach_norm([g for _, _, gs in work for g in gs], math.inf)
+        flags = torch.stack([norm.isfinite().to(params[0].device) for norm in norms])
+        if flags.device.type == "cpu":
+            self._raise_if(flags, params, self.steps)
+            return
+        if self._pending is not None:
+            self._raise_if(*self._pending, self.steps - 1)
+        self._pending = (flags.to("cpu", non_blocking=True), params)
+
+    def _raise_if(self, finite: Tensor, params: list[Tensor], step: int) -> None:
+        if bool(finite.all()):
+            return
+        names = [self.name_of(params[i]) for i in (~finite).nonzero().flatten().tolist()]
+        rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise FloatingPointError(
+            f"The gradient of {', '.join(names[:3])}{rest} is NaN or infinite at step {step}. The step was refused. "
+            "Lower the learning rate, clip gradients, or check the data."
+        )
+
+    # --------------------------------------------------------------------------------------------------- saved state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore groups in place (they may be shared with another optimizer) and state bit for bit.
+
+        Raises:
+            ValueError: If the state was saved by something that is not a sampler.
+        """
+        if any("step" not in group or "seed" not in group for group in state_dict["param_groups"]):
+            raise ValueError(
+                f"{type(self).__name__}: this optimizer state has no `step` and `seed` in its groups, so it was not "
+                "saved by a sampler. Start from the weights alone."
+            )
+        shared = self.param_groups
+        super().load_state_dict(state_dict)
+        for group, loaded in zip(shared, self.param_groups):
+            group.clear()
+            group.update(loaded)
+        self.param_groups = shared
+        self._restore_exactly(state_dict)
+
+    def _restore_exactly(self, state_dict: dict[str, Any]) -> None:
+        """``Optimizer.load_state_dict`` casts state to the parameter's dtype; take the saved bits instead."""
+        order = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for number, param in zip(order, params):
+            for name, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor) and value.dtype != self.state[param][name].dtype:
+                    self.state[param][name] = value.detach().to(param.device, copy=True)
+
+
+def _check_group(group: Mapping[str, Any]) -> None:
+    for name in ("lr", "weight_decay", "temperature"):
+        value = float(group[name])
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"`{name}` must be finite and >= 0, got {value}.")
+    for param in group["params"]:
+        if not param.is_floating_point():
+            raise TypeError(f"Samplers move floating-point parameters, got one of {param.dtype}.")
