@@ -1,0 +1,7 @@
+"""The Lightning precision plugin."""
+
+from lightning_lpsgld.precision.card import PosteriorCard
+from lightning_lpsgld.precision.plugin import LowPrecisionSGLD
+from lightning_lpsgld.precision.presets import PRESETS
+
+__all__ = ["PRESETS", "LowPrecisionSGLD", "PosteriorCard"]

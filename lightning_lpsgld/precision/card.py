@@ -1,0 +1,180 @@
+"""The posterior card: what is sampled, at which temperature, in which bits. Logged when fitting starts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lpsgld.formats import BlockFloatingPoint, NumberFormat
+from lightning_lpsgld.ops.blocks import block_count
+from lightning_lpsgld.ops.reference import power_of_two, variance_plan
+from lightning_lpsgld.samplers import SGLD, LangevinOptimizer
+
+__all__ = ["PosteriorCard", "describe_sampler", "stored_bits"]
+
+
+def stored_bits(shape: torch.Size, fmt: NumberFormat | None, dtype: torch.dtype) -> int:
+    """Bits that a tensor takes when stored: codes and shared exponents, or the plain dtype."""
+    if fmt is None:
+        return shape.numel() * torch.finfo(dtype).bits
+    exponents = 8 * block_count(shape, fmt) if isinstance(fmt, BlockFloatingPoint) else 0
+    return shape.numel() * (8 if fmt.bits <= 8 else 16 if fmt.bits <= 16 else 32) + exponents
+
+
+@dataclass(frozen=True)
+class PosteriorCard:
+    r"""What a run samples from.
+
+    Attributes:
+        sampler: Class and variant.
+        num_data: N, training examples.
+        temperature: T; the target is :math:`p(\theta \mid D)^{1/T}`.
+        lr: Learning rates of the groups, before any schedule.
+        weight_decay: λ of the groups.
+        prior_variance: Variance 1/(Nλ) per weight of the Gaussian prior that λ implies at T = 1; ``None`` for λ = 0.
+            At temperature T the sampled posterior carries the prior's T-th power, of variance T/(Nλ).
+        noise_variance: v = 2·lr·T/N of the first step, per group.
+        formats: Role -> format.
+        weights: Elements of all parameters.
+        weight_bytes: Bytes of one stored sample's parameters.
+        bits_per_weight: Their mean, shared exponents included.
+        reachable_always: Share of the parameters where v > Δ²/4, so that VC reaches v whatever the gradient.
+        gradient_limit: For the others: median of 2T/(NΔ), the largest gradient at which VC still reaches v from a grid
+            point; ``None`` if there are none.
+        saturated: Share of the parameters that lay outside the range of their format when fitting began.
+        seed: Seed of the draws.
+        casts: Number of activation sites.
+        world_size: Replicas.
+    """
+
+    sampler: str
+    num_data: int
+    temperature: float
+    lr: tuple[float, ...]
+    weight_decay: tuple[float, ...]
+    prior_variance: float | None
+    noise_variance: tuple[float, ...]
+    formats: dict[str, str]
+    weights: int
+    weight_bytes: int
+    bits_per_weight: float
+    reachable_always: float | None
+    gradient_limit: float | None
+    saturated: float
+    seed: int
+    casts: int
+    world_size: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain Python values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        prior = "flat (no weight decay)" if self.prior_variance is None else f"N(0, {self.prior_variance:.3g}) per weight"
+        rows = {
+            "sampler": self.sampler,
+            "target": f"p(theta | D)^(1/T), T = {self.temperature:g}, N = {self.num_data}",
+            "prior": prior,
+            "lr, noise": ", ".join(f"lr {lr:g}: v = {v:.3g} a step" for lr, v in zip(self.lr, self.noise_variance)),
+            "formats": ", ".join(f"{role} {fmt}" for role, fmt in self.formats.items()) + " (arithmetic simulated in fp32)",
+            "stored sample": f"{self.weight_bytes / 1e6:.3g} MB for {self.weights} weights, "
+            f"{self.bits_per_weight:.2f} bits each",
+            "variance": self._variance_row(),
+            "saturated": f"{100 * self.saturated:.2f} % of the initial weights lie outside the range of their format",
+            "seed": f"{self.seed}; {self.casts} activation sites; {self.world_size} replica(s)",
+        }
+        if self.saturated == 0:
+            del rows["saturated"]
+        width = max(map(len, rows))
+        return "Posterior card\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items())
+
+    def _variance_row(self) -> str:
+        if self.reachable_always is None:
+            return "exact: the sum is kept in full precision"
+        text = f"within reach of the rounding at {100 * self.reachable_always:.1f} % of the weights whatever the gradient"
+        if self.gradient_limit is not None:
+            text += f"; at the others only while |gradient| <= {self.gradient_limit:.2g} (see EffectiveTemperature)"
+        return text
+
+
+def _reach(sampler: SGLD) -> tuple[float | None, float | None]:
+    """Share of weights with v > gap**2/4, and the median gradient limit of the rest."""
+    always, count, limits = 0.0, 0, []
+    for group in sampler.param_groups:
+        v = sampler.noise_variance(group)
+        for param in group["params"]:
+            fmt = sampler.format_of(param)
+            count += param.numel()
+            if fmt is None or sampler.accumulation(param) not in ("vc", "naive"):
+                always += param.numel()
+                continue
+            plan = variance_plan(param.detach(), v, fmt)
+            always += float(plan.high.sum())
+            gap = power_of_two(plan.gap_exponents).expand(plan.high.shape)[~plan.high]
+            if gap.numel():
+                limits.append(2.0 * float(group["temperature"]) / (sampler.num_data * float(gap.median())))
+    limit = float(torch.tensor(limits).median()) if limits else None
+    exact = all(sampler.accumulation(p) in ("full", "float") for g in sampler.param_groups for p in g["params"])
+    return (None, None) if exact else (always / max(count, 1), limit)
+
+
+def describe_sampler(
+    sampler: LangevinOptimizer, formats: dict[str, str], *, saturated: float, casts: int, world_size: int
+) -> PosteriorCard:
+    """Make the card of a sampler whose parameters are already on the grid.
+
+    Args:
+        sampler: The sampler.
+        formats: Role -> format, for display.
+        saturated: Share of initial weights outside the range of their format, counted before they were rounded.
+        casts: Number of activation sites.
+        world_size: Replicas.
+
+    Returns:
+        The card.
+    """
+    params: list[Tensor] = [p for g in sampler.param_groups for p in g["params"]]
+    groups = sampler.param_groups
+    reach: tuple[float | None, float | None] = (None, None)
+    fmt_of = sampler.format_of if isinstance(sampler, SGLD) else (lambda p: None)
+    name = type(sampler).__name__
+    if isinstance(sampler, SGLD):
+        reach = _reach(sampler)
+        name = _variant(sampler)
+    bits = sum(stored_bits(p.shape, fmt_of(p), p.dtype) for p in params)
+    weights = sum(p.numel() for p in params)
+    decay = tuple(float(g["weight_decay"]) for g in groups)
+    largest = max(decay)
+    return PosteriorCard(
+        sampler=name,
+        num_data=sampler.num_data,
+        temperature=float(groups[0]["temperature"]),
+        lr=tuple(float(g["lr"]) for g in groups),
+        weight_decay=decay,
+        prior_variance=1.0 / (sampler.num_data * largest) if largest > 0 else None,
+        noise_variance=tuple(sampler.noise_variance(g) for g in groups),
+        formats=formats,
+        weights=weights,
+        weight_bytes=bits // 8,
+        bits_per_weight=bits / max(weights, 1),
+        reachable_always=reach[0],
+        gradient_limit=reach[1],
+        saturated=saturated,
+        seed=int(groups[0]["seed"]),
+        casts=casts,
+        world_size=world_size,
+    )
+
+
+def _variant(sampler: SGLD) -> str:
+    kind = "SGD" if all(float(g["temperature"]) == 0 for g in sampler.param_groups) else "SGLD"
+    if sampler.weight_format is None:
+        return f"{kind} (weights not rounded)"
+    if sampler.accumulator == "full":
+        return f"{kind}LP-F (full-precision accumulator)"
+    if kind == "SGD":
+        return "SGDLP-L"
+    return ("VC " if sampler.variance_corrected else "naive ") + "SGLDLP-L (low-precision accumulator)"

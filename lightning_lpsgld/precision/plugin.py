@@ -1,0 +1,359 @@
+"""The one line: a Lightning precision plugin that makes any fit a low-precision posterior sampling run."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import secrets
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from lightning_lpsgld.casting import ActivationCasting
+from lightning_lpsgld.formats import FormatLike, NumberFormat, parse_format
+from lightning_lpsgld.ops.dispatch import BACKENDS, BackendName
+from lightning_lpsgld.precision.card import PosteriorCard, describe_sampler
+from lightning_lpsgld.precision.checks import refuse_unsupported, unwrapped
+from lightning_lpsgld.precision.num_data import training_examples
+from lightning_lpsgld.precision.presets import preset_options
+from lightning_lpsgld.random import derive_seed
+from lightning_lpsgld.samplers import SGLD, CyclicalStepSize, LangevinOptimizer, StepSize
+from lightning_lpsgld.samplers.updates import saturated
+
+__all__ = ["LowPrecisionSGLD"]
+
+#: Training steps after which a module with manual optimization must have stepped the sampler at least once.
+_PATIENCE = 64
+
+
+class LowPrecisionSGLD(Precision):
+    r"""Train in 8 bits and sample the posterior: ``Trainer(plugins=[LowPrecisionSGLD()])``.
+
+    The plugin rounds weights, gradients, activations and errors (the gradients that flow back through activations) to
+    low-precision formats and swaps the optimizer's step for a Langevin step; learning rate, weight decay, parameter
+    groups and LR schedulers are taken from the module's ``configure_optimizers``. The module is not changed: neither
+    its class, nor its ``state_dict`` keys. The arithmetic is *simulated* in the module's dtype; samples are *stored* in
+    8 bits.
+
+    Args:
+        weights: Format of the weights, e.g. ``"bfp8"``, ``"fixed8.6"``, a format object or a qtorch number; ``None``:
+            not rounded.
+        gradients: Format of the gradients, rounded inside the step, after clipping.
+        activations: Format of the activations; where quantizers sit is set by ``sites`` and ``exclude``.
+        errors: Format of the errors.
+        accumulator: ``"low"``: the weights themselves stay on the grid (SGLDLP-L). ``"full"``: steps are summed in
+            float32 beside the rounded weights (SGLDLP-F).
+        variance_corrected: With a low accumulator, round with the variance-corrected quantizer Q^vc.
+        temperature: T >= 0; the target is :math:`p(\theta \mid D)^{1/T}`. The default is the papers' 1e-3, because
+            T = 1 costs a short training of a deep net several points of error; the bare :class:`SGLD` optimizer keeps
+            the textbook's 1. 0 is low-precision SGD. At 1e-3 rounding alone is often warmer than that: watch
+            :class:`EffectiveTemperature`.
+        num_data: N, number of training examples; ``"auto"`` counts the train dataloader's data set.
+        seed: Seed of all draws. ``None``: that of ``seed_everything``, else rank zero draws one and broadcasts it.
+        exclude: Names (patterns of ``fnmatch``) or types of submodules left in full precision: their activations, and
+            their own parameters.
+        sites: Names or types of the submodules whose outputs are rounded; ``None``: see :mod:`lightning_lpsgld.casting`.
+        backend: Backend of the ops.
+        sampler: The optimizer class that replaces the user's (a :class:`LangevinOptimizer`), or a ``functools.partial``
+            of one; ``None``: :class:`SGLD`.
+        schedule: Step-size schedule that multiplies the learning rate.
+        cycles: Shorthand for a :class:`CyclicalStepSize` with this many cycles over the whole run, the last seventh of
+            each being its sampling stage, and noise at every step. Not together with ``schedule``.
+        saved_activations: ``"codes"``: what autograd keeps of rounded activations is 8-bit codes; gradients are
+            bit-identical. ``"full"``: as PyTorch does.
+        compute: Dtype of the forward pass: ``"32-true"`` or ``"bf16-mixed"`` (autocast).
+
+    Raises:
+        ValueError: If an argument is out of range; the message names it, the rule and the value.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_lpsgld import LowPrecisionSGLD
+        >>> trainer = L.Trainer(max_epochs=1, plugins=[LowPrecisionSGLD()], accelerator="cpu", logger=False,
+        ...                     enable_checkpointing=False)
+
+    Reference:
+        Zhang, Wilson & De Sa, 2022, "Low-Precision Stochastic Gradient Langevin Dynamics", arXiv:2206.09909.
+    """
+
+    precision: Any = "32-true"
+
+    def __init__(
+        self,
+        weights: FormatLike | None = "bfp8",
+        gradients: FormatLike | None = "bfp8",
+        activations: FormatLike | None = "bfp8",
+        errors: FormatLike | None = "bfp8",
+        accumulator: Literal["low", "full"] = "low",
+        variance_corrected: bool = True,
+        temperature: float = 1e-3,
+        num_data: int | Literal["auto"] = "auto",
+        seed: int | None = None,
+        exclude: Sequence[str | type[Module]] = (),
+        sites: Sequence[str | type[Module]] | None = None,
+        backend: BackendName = "auto",
+        sampler: Callable[..., LangevinOptimizer] | None = None,
+        schedule: StepSize | None = None,
+        cycles: int | None = None,
+        saved_activations: Literal["full", "codes"] = "full",
+        compute: Literal["32-true", "bf16-mixed"] = "32-true",
+    ) -> None:
+        super().__init__()
+        self.formats: dict[str, NumberFormat | None] = {
+            role: None if fmt is None else parse_format(fmt)
+            for role, fmt in {
+                "weights": weights, "gradients": gradients, "activations": activations, "errors": errors,
+            }.items()
+        }  # fmt: skip
+        self.accumulator = accumulator
+        self.variance_corrected = variance_corrected
+        self.temperature = temperature
+        self.num_data = num_data
+        self.seed = seed
+        self.exclude = (exclude,) if isinstance(exclude, (str, type)) else tuple(exclude)
+        self.sites = sites
+        self.backend = backend
+        self.sampler = SGLD if sampler is None else sampler
+        self.schedule = schedule
+        self.cycles = cycles
+        self.saved_activations = saved_activations
+        self.compute = compute
+        self._check_arguments()
+        self.card: PosteriorCard | None = None
+        self.samplers: list[LangevinOptimizer] = []
+        self.casting: ActivationCasting | None = None
+        self._run_seed: int | None = None
+        self._casting_state: dict[str, Any] | None = None
+        self._unstepped = 0
+
+    def _check_arguments(self) -> None:
+        choices = {
+            "accumulator": (self.accumulator, ("low", "full")),
+            "backend": (self.backend, ("auto", *BACKENDS)),
+            "saved_activations": (self.saved_activations, ("full", "codes")),
+            "compute": (self.compute, ("32-true", "bf16-mixed")),
+        }
+        for name, (value, allowed) in choices.items():
+            if value not in allowed:
+                hint = " fp16 would need a GradScaler, whose scaled gradients a sampler cannot use." * (name == "compute")
+                raise ValueError(f"LowPrecisionSGLD: `{name}` must be one of {allowed}, got {value!r}.{hint}")
+        if not self.temperature >= 0:
+            raise ValueError(f"LowPrecisionSGLD: `temperature` must be >= 0, got {self.temperature}.")
+        if self.num_data != "auto" and (not isinstance(self.num_data, int) or self.num_data < 1):
+            raise ValueError(f"LowPrecisionSGLD: `num_data` must be 'auto' or an int >= 1, got {self.num_data!r}.")
+        if self.cycles is not None and (self.cycles < 1 or self.schedule is not None):
+            raise ValueError("LowPrecisionSGLD: `cycles` must be >= 1 and excludes `schedule`.")
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> LowPrecisionSGLD:
+        """Plugin for a row of the paper's tables.
+
+        Args:
+            name: ``"<algorithm>-<format>"``: one of ``sgd-fp``, ``sgld-fp``, ``csgld-fp``, or one of ``sgdlp-f``,
+                ``sgldlp-f``, ``csgldlp-f``, ``sgdlp-l``, ``naive-sgldlp-l``, ``vc-sgldlp-l``, ``vc-csgldlp-l`` followed
+                by ``-fixed8`` or ``-bfp8``.
+            overrides: Any other argument of the plugin.
+
+        Raises:
+            ValueError: If there is no such preset.
+
+        Example:
+            >>> from lightning_lpsgld import LowPrecisionSGLD
+            >>> LowPrecisionSGLD.preset("sgldlp-f-fixed8").accumulator
+            'full'
+        """
+        return cls(**{**preset_options(name), **overrides})
+
+    def __str__(self) -> str:
+        # Lightning's FSDP strategy refuses every foreign precision plugin with a message that ends in str(plugin).
+        return (
+            f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in self.formats.items())}). {type(self).__name__} "
+            "does not run under FSDP v1; use ModelParallelStrategy (FSDP2) or DDPStrategy."
+        )
+
+    # ----------------------------------------------------------------------------------------------------- the module
+
+    def convert_module(self, module: Module) -> Module:
+        """Put activation and error quantizers into the module, in place, by hooks; its keys stay as they are."""
+        if self.formats["activations"] is None and self.formats["errors"] is None:
+            return module
+        if self.casting is not None:
+            self.casting.remove()
+        trainer = getattr(module, "_trainer", None)
+        self.casting = ActivationCasting(
+            module,
+            activations=self.formats["activations"],
+            errors=self.formats["errors"],
+            sites=self.sites,
+            exclude=self.exclude,
+            seed=self._resolve_seed(trainer),
+            rank=0 if trainer is None else trainer.global_rank,
+            saved_activations=self.saved_activations,
+            backend=self.backend,
+        )
+        self.casting.attach()
+        if self._casting_state is not None:
+            self.casting.load_state_dict(self._casting_state)
+        return module
+
+    @contextlib.contextmanager
+    def forward_context(self) -> Generator[None, None, None]:
+        """Round activations (and catch functional ones) during a step; autocast where asked for."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(super().forward_context())
+            if self.compute == "bf16-mixed":
+                device = next(iter(self._devices()), "cpu")
+                stack.enter_context(torch.autocast(device, dtype=torch.bfloat16))
+            if self.casting is not None:
+                stack.enter_context(self.casting.forward_context())
+            yield
+
+    def _devices(self) -> list[str]:
+        return [p.device.type for s in self.samplers for g in s.param_groups for p in g["params"][:1]]
+
+    @contextlib.contextmanager
+    def train_step_context(self) -> Generator[None, None, None]:
+        """As :meth:`forward_context`; also notices training that never steps the sampler."""
+        if self._unstepped >= _PATIENCE:
+            raise RuntimeError(
+                f"LowPrecisionSGLD: {self._unstepped} training steps ran, but the sampler was never stepped. With "
+                "manual optimization, step what `self.optimizers()` returns, not an optimizer kept elsewhere."
+            )
+        with self.forward_context():
+            yield
+        stepped = not self.samplers or any(s.steps > 0 for s in self.samplers)
+        self._unstepped = 0 if stepped else self._unstepped + 1
+
+    # -------------------------------------------------------------------------------------------------- the optimizers
+
+    def connect(
+        self, model: Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
+    ) -> tuple[Module, list[Optimizer], list[Any]]:
+        """Swap the optimizers for samplers that share their parameter groups; then log the posterior card."""
+        module = unwrapped(model)
+        trainer = module._trainer
+        if trainer is None or trainer.state.fn != "fit":
+            return model, optimizers, lr_schedulers
+        refuse_unsupported(trainer, module, optimizers, self.accumulator, self.formats)
+        num_data = training_examples(trainer) if self.num_data == "auto" else self.num_data
+        seed = self._resolve_seed(trainer)
+        self._unstepped = 0 if module.automatic_optimization else -(trainer.accumulate_grad_batches - 1)
+        self.samplers = [
+            self._take_over(optimizer, i, module, trainer, num_data, seed) for i, optimizer in enumerate(optimizers)
+        ]
+        share = self._round_parameters()
+        self.card = describe_sampler(
+            self.samplers[0],
+            {role: str(fmt) for role, fmt in self.formats.items() if fmt is not None} or {"all": "full precision"},
+            saturated=share,
+            casts=0 if self.casting is None else len(self.casting.describe()),
+            world_size=trainer.world_size,
+        )
+        rank_zero_info(str(self.card))
+        return model, list(self.samplers), lr_schedulers
+
+    def _take_over(
+        self, optimizer: Optimizer, number: int, module: pl.LightningModule, trainer: pl.Trainer, num_data: int, seed: int
+    ) -> LangevinOptimizer:
+        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        if isinstance(inner, LangevinOptimizer):
+            inner.name_parameters(module.named_parameters())
+            return inner
+        factory, extra = self.sampler, {}
+        if isinstance(factory, functools.partial):
+            factory, extra = factory.func, factory.keywords
+        options: dict[str, Any] = {
+            "num_data": num_data,
+            "temperature": self.temperature,
+            "weight_format": self.formats["weights"],
+            "gradient_format": self.formats["gradients"],
+            "accumulator": self.accumulator,
+            "variance_corrected": self.variance_corrected,
+            "seed": seed if number == 0 else derive_seed(seed, "optimizer", number),
+            "backend": self.backend,
+            "schedule": self._schedule(trainer),
+            "full_precision": self._full_precision(module),
+        }
+        sampler: LangevinOptimizer = factory.from_optimizer(inner, **{**options, **extra})  # type: ignore[attr-defined]
+        sampler.name_parameters(module.named_parameters())
+        return sampler
+
+    def _schedule(self, trainer: pl.Trainer) -> StepSize | None:
+        if self.cycles is None:
+            return self.schedule
+        total = trainer.estimated_stepping_batches
+        if total == float("inf") or total < self.cycles:
+            raise ValueError(
+                f"LowPrecisionSGLD: cycles={self.cycles} needs at least that many optimizer steps and a known end of the "
+                f"run, got {total}. Set `max_epochs` or `max_steps`, or pass `schedule=CyclicalStepSize(...)`."
+            )
+        length = int(total) // self.cycles
+        return CyclicalStepSize(length, sampling_steps=max(1, -(-length // 7)))
+
+    def _full_precision(self, module: Module) -> list[Tensor]:
+        if not self.exclude:
+            return []
+        from lightning_lpsgld.casting import matching_modules
+
+        names = matching_modules(module, self.exclude)
+        return [p for name, sub in module.named_modules() if name in names for p in sub.parameters()]
+
+    def _round_parameters(self) -> float:
+        """Bring all parameters onto the grid; share of values that lay outside its range."""
+        outside, count = 0, 0
+        for sampler in self.samplers:
+            if isinstance(sampler, SGLD):
+                for param in (p for g in sampler.param_groups for p in g["params"]):
+                    fmt = sampler.format_of(param)
+                    count += param.numel()
+                    outside += 0 if fmt is None else int(saturated(param.detach(), fmt))
+                sampler.round_parameters_()
+        return outside / max(count, 1)
+
+    def _resolve_seed(self, trainer: pl.Trainer | None) -> int:
+        if self._run_seed is None:
+            seed = self.seed
+            if seed is None and os.environ.get("PL_GLOBAL_SEED"):
+                seed = int(os.environ["PL_GLOBAL_SEED"])
+            if seed is None:
+                seed = secrets.randbits(62)
+            if trainer is not None:
+                seed = trainer.strategy.broadcast(seed)
+            self._run_seed = int(seed)
+        return self._run_seed
+
+    # ---------------------------------------------------------------------------------------------------- saved state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Seed and counters of the draws; the optimizer's state is saved by Lightning."""
+        casting = self._casting_state if self.casting is None else self.casting.state_dict()
+        return {
+            "seed": self._run_seed,
+            "casting": casting,
+            "card": None if self.card is None else self.card.as_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the draws where the checkpoint stopped."""
+        if state_dict["seed"] is not None:
+            self._run_seed = int(state_dict["seed"])
+        self._casting_state = state_dict["casting"]
+        if self.casting is not None and self._casting_state is not None:
+            self.casting.load_state_dict(self._casting_state)
+
+    def teardown(self) -> None:
+        """Take the quantizers out of the module again; it is the user's as before, with the last weights."""
+        if self.casting is not None:
+            self._casting_state = self.casting.state_dict()
+            self.casting.remove()
+            self.casting = None
+        super().teardown()
