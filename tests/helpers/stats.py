@@ -6,8 +6,8 @@ all cells of the call* (Bonferroni), and code that is wrong by at least ``detect
 the number needed instead of testing weakly; the ``draws_for_*`` functions give that number beforehand.
 
 Means and variances rest on the inequalities of Hoeffding and Bernstein, distribution functions on that of
-Dvoretzky, Kiefer, Wolfowitz and Massart: all hold for every sample size. Only :func:`assert_frequencies` rests on a limit
-(chi-square with at least :data:`MIN_EXPECTED` counts expected in each cell).
+Dvoretzky, Kiefer, Wolfowitz and Massart: all hold for every sample size. Only :func:`assert_frequencies` rests on a
+limit (chi-square with at least :data:`MIN_EXPECTED` counts expected in each cell).
 """
 
 from __future__ import annotations
@@ -106,15 +106,15 @@ def assert_means_equal(
     """Fail if any column mean of bounded samples is incompatible with ``expected`` (Hoeffding, Bonferroni).
 
     Args:
-        samples: shape ``(draws, cells)`` or ``(draws,)``; independent along ``draws``, each within an interval of length
-            ``width``. Within a row they may depend on each other. Means are taken in float64.
+        samples: shape ``(draws, cells)`` or ``(draws,)``; independent along ``draws``, each within an interval of
+            length ``width``. Within a row they may depend on each other. Means are taken in float64.
         expected: exact means, shape ``(cells,)``.
         width: shape ``(cells,)``; for stochastic rounding the local gap. 0 asks for equality.
         detect: smallest bias, in units of ``width``, that must not go unnoticed.
         false_fail_rate: for all cells together.
 
     Raises:
-        AssertionError: If samples are not finite, spread over more than ``width``, or a mean is off: names the worst cell.
+        AssertionError: If samples are not finite, spread over more than ``width``, or a mean is off (worst named).
         ValueError: If there are too few draws for ``detect``.
     """
     samples = _matrix(samples)
@@ -138,7 +138,7 @@ def assert_proportion(
     detect: float,
     false_fail_rate: float = SUITE_FALSE_FAIL_RATE,
 ) -> None:
-    """Fail if ``count`` successes in ``draws`` independent trials are incompatible with ``probability`` (exact binomial).
+    """Fail if ``count`` successes in ``draws`` independent trials are incompatible with ``probability`` (binomial).
 
     Args:
         count: Successes.

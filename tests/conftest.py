@@ -1,0 +1,49 @@
+"""Fixtures that every test gets, and the backends that tests run over."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import pytest
+import torch
+
+from lightning_lpsgld.ops import backend_report
+
+#: Backends that draw from keys and so must agree with the reference; a missing one is skipped by name.
+SEEDED_BACKENDS = ("reference", "cpu")
+
+#: Variables that Lightning and torch set for good when a distributed run or a seed is set up.
+_ENVIRONMENT_THAT_MAY_CHANGE = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "PYTEST_CURRENT_TEST", "KMP_", "TORCHINDUCTOR_")
+
+
+def _environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if not k.startswith(_ENVIRONMENT_THAT_MAY_CHANGE)}
+
+
+@pytest.fixture(autouse=True)
+def no_leaks():
+    """Fail a test that leaves the default dtype, the thread count, grad mode or the environment changed."""
+    before = (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), _environment())
+    level = logging.getLogger().level
+    yield
+    after = (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), _environment())
+    torch.set_default_dtype(before[0])
+    torch.set_num_threads(before[1])
+    torch.set_grad_enabled(before[2])
+    for name in after[3].keys() - before[3].keys():
+        del os.environ[name]
+    os.environ.update(before[3])
+    logging.getLogger().setLevel(level)
+    changed = {k for k in before[3].keys() | after[3].keys() if before[3].get(k) != after[3].get(k)}
+    assert before[:3] == after[:3], f"default dtype, threads or grad mode leaked: {before[:3]} -> {after[:3]}"
+    assert not changed, f"environment variables leaked: {sorted(changed)}"
+
+
+@pytest.fixture(params=SEEDED_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend whose draws are named by a key; skipped with its own reason where it cannot run."""
+    state = backend_report()[request.param]
+    if state != "available":
+        pytest.skip(f"needs backend {request.param!r}: {state}")
+    return request.param
