@@ -73,13 +73,14 @@ class PosteriorCard:
         return asdict(self)
 
     def __str__(self) -> str:
-        prior = "flat (no weight decay)" if self.prior_variance is None else f"N(0, {self.prior_variance:.3g}) per weight"
+        variance = self.prior_variance
+        prior = "flat (no weight decay)" if variance is None else f"N(0, {variance:.3g}) per weight"
         rows = {
             "sampler": self.sampler,
             "target": f"p(theta | D)^(1/T), T = {self.temperature:g}, N = {self.num_data}",
             "prior": prior,
             "lr, noise": ", ".join(f"lr {lr:g}: v = {v:.3g} a step" for lr, v in zip(self.lr, self.noise_variance)),
-            "formats": ", ".join(f"{role} {fmt}" for role, fmt in self.formats.items()) + " (arithmetic simulated in fp32)",
+            "formats": ", ".join(f"{role} {fmt}" for role, fmt in self.formats.items()) + " (simulated arithmetic)",
             "stored sample": f"{self.weight_bytes / 1e6:.3g} MB for {self.weights} weights, "
             f"{self.bits_per_weight:.2f} bits each",
             "variance": self._variance_row(),
@@ -94,7 +95,8 @@ class PosteriorCard:
     def _variance_row(self) -> str:
         if self.reachable_always is None:
             return "exact: the sum is kept in full precision"
-        text = f"within reach of the rounding at {100 * self.reachable_always:.1f} % of the weights whatever the gradient"
+        share = 100 * self.reachable_always
+        text = f"within reach of the rounding at {share:.1f} % of the weights whatever the gradient"
         if self.gradient_limit is not None:
             text += f"; at the others only while |gradient| <= {self.gradient_limit:.2g} (see EffectiveTemperature)"
         return text

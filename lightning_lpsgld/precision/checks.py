@@ -15,7 +15,7 @@ __all__ = ["refuse_unsupported", "unwrapped"]
 
 #: Callbacks that average ``parameters()``; WeightAveraging and its EMA came with Lightning 2.6.
 _AVERAGING = tuple(
-    getattr(pl_callbacks, name) for name in ("StochasticWeightAveraging", "WeightAveraging") if hasattr(pl_callbacks, name)
+    vars(pl_callbacks)[name] for name in ("StochasticWeightAveraging", "WeightAveraging") if name in vars(pl_callbacks)
 )
 
 
@@ -48,8 +48,8 @@ def refuse_unsupported(
         )
     if not optimizers:
         raise RuntimeError(
-            f"{type(module).__name__}.configure_optimizers returned no optimizer, so there is no step to replace. Return "
-            "one, e.g. torch.optim.SGD(self.parameters(), lr=0.1)."
+            f"{type(module).__name__}.configure_optimizers returned no optimizer, so there is no step to replace. "
+            "Return one, e.g. torch.optim.SGD(self.parameters(), lr=0.1)."
         )
     for callback in trainer.callbacks:
         if accumulator == "full" and isinstance(callback, _AVERAGING):

@@ -54,5 +54,3 @@ def training_examples(trainer: pl.Trainer) -> int:
     if len(leaves) != 1:
         raise ValueError(f"num_data='auto': there are {len(leaves)} train dataloaders, which is ambiguous. {_REMEDY}")
     return count_examples(leaves[0])
-
-

@@ -61,7 +61,8 @@ class LowPrecisionSGLD(Precision):
         seed: Seed of all draws. ``None``: that of ``seed_everything``, else rank zero draws one and broadcasts it.
         exclude: Names (patterns of ``fnmatch``) or types of submodules left in full precision: their activations, and
             their own parameters.
-        sites: Names or types of the submodules whose outputs are rounded; ``None``: see :mod:`lightning_lpsgld.casting`.
+        sites: Names or types of the submodules whose outputs are rounded; ``None``: those that
+            :mod:`lightning_lpsgld.casting` lists.
         backend: Backend of the ops.
         sampler: The optimizer class that replaces the user's (a :class:`LangevinOptimizer`), or a ``functools.partial``
             of one; ``None``: :class:`SGLD`.
@@ -144,7 +145,7 @@ class LowPrecisionSGLD(Precision):
         }
         for name, (value, allowed) in choices.items():
             if value not in allowed:
-                hint = " fp16 would need a GradScaler, whose scaled gradients a sampler cannot use." * (name == "compute")
+                hint = " fp16 would need a GradScaler, which a sampler cannot use." * (name == "compute")
                 raise ValueError(f"LowPrecisionSGLD: `{name}` must be one of {allowed}, got {value!r}.{hint}")
         if not self.temperature >= 0:
             raise ValueError(f"LowPrecisionSGLD: `temperature` must be >= 0, got {self.temperature}.")
@@ -262,7 +263,13 @@ class LowPrecisionSGLD(Precision):
         return model, list(self.samplers), lr_schedulers
 
     def _take_over(
-        self, optimizer: Optimizer, number: int, module: pl.LightningModule, trainer: pl.Trainer, num_data: int, seed: int
+        self,
+        optimizer: Optimizer,
+        number: int,
+        module: pl.LightningModule,
+        trainer: pl.Trainer,
+        num_data: int,
+        seed: int,
     ) -> LangevinOptimizer:
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         if isinstance(inner, LangevinOptimizer):
@@ -293,8 +300,8 @@ class LowPrecisionSGLD(Precision):
         total = trainer.estimated_stepping_batches
         if total == float("inf") or total < self.cycles:
             raise ValueError(
-                f"LowPrecisionSGLD: cycles={self.cycles} needs at least that many optimizer steps and a known end of the "
-                f"run, got {total}. Set `max_epochs` or `max_steps`, or pass `schedule=CyclicalStepSize(...)`."
+                f"LowPrecisionSGLD: cycles={self.cycles} needs at least that many optimizer steps and a known end of "
+                f"the run, got {total}. Set `max_epochs` or `max_steps`, or pass `schedule=CyclicalStepSize(...)`."
             )
         length = int(total) // self.cycles
         return CyclicalStepSize(length, sampling_steps=max(1, -(-length // 7)))

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 S = TypeVar("S", bound="LangevinOptimizer")
 
-#: Options of torch's optimizers that change the update in a way that a sampler does not follow, and their neutral values.
+#: Options of torch's optimizers that a sampler does not follow, and the values at which they change nothing.
 _IGNORED: dict[str, Any] = {
     "momentum": 0, "dampening": 0, "nesterov": False, "betas": None, "amsgrad": False, "alpha": None, "rho": None,
     "lr_decay": 0, "etas": None, "lambd": None, "centered": False, "momentum_decay": None,
@@ -45,6 +45,9 @@ class LangevinOptimizer(Optimizer):
     Raises:
         ValueError: If an argument is out of range; the message names it, the rule and the value.
     """
+
+    #: Makes ``torch.amp.GradScaler`` hand over its scale instead of unscaling, so that :meth:`step` can refuse it.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -178,8 +181,13 @@ class LangevinOptimizer(Optimizer):
         Raises:
             FloatingPointError: If the loss or a gradient is NaN or infinite; no parameter has been changed by this
                 step (on an accelerator: it is raised at the next step).
-            TypeError: If a gradient is sparse.
+            TypeError: If a gradient is sparse, or a GradScaler drives the step.
         """
+        if getattr(self, "grad_scale", None) is not None:
+            raise TypeError(
+                f"{type(self).__name__} cannot be stepped by a GradScaler: skipped steps and scaled gradients break "
+                "the chain. Use float32, or bfloat16 autocast (LowPrecisionSGLD(compute='bf16-mixed')) without a scaler."
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
