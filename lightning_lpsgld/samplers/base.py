@@ -186,7 +186,7 @@ class LangevinOptimizer(Optimizer):
         if getattr(self, "grad_scale", None) is not None:
             raise TypeError(
                 f"{type(self).__name__} cannot be stepped by a GradScaler: skipped steps and scaled gradients break "
-                "the chain. Use float32, or bfloat16 autocast (LowPrecisionSGLD(compute='bf16-mixed')) without a scaler."
+                "the chain. Use float32, or bfloat16 autocast (LowPrecisionSGLD(compute='bf16-mixed')), without scaler."
             )
         loss = None
         if closure is not None:

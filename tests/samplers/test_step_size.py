@@ -1,0 +1,50 @@
+"""Step-size schedules against their formulas."""
+
+import math
+
+import pytest
+
+from lightning_lpsgld.samplers import ConstantStepSize, CyclicalStepSize, PolynomialStepSize, StepSize
+
+
+@pytest.mark.parametrize("schedule", [ConstantStepSize(), PolynomialStepSize(10.0), CyclicalStepSize(10, 3)], ids=repr)
+def test_every_schedule_starts_at_factor_one_and_never_leaves_the_unit_interval(schedule):
+    assert isinstance(schedule, StepSize)
+    assert schedule.factor(0) == 1.0
+    assert all(0.0 < schedule.factor(k) <= 1.0 for k in range(1000))
+
+
+def test_cyclical_factor_is_the_published_cosine():
+    """PAPERS: lr_k = lr0/2 [cos(pi mod(k, K//M) / (K//M)) + 1]."""
+    schedule = CyclicalStepSize(cycle_length=35)
+    for k in range(200):
+        assert schedule.factor(k) == 0.5 * (math.cos(math.pi * (k % 35) / 35) + 1.0)
+        assert schedule.cycle(k) == k // 35
+
+
+def test_sampling_stage_is_the_end_of_each_cycle_and_gates_the_noise_only_when_asked():
+    always = CyclicalStepSize(10, sampling_steps=3)
+    gated = CyclicalStepSize(10, sampling_steps=3, noise_in="sampling-stage")
+    stage = [k % 10 >= 7 for k in range(40)]
+    assert [gated.sampling(k) for k in range(40)] == stage
+    assert [gated.noise(k) for k in range(40)] == stage
+    assert all(always.noise(k) for k in range(40))
+
+
+def test_polynomial_decay_matches_its_formula():
+    schedule = PolynomialStepSize(offset=500.0, power=0.55)
+    assert schedule.factor(1500) == pytest.approx(4.0**-0.55, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: CyclicalStepSize(0), "`cycle_length` >= 1"),
+        (lambda: CyclicalStepSize(5, sampling_steps=6), "`sampling_steps` <= `cycle_length`"),
+        (lambda: CyclicalStepSize(5, noise_in="never"), "'every-step' or 'sampling-stage', got 'never'"),
+        (lambda: PolynomialStepSize(0.0), "`offset` > 0"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
