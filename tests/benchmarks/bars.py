@@ -1,0 +1,285 @@
+"""The speed and size bars of the project, each as a ratio to its named rival in the same process.
+
+::
+
+    python tests/benchmarks/bars.py                 # all groups, about ten minutes on two cores
+    python tests/benchmarks/bars.py step quantize   # some groups
+    python tests/benchmarks/bars.py --json bars.json
+
+Times are medians over interleaved repetitions. The rivals: the published step (re-implemented from its equations in
+``published_step.py``), QPyTorch's CPU ops, ``torch.optim.SGD(fused=True)``, a plain copy, and the same training step
+through the Trainer in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from image_classification import resnet18
+
+from lightning_lpsgld import LowPrecisionSGLD, SampleBank
+from lightning_lpsgld.ops import backend_report, quantize
+from lightning_lpsgld.random import DrawKey
+from lightning_lpsgld.samplers import SGLD
+
+ROWS: list[dict[str, object]] = []
+
+
+def medians(repeats: int, **actions: Callable[[], object]) -> dict[str, float]:
+    """Median seconds of each action; they take turns, so that a slow minute slows all of them."""
+    for action in actions.values():
+        action()
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(repeats):
+        for name, action in actions.items():
+            began = time.perf_counter()
+            action()
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def report(what: str, value: float, bar: str, passed: bool, detail: str) -> None:
+    """Keep and print one row."""
+    ROWS.append({"what": what, "value": round(value, 3), "bar": bar, "met": passed, "detail": detail})
+    print(f"{'ok  ' if passed else 'MISS'} {what:<68} {value:8.2f}  (bar {bar})  {detail}", flush=True)
+
+
+def model_tensors() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """ResNet-18's parameters and gradients of a plausible size."""
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(p.detach().clone()) for p in resnet18(3, 10).parameters()]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator) * 2e-3
+    return params, [p.grad for p in params]
+
+
+def step_bars() -> None:
+    """The sampler step, with the noise of the published CIFAR setting at the start of its schedule."""
+    import published_step
+
+    for kind, fmt, bar in (("bfp8", "bfp8", 100.0), ("fixed8", "fixed8.8", 60.0)):
+        lr, temperature, n = 0.5, 1e-3, 50_000
+        params, grads = model_tensors()
+        ours = SGLD(
+            params, lr, num_data=n, temperature=temperature, weight_decay=5e-4, weight_format=fmt, gradient_format=fmt
+        )
+        ours.round_parameters_()
+        plain, _ = model_tensors()
+        fused = torch.optim.SGD(plain, lr=lr, weight_decay=5e-4, fused=True)
+        theirs, their_grads = model_tensors()
+        detached = [p.detach() for p in theirs]
+        variance = 2 * lr * temperature / n
+
+        def published(kind=kind, tensors=detached, gs=their_grads, variance=variance) -> None:
+            published_step.step(tensors, gs, kind, lr=0.5, weight_decay=5e-4, variance=variance)
+
+        fast = medians(15, ours=ours.step, fused=fused.step)
+        slow = medians(3, published=published)
+        ratio = slow["published"] / fast["ours"]
+        detail = f"{1e3 * slow['published']:.0f} ms / {1e3 * fast['ours']:.1f} ms"
+        report(f"VC step, {kind}, ResNet-18: published / ours", ratio, f">= {bar:.0f}", ratio >= bar, detail)
+        ratio = fast["ours"] / fast["fused"]
+        detail = f"{1e3 * fast['ours']:.1f} ms / {1e3 * fast['fused']:.1f} ms"
+        report(f"VC step, {kind}, ResNet-18: ours / torch fused SGD", ratio, "<= 8", ratio <= 8, detail)
+
+
+def quantize_bars() -> None:
+    """bfp8 rounding of 128x64x32x32 float32 values."""
+    from qtorch.quant import block_quantize
+
+    x = torch.randn(128, 64, 32, 32, generator=torch.Generator().manual_seed(0))
+    out = torch.empty_like(x)
+    for rounding, bar in (("stochastic", 20.0), ("nearest", 10.0)):
+        slow = medians(3, qtorch=lambda r=rounding: block_quantize(x, wl=8, dim=0, rounding=r))
+        fast = medians(
+            15,
+            ours=lambda r=rounding: quantize(x, "bfp8", rounding=r, key=DrawKey(0)),
+            copy=lambda: out.copy_(x),
+        )
+        ratio = slow["qtorch"] / fast["ours"]
+        detail = f"{1e3 * slow['qtorch']:.0f} ms / {1e3 * fast['ours']:.1f} ms"
+        report(f"quantize bfp8 {rounding}, 8.4 M: QPyTorch / ours", ratio, f">= {bar:.0f}", ratio >= bar, detail)
+        ratio = fast["ours"] / fast["copy"]
+        detail = f"{1e3 * fast['ours']:.1f} ms / {1e3 * fast['copy']:.1f} ms"
+        report(f"quantize bfp8 {rounding}, 8.4 M: ours / copy", ratio, "<= 8", ratio <= 8, detail)
+
+
+class Images(L.LightningModule):
+    """ResNet-18 on 3x32x32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = resnet18(3, 10)
+
+    def training_step(self, batch, batch_idx):
+        """Cross entropy."""
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        """Plain SGD."""
+        return torch.optim.SGD(self.parameters(), lr=0.1, weight_decay=5e-4)
+
+
+class StepTimes(L.Callback):
+    """Seconds between starts of successive batches."""
+
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    def on_train_batch_start(self, *args) -> None:
+        """Take the time."""
+        self.marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Durations, the first two steps left out."""
+        return [b - a for a, b in zip(self.marks, self.marks[1:])][2:]
+
+
+def training_seconds(plugin: LowPrecisionSGLD | None, steps: int = 6) -> list[float]:
+    """Seconds of training steps through the Trainer."""
+    L.seed_everything(0, verbose=False)
+    data = TensorDataset(torch.randn(64 * steps, 3, 32, 32), torch.randint(0, 10, (64 * steps,)))
+    times = StepTimes()
+    trainer = L.Trainer(
+        max_epochs=1, plugins=[] if plugin is None else [plugin], callbacks=[times], logger=False, accelerator="cpu",
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Images(), DataLoader(data, 64))
+    return times.seconds()
+
+
+def training_bars(rounds: int = 3) -> None:
+    """Whole training steps, float32 against 8 bits everywhere, without and with codes saved for backward."""
+    runs = {
+        "fp32": lambda: None,
+        "bfp8": lambda: LowPrecisionSGLD(seed=0),
+        "codes": lambda: LowPrecisionSGLD(seed=0, saved_activations="codes"),
+    }
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, make in runs.items():
+            times[name] += training_seconds(make())
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    for name, bar in (("bfp8", 1.15), ("codes", 1.4)):
+        ratio = middle[name] / middle["fp32"]
+        what = "8 bits everywhere" if name == "bfp8" else "the same, saved_activations='codes'"
+        detail = f"{1e3 * middle[name]:.0f} ms / {1e3 * middle['fp32']:.0f} ms"
+        report(f"training step, ResNet-18, batch 64, {what} / fp32", ratio, f"<= {bar}", ratio <= bar, detail)
+
+
+def saved_bytes(net: nn.Module, x: torch.Tensor, y: torch.Tensor, context) -> int:
+    """Bytes that autograd keeps for backward beside the parameters (distinct storages)."""
+    own = {p.untyped_storage().data_ptr() for p in [*net.parameters(), *net.buffers(), x, y]}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with context, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = nn.functional.cross_entropy(net(x), y)
+    total = sum(seen.values())
+    loss.backward()
+    return total
+
+
+def memory_bars() -> None:
+    """What autograd keeps for backward, and the size of a sample."""
+    from lightning_lpsgld.casting import ActivationCasting
+
+    x, y = torch.randn(64, 3, 32, 32), torch.randint(0, 10, (64,))
+    torch.manual_seed(0)
+    plain = saved_bytes(resnet18(3, 10), x, y, nullcontext())
+    gradients = {}
+    for mode in ("full", "codes"):
+        torch.manual_seed(0)
+        net = resnet18(3, 10)
+        casting = ActivationCasting(net, activations="bfp8", errors="bfp8", seed=0, saved_activations=mode)
+        casting.attach()
+        with casting.forward_context():
+            loss = nn.functional.cross_entropy(net(x), y)
+        kept = casting.saved_bytes() if mode == "codes" else 0
+        loss.backward()
+        gradients[mode] = [p.grad for p in net.parameters()]
+        casting.remove()
+    ratio = kept / plain
+    same = all(torch.equal(a, b) for a, b in zip(gradients["full"], gradients["codes"]))
+    detail = f"{kept / 1e6:.0f} MB / {plain / 1e6:.0f} MB, gradients {'bit-identical' if same else 'DIFFER'}"
+    report("kept for backward, ResNet-18, batch 64, codes / fp32", ratio, "<= 0.5", ratio <= 0.5 and same, detail)
+
+    net = resnet18(3, 10)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(quantize(p, "bfp8", rounding="nearest"))
+    bank = SampleBank()
+    bank.add(net, step=1, formats={name: "bfp8" for name, _ in net.named_parameters()})
+    fp32 = sum(t.numel() * t.element_size() for t in net.state_dict().values())
+    ratio = bank.nbytes / fp32
+    report("sample of ResNet-18, bank / fp32 state_dict", ratio, "<= 0.27", ratio <= 0.27, f"{bank.nbytes / 1e6:.2f} MB")
+
+
+def import_bars() -> None:
+    """Seconds to import the package beyond importing lightning, in fresh processes."""
+
+    def seconds(statement: str) -> float:
+        code = f"import time; t = time.perf_counter(); {statement}; print(time.perf_counter() - t)"
+        return min(float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3))
+
+    names = "import lightning_lpsgld as m; [getattr(m, n) for n in m.__all__]"
+    ours, host = seconds(names), seconds("import lightning")
+    report("import, seconds beyond lightning's", ours - host, "<= 0.3", ours - host <= 0.3, f"{ours:.2f} s / {host:.2f} s")
+
+
+GROUPS = {
+    "step": step_bars, "quantize": quantize_bars, "training": training_bars, "memory": memory_bars, "import": import_bars,
+}  # fmt: skip
+
+
+def main() -> None:
+    """Run the groups and print hardware and versions."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="*", choices=[[], *GROUPS], help="groups to run (default: all)")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    args = parser.parse_args()
+    machine = {
+        "processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "lightning": L.__version__, "python": platform.python_version(), "backends": backend_report(),
+    }  # fmt: skip
+    print(json.dumps(machine))
+    for name in args.groups or GROUPS:
+        GROUPS[name]()
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine, "rows": ROWS}, indent=1))
+
+
+def processor() -> str:
+    """Name of the processor as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
