@@ -1,18 +1,41 @@
 """The theory as tools: exact laws of low-precision chains, distances, budgets, gradient shrinkage, a planner."""
 
+from lightning_lpsgld.analysis.budget import VarianceBudget, rounding_variance_after_noise, variance_budget
 from lightning_lpsgld.analysis.distance import best_on_grid, gibbs_on_grid, moments, variance_ratio, wasserstein2
 from lightning_lpsgld.analysis.onestep import lattice_law, naive_law, vc_law
+from lightning_lpsgld.analysis.planner import LayerPlan, Plan, fraction_length_for, plan
+from lightning_lpsgld.analysis.shrinkage import (
+    ConvergenceModel,
+    Shrinkage,
+    Suggestion,
+    expected_shrinkage,
+    gradient_shrinkage,
+    suggest_gradient_format,
+)
 from lightning_lpsgld.analysis.stationary import stationary_law, stationary_of, transition_matrix
 
 __all__ = [
+    "ConvergenceModel",
+    "LayerPlan",
+    "Plan",
+    "Shrinkage",
+    "Suggestion",
+    "VarianceBudget",
     "best_on_grid",
+    "expected_shrinkage",
+    "fraction_length_for",
     "gibbs_on_grid",
+    "gradient_shrinkage",
     "lattice_law",
     "moments",
     "naive_law",
+    "plan",
+    "rounding_variance_after_noise",
     "stationary_law",
     "stationary_of",
+    "suggest_gradient_format",
     "transition_matrix",
+    "variance_budget",
     "variance_ratio",
     "vc_law",
     "wasserstein2",

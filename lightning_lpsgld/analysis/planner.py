@@ -1,0 +1,420 @@
+r"""Choose bits, step size and temperature before training: one batch, one table, one verdict per layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lpsgld.analysis.budget import BudgetUpdate, VarianceBudget, variance_budget
+from lightning_lpsgld.analysis.shrinkage import Shrinkage, gradient_shrinkage
+from lightning_lpsgld.formats import (
+    BlockFloatingPoint,
+    FixedPoint,
+    FormatLike,
+    NumberFormat,
+    parse_format,
+    with_word_length,
+)
+from lightning_lpsgld.ops import quantize
+from lightning_lpsgld.ops.blocks import block_count
+from lightning_lpsgld.random import DrawKey, Role, stream_id
+
+__all__ = ["LayerPlan", "Plan", "fraction_length_for", "plan"]
+
+#: A layer whose noise is within this factor of the target is left alone.
+_TOLERANCE = 1.1
+#: Points of the learning-rate schedule that are looked at.
+_POINTS = 9
+#: Word lengths that are tried as a remedy.
+_LONGEST = 16
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One parameter tensor.
+
+    Attributes:
+        name: As in ``named_parameters``.
+        shape: Of the tensor.
+        largest: Largest |θ|.
+        fraction_length: Largest F of a fixed point of the format's word length that clips nothing.
+        clipped: Share of elements outside the range of the format.
+        gradient_rms: Root mean square of the batch gradient.
+        shrinkage: Of the gradient in the gradient format, rounded to nearest; ``None`` without one.
+        budgets: Noise against target, one per looked-at learning rate.
+        gradient_noise: Variance that stochastic rounding of the gradient adds to a step, over the target, likewise.
+        effective_temperature: Mean over the schedule of T·(achieved/target + gradient_noise).
+        weight_bytes: Codes and shared exponents.
+        accumulator_bytes: Full-precision accumulator, if any.
+        remedy_bits: Smallest word length of the same family that meets the target; ``None`` if none up to 16 does.
+        verdict: One sentence.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    largest: float
+    fraction_length: int
+    clipped: float
+    gradient_rms: float
+    shrinkage: Shrinkage | None
+    budgets: tuple[VarianceBudget, ...]
+    gradient_noise: tuple[float, ...]
+    effective_temperature: float
+    weight_bytes: int
+    accumulator_bytes: int
+    remedy_bits: int | None
+    verdict: str
+
+    @property
+    def count(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    def row(self) -> tuple[str, ...]:
+        """Cells of the printed table; heads in :data:`HEADS`."""
+        first, last = self.budgets[0], self.budgets[-1]
+        return (
+            self.name,
+            "x".join(map(str, self.shape)) or "1",
+            f"{self.largest:.3g}",
+            str(self.fraction_length),
+            f"{self.clipped:.2%}",
+            f"{self.gradient_rms:.2e}",
+            "-" if self.shrinkage is None else f"{float(self.shrinkage.projection):.2f}",
+            f"{float(first.high):.0%}/{float(first.low):.0%}/{float(first.unreachable):.0%}",
+            f"{float(first.ratio):.3g}..{float(last.ratio):.3g}",
+            f"{max(self.gradient_noise):.2g}",
+            f"{self.effective_temperature:.2e}",
+            str(self.weight_bytes + self.accumulator_bytes),
+            self.verdict,
+        )
+
+
+HEADS = (
+    "parameter",
+    "shape",
+    "max",
+    "F",
+    "clipped",
+    "grad rms",
+    "q nearest",
+    "high/low/out of reach",
+    "noise/target",
+    "Q_G/target",
+    "T eff",
+    "bytes",
+    "verdict",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do; ``print(plan)`` shows it.
+
+    Attributes:
+        layers: One per trainable parameter.
+        weights: Format of the weights.
+        gradients: Format of the gradients.
+        update: How the sum is kept: ``"vc"``, ``"naive"`` or ``"full"``.
+        temperature: T asked for.
+        num_data: N.
+        learning_rates: The looked-at points of the schedule.
+        samples: Posterior samples to be kept.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    weights: NumberFormat
+    gradients: NumberFormat | None
+    update: BudgetUpdate
+    temperature: float
+    num_data: int
+    learning_rates: tuple[float, ...]
+    samples: int
+
+    @property
+    def effective_temperature(self) -> float:
+        """Over all elements, by noise power at each point of the schedule, then averaged over the points."""
+        ratios = []
+        for i in range(len(self.learning_rates)):
+            achieved = sum(
+                float(layer.budgets[i].achieved + layer.gradient_noise[i] * layer.budgets[i].target) * layer.count
+                for layer in self.layers
+            )
+            target = sum(float(layer.budgets[i].target) * layer.count for layer in self.layers)
+            ratios.append(1.0 if achieved == target else achieved / target if target else math.inf)
+        return self.temperature * sum(ratios) / len(ratios)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights as codes and exponents."""
+        return sum(layer.weight_bytes for layer in self.layers)
+
+    @property
+    def accumulator_bytes(self) -> int:
+        """Bytes of all accumulators."""
+        return sum(layer.accumulator_bytes for layer in self.layers)
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of all samples that are to be kept."""
+        return self.samples * self.weight_bytes
+
+    @property
+    def verdict(self) -> str:
+        """The whole run in one or two sentences."""
+        worst = max(self.layers, key=lambda layer: layer.effective_temperature)
+        fixed = isinstance(self.weights, FixedPoint)
+        clipped = [layer.name for layer in self.layers if fixed and layer.clipped > 0]
+        text = f"{self.weights} ({self.update}) samples at T = {self.effective_temperature:.3g}"
+        text += f", asked for {self.temperature:.3g}"
+        text += f"; hottest: {worst.name} at {worst.effective_temperature:.3g}." if self._hot() else "."
+        if clipped:
+            text += f" {len(clipped)} tensors are clipped, first {clipped[0]}."
+        if self._hot():
+            text += f" {self._advice()}"
+        return text
+
+    def _hot(self) -> bool:
+        return any(layer.effective_temperature > _TOLERANCE * self.temperature for layer in self.layers)
+
+    def _advice(self) -> str:
+        bits = [layer.remedy_bits for layer in self.layers]
+        options = ['accumulator="full"']
+        if self.update == "naive":
+            options.append("variance_corrected=True")
+        if all(bit is not None for bit in bits):
+            options.append(f"{max(bit for bit in bits if bit is not None)}-bit weights")
+        if self.update == "vc":
+            options.append("a higher temperature (rounding noise is then part of it)")
+        return "To get there: " + " or ".join(options) + "."
+
+    def __str__(self) -> str:
+        rows = [HEADS, *(layer.row() for layer in self.layers)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(HEADS))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        total = 4 * sum(layer.count for layer in self.layers)
+        memory = (
+            f"bytes: weights {self.weight_bytes}, accumulators {self.accumulator_bytes}, {self.samples} samples "
+            f"{self.sample_bytes}; one fp32 copy {total}"
+        )
+        rates = f"lr {self.learning_rates[0]:.3g} .. {self.learning_rates[-1]:.3g}, N = {self.num_data}"
+        return "\n".join([*lines, rates, memory, self.verdict])
+
+
+def fraction_length_for(x: Tensor, word_length: int, *, clip: float = 0.0, headroom: float = 1.0) -> int:
+    """Largest fraction length whose range clips at most a share ``clip`` of ``x``.
+
+    Args:
+        x: Values, any shape.
+        word_length: W, sign bit included.
+        clip: Share of elements that may saturate, in [0, 1).
+        headroom: Factor by which values may still grow.
+
+    Returns:
+        F, between -100 and 120; ``word_length - 1`` for an all-zero tensor (range ±1).
+
+    Example:
+        >>> import torch
+        >>> fraction_length_for(torch.tensor([0.3, -1.2]), 8)
+        6
+    """
+    magnitude = x.detach().double().abs().flatten() * headroom
+    keep = magnitude.sort().values[: max(magnitude.numel() - int(clip * magnitude.numel()), 1)]
+    top = float(keep[-1]) if keep.numel() else 0.0
+    if top == 0.0:
+        return word_length - 1
+    largest_code = 2 ** (word_length - 1) - 1
+    fraction = word_length - 1 - math.frexp(top)[1]
+    if top > largest_code * 2.0**-fraction:
+        fraction -= 1
+    return max(-100, min(120, fraction))
+
+
+def _gradients(module: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor]) -> dict[str, Tensor]:
+    """Gradients of the loss on one batch; buffers, ``.grad`` and the global generators are left as they were."""
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not named:
+        raise ValueError("plan: the module has no parameter that requires a gradient.")
+    buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+    devices = [p.device for p in named.values() if p.device.type == "cuda"]
+    try:
+        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            value = loss(module, batch)
+            grads = torch.autograd.grad(value, list(named.values()), allow_unused=True)
+    finally:
+        with torch.no_grad():
+            for name, buffer in module.named_buffers():
+                buffer.copy_(buffers[name])
+    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), grads)}
+
+
+def _bytes(shape: torch.Size, fmt: NumberFormat) -> int:
+    exponents = block_count(shape, fmt) if isinstance(fmt, BlockFloatingPoint) else 0
+    return -(-fmt.bits // 8) * math.prod(shape) + exponents
+
+
+def _points(lr: float | Sequence[float]) -> tuple[float, ...]:
+    rates = [float(lr)] if isinstance(lr, (int, float)) else [float(rate) for rate in lr]
+    if not rates or any(not rate > 0 for rate in rates):
+        raise ValueError(f"plan: `lr` must be a positive step size or a non-empty sequence of them, got {lr!r}.")
+    if len(rates) <= _POINTS:
+        return tuple(rates)
+    return tuple(rates[round(i * (len(rates) - 1) / (_POINTS - 1))] for i in range(_POINTS))
+
+
+def _formats_up(fmt: NumberFormat) -> list[NumberFormat]:
+    if not isinstance(fmt, (FixedPoint, BlockFloatingPoint)):
+        return []
+    return [with_word_length(fmt, bits) for bits in range(fmt.word_length + 1, _LONGEST + 1)]
+
+
+def _ratio(theta: Tensor, drift: Tensor, lr: float, noise: float, fmt: NumberFormat, update: BudgetUpdate) -> float:
+    return float(variance_budget(theta - lr * drift, lr * noise, fmt, update=update).ratio)
+
+
+def _remedy(
+    theta: Tensor, drift: Tensor, rates: Sequence[float], noise: float, fmt: NumberFormat, update: BudgetUpdate
+) -> int | None:
+    for wider in _formats_up(fmt):
+        grid = quantize(theta, wider, rounding="nearest")
+        if all(_ratio(grid, drift, lr, noise, wider, update) <= _TOLERANCE for lr in rates):
+            return wider.bits
+    return None
+
+
+def _gradient_variance(grad: Tensor, fmt: NumberFormat | None) -> float:
+    """Mean variance of the stochastic rounding of a gradient."""
+    return 0.0 if fmt is None else float(variance_budget(grad, 0.0, fmt).rounding)
+
+
+def _verdict(heat: float, clipped: float, from_gradient: float, remedy: int | None, fraction: int | None) -> str:
+    notes = []
+    if clipped > 0 and fraction is not None:
+        notes.append(f"clipped: use F = {fraction}")
+    if from_gradient > _TOLERANCE - 1.0:
+        notes.append(f"gradient rounding adds {from_gradient:.2g} x the target noise: finer gradients")
+    if heat > _TOLERANCE:
+        more = f"{remedy} bits" if remedy is not None else "a full accumulator"
+        notes.append(f"{heat:.3g} times too much noise: {more}, or T x {heat:.3g}")
+    return "; ".join(notes) or "ok"
+
+
+def plan(
+    module: nn.Module,
+    batch: Any,
+    loss: Callable[[nn.Module, Any], Tensor],
+    *,
+    lr: float | Sequence[float],
+    num_data: int,
+    temperature: float = 1e-3,
+    weight_decay: float = 0.0,
+    weights: FormatLike = "bfp8",
+    gradients: FormatLike | None = None,
+    update: BudgetUpdate = "vc",
+    samples: int = 0,
+) -> Plan:
+    r"""Predict what a low-precision sampler would do to a module, from its weights and one batch.
+
+    For every trainable tensor and several points of the step-size schedule it compares the noise that one step delivers
+    with the target :math:`v = 2\eta T/N` (:func:`.variance_budget`), with the weights on their grid and the batch's
+    gradient as the drift. The weights are those of now: plan again after some training. The noise of the minibatch
+    itself is not counted: it is the same at full precision.
+
+    Args:
+        module: Any module; its parameters, buffers and gradients are left as they are.
+        batch: What ``loss`` takes.
+        loss: ``loss(module, batch)``, the batch-mean loss as a 0-d tensor; of a LightningModule, say,
+            ``lambda module, batch: module.training_step(batch, 0)``.
+        lr: Step size, or the step sizes of the planned schedule in order.
+        num_data: N, number of training examples.
+        temperature: T.
+        weight_decay: λ; enters the drift as in the sampler.
+        weights: Format of the weights.
+        gradients: Format of the gradients (rounded stochastically; the column ``q nearest`` shows what would be left of
+            them with rounding to nearest); ``None``: not quantized.
+        update: ``"vc"``, ``"naive"`` (low-precision accumulators) or ``"full"``.
+        samples: Posterior samples that will be kept, for the memory line.
+
+    Returns:
+        A :class:`Plan`; print it.
+
+    Raises:
+        ValueError: If a step size, N or T is not positive, or nothing is trainable.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Linear(3, 2)
+        >>> data = torch.randn(8, 3), torch.randint(2, (8,))
+        >>> loss = lambda m, b: torch.nn.functional.cross_entropy(m(b[0]), b[1])
+        >>> out = plan(net, data, loss, lr=0.1, num_data=1000, weights="fixed8.6")
+        >>> [layer.name for layer in out.layers]
+        ['weight', 'bias']
+    """
+    for name, value in (("num_data", num_data), ("temperature", temperature)):
+        if not value > 0:
+            raise ValueError(f"plan: `{name}` must be > 0, got {value}.")
+    fmt, rates = parse_format(weights), _points(lr)
+    gradient_format = None if gradients is None else parse_format(gradients)
+    grads = _gradients(module, batch, loss)
+    named = dict(module.named_parameters())
+    noise = 2.0 * temperature / num_data
+    layers = []
+    for index, (name, grad) in enumerate(grads.items()):
+        theta = named[name].detach()
+        rounded = grad
+        if gradient_format is not None:
+            key = DrawKey(0, stream=stream_id(Role.PROBE, index))
+            rounded = quantize(grad, gradient_format, key=key)
+        drift = rounded + weight_decay * theta
+        layers.append(_layer(name, theta, grad, drift, rates, noise, temperature, fmt, gradient_format, update))
+    return Plan(tuple(layers), fmt, gradient_format, update, temperature, num_data, rates, samples)
+
+
+def _layer(
+    name: str,
+    theta: Tensor,
+    grad: Tensor,
+    drift: Tensor,
+    rates: tuple[float, ...],
+    noise: float,
+    temperature: float,
+    fmt: NumberFormat,
+    gradient_format: NumberFormat | None,
+    update: BudgetUpdate,
+) -> LayerPlan:
+    """One row; ``noise`` is the target variance per unit of step size."""
+    grid = quantize(theta, fmt, rounding="nearest")
+    budgets = tuple(variance_budget(grid - lr * drift, lr * noise, fmt, update=update) for lr in rates)
+    ratios = [float(budget.ratio) for budget in budgets]
+    extra = tuple(lr * _gradient_variance(grad, gradient_format) / noise for lr in rates)
+    heat = sum(ratios) / len(ratios)
+    remedy: int | None = fmt.bits
+    if max(ratios) > _TOLERANCE:
+        remedy = _remedy(theta, drift, rates, noise, fmt, update)
+    shrinkage = None
+    if gradient_format is not None:
+        shrinkage = gradient_shrinkage(quantize(grad, gradient_format, rounding="nearest"), grad)
+    clipped = float(variance_budget(theta, 0.0, fmt).saturated)
+    fraction = fraction_length_for(theta, min(fmt.bits, 24))
+    own = fraction if isinstance(fmt, FixedPoint) else None
+    return LayerPlan(
+        name=name,
+        shape=tuple(theta.shape),
+        largest=float(theta.abs().max()) if theta.numel() else 0.0,
+        fraction_length=fraction,
+        clipped=clipped,
+        gradient_rms=float(grad.double().square().mean().sqrt()),
+        shrinkage=shrinkage,
+        budgets=budgets,
+        gradient_noise=extra,
+        effective_temperature=temperature * (heat + sum(extra) / len(extra)),
+        weight_bytes=_bytes(theta.shape, fmt),
+        accumulator_bytes=4 * theta.numel() if update == "full" else 0,
+        remedy_bits=remedy,
+        verdict=_verdict(heat, clipped, max(extra), remedy, own),
+    )
