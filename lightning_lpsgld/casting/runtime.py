@@ -1,0 +1,370 @@
+"""What happens while a hooked module runs: which forward call this is, and what is cast in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from lightning_lpsgld.casting.draws import CallDraws, ForwardCounter
+from lightning_lpsgld.casting.functional import (
+    RANDOM_FUNCTIONS,
+    READOUTS,
+    RELU_FUNCTIONS,
+    SOFTMAX_FUNCTIONS,
+    is_inplace,
+)
+from lightning_lpsgld.casting.hooks import Frame, Scope
+from lightning_lpsgld.casting.outputs import OpenEnds, OutputTracker, Place, replace_tensors, tensors_in
+from lightning_lpsgld.casting.saved import CodeStore, ReluSigns
+from lightning_lpsgld.formats import NumberFormat
+from lightning_lpsgld.ops import quantize
+from lightning_lpsgld.ops.autograd import Rounder, cast_with
+from lightning_lpsgld.ops.dispatch import BackendName
+
+__all__ = ["CastingRuntime", "ForwardCall"]
+
+
+@dataclass
+class ForwardCall:
+    """One call of an outermost module.
+
+    Attributes:
+        owner: Name of the module.
+        training: Whether it draws from the training stream.
+        draws: Its keys.
+        index: Number of the next cast.
+        learning: Whether the places of the network's output are still to be found.
+        replay: Whether this repeats an earlier call, during backward.
+        reached: How often each site was reached.
+    """
+
+    owner: str
+    training: bool
+    draws: CallDraws
+    index: int = 0
+    learning: bool = False
+    replay: bool = False
+    reached: dict[str, int] = field(default_factory=dict)
+
+    def place(self, site: str) -> Place:
+        """This visit of a site."""
+        times = self.reached.get(site, 0)
+        self.reached[site] = times + 1
+        return (self.owner, site, times)
+
+    def next_index(self) -> int:
+        """Number of this cast."""
+        self.index += 1
+        return self.index - 1
+
+
+@dataclass
+class _Activation:
+    """A call of an activation function whose result is to be cast.
+
+    ``signs`` stands for what a ReLU saved; ``uncast`` is the result had the casts before it not been; ``source`` gives
+    the result from the cast of an argument that was left uncast as a network's output.
+    """
+
+    result: Tensor
+    signs: ReluSigns | None = None
+    uncast: Tensor | None = None
+    places: tuple[Place, ...] = ()
+    source: Callable[[], Tensor] | None = None
+
+
+class CastingRuntime:
+    """State of a casting between and during forward calls; shared by all hooks, and by deep copies of the module.
+
+    Args:
+        activations: Format of activations, or ``None``.
+        errors: Format of errors, or ``None``.
+        counter: Gives each forward call its draws.
+        backend: For the ops.
+        codes: Whether saved activations are kept as codes.
+    """
+
+    def __init__(
+        self,
+        activations: NumberFormat | None,
+        errors: NumberFormat | None,
+        counter: ForwardCounter,
+        backend: BackendName,
+        codes: bool,
+    ) -> None:
+        self.activations, self.errors, self.counter, self.backend = activations, errors, counter, backend
+        self.store = CodeStore(activations, backend) if codes and activations is not None else None
+        self.active = False
+        self.root: Callable[[], nn.Module | None] = lambda: None
+        self.functional_sites: dict[str, None] = {}
+        self.tracker = OutputTracker()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all that belongs to a running forward."""
+        self.call: ForwardCall | None = None
+        self.last: ForwardCall | None = None
+        self.entries: dict[str, list[tuple[CallDraws, int]]] = {}
+        self.muted = False
+        self.packing = False
+        self.in_context = False
+        self.stack: list[Frame] = []
+        self.ends = OpenEnds()
+        self.tracker.drop()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CastingRuntime:
+        return self  # copies of a module go on drawing from one counter, so that no draw is made twice
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("activations", "errors", "counter", "backend", "active", "functional_sites")
+        state = {name: self.__dict__[name] for name in kept}
+        return {**state, "codes": self.store is not None, "outputs": self.tracker.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        codes, outputs = state.pop("codes"), state.pop("outputs")
+        self.__dict__.update(state)
+        self.store = CodeStore(self.activations, self.backend) if codes and self.activations is not None else None
+        self.root = lambda: None
+        self.tracker = OutputTracker()
+        self.tracker.load_state_dict(outputs)
+        self.reset()
+
+    # ---------------------------------------------------------------- hooks
+
+    def enter(self, name: str, scope: Scope, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Forward pre-hook of every hooked module."""
+        if not self.active:
+            return None
+        self._unwind(name)
+        frame = Frame(name, scope)
+        changed = None
+        if scope == "container" and _is_redirected(module):
+            frame.counted = False
+        elif self.call is None and scope != "excluded":
+            changed = self._open(frame, module, args, kwargs)
+        elif self.call is not None and self.call.learning and scope == "layer":
+            self.tracker.consume(args)
+        if self.call is not None and self.call.training and not self.call.replay:
+            self.entries.setdefault(name, []).append((self.call.draws, self.call.index))
+        self.stack.append(frame)
+        return changed
+
+    def leave(self, name: str, scope: Scope, module: nn.Module, output: Any) -> Any:
+        """Forward hook of every hooked module; returns its output, cast where it is a site."""
+        if not self.active or not any(frame.name == name for frame in self.stack):
+            return None
+        while self.stack[-1].name != name:
+            self.stack.pop()
+        frame = self.stack.pop()
+        if scope == "activation" and torch.is_tensor(output):
+            output = self._cast(name, frame.made(output) or _Activation(output))
+        elif scope == "layer":
+            output = self._cast_layer(name, module, output)
+        return self._close(output) if frame.opened else output
+
+    def _unwind(self, name: str) -> None:
+        """Drop what a forward that raised has left: the module that is entered now cannot be running already."""
+        for at, frame in enumerate(self.stack):
+            if frame.name == name and frame.counted:
+                if any(later.opened for later in self.stack[at:]):
+                    self.call = None
+                    self.tracker.drop()
+                del self.stack[at:]
+                return
+
+    def _open(self, frame: Frame, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Begin a forward call; returns its arguments, cast where they are outputs of an earlier one."""
+        frame.opened = True
+        if torch._C._current_graph_task_id() != -1 and self._replay(frame.name):
+            return None
+        if not self.in_context:
+            self.entries.clear()
+        training = (self.root() or module).training and torch.is_grad_enabled()
+        self.call = self.last = ForwardCall(frame.name, training, self.counter.open(training))
+        self.call.learning = (frame.name, training) not in self.tracker.learned
+        self.muted = True
+        try:
+            joined = replace_tensors((args, kwargs), self.ends.joined)
+        finally:
+            self.muted = False
+        if not self.in_context:
+            self.ends.clear()
+        return joined
+
+    def _replay(self, name: str) -> bool:
+        """Begin the repetition of a forward during backward (activation checkpointing) with the draws it had.
+
+        Raises:
+            RuntimeError: If functions are cast too: no mode sees them in backward.
+        """
+        if not self.entries.get(name):
+            return False
+        if self.functional_sites and not self.in_context:
+            raise RuntimeError(
+                f"{name!r} is run again in backward (activation checkpointing), where activations that are called as "
+                f"functions ({', '.join(self.functional_sites)}) cannot be cast as they were in forward. Use modules "
+                "such as nn.ReLU in their place, or no checkpointing."
+            )
+        draws, index = self.entries[name].pop()  # backward goes through the calls from the last to the first
+        self.call = ForwardCall(name, True, draws, index, replay=True)
+        return True
+
+    def _close(self, output: Any) -> Any:
+        call = self.call
+        assert call is not None
+        if call.learning:
+            output = self.tracker.finish(call.owner, call.training, output, self._note_end)
+        self.call = None
+        return output
+
+    def _note_end(self, uncast: Tensor, out: Tensor) -> None:
+        self.ends.add(uncast, lambda: out)
+
+    # ---------------------------------------------------------------- casts
+
+    def _cast_layer(self, name: str, module: nn.Module, output: Any) -> Any:
+        if isinstance(module, nn.MultiheadAttention):
+            return (self._cast(name, _Activation(output[0])), *output[1:])
+        if isinstance(output, PackedSequence):
+            return output._replace(data=self._cast(name, _Activation(output.data)))
+        if isinstance(output, tuple):
+            return tuple(self._cast_layer(name, module, part) for part in output)
+        return self._cast(name, _Activation(output)) if torch.is_tensor(output) else output
+
+    def _cast(self, site: str, activation: _Activation) -> Tensor:
+        """Cast the result of a site; leave it where it is the network's output."""
+        raw, call = activation.result, self.call
+        if call is None or not raw.is_floating_point() or raw.is_nested or raw.is_sparse or raw.numel() == 0:
+            return raw
+        index, place = call.next_index(), call.place(site)
+        if place in self.tracker.places or (call.replay and self.tracker.is_output(site)):
+            source = activation.source or (lambda: raw)
+            self.ends.add(raw, lambda: self._round(source(), call.draws, index))
+            return raw
+        out = self._round(raw, call.draws, index, activation.signs)
+        if call.learning:
+            uncast = raw if activation.uncast is None else activation.uncast
+            self.tracker.hold(out, uncast, (*activation.places, place))
+        return out
+
+    def _round(self, raw: Tensor, draws: CallDraws, index: int, signs: ReluSigns | None = None) -> Tensor:
+        error = None
+        if self.errors is not None and raw.requires_grad and torch.is_grad_enabled():
+            error = partial(quantize, fmt=self.errors, key=draws.error_key(index), backend=self.backend)
+        if self.activations is None:
+            return cast_with(raw, None, error)
+        key = draws.activation_key(index) if draws.rounding == "stochastic" else None
+        if self.store is not None and self.packing:
+            return self.store.cast(raw, draws.rounding, key, error, signs)
+        activation: Rounder = partial(
+            quantize, fmt=self.activations, rounding=draws.rounding, key=key, backend=self.backend
+        )
+        return cast_with(raw, activation, error)
+
+    # ------------------------------------------------- functional activations
+
+    def on_activation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Called by the torch-function mode instead of an activation function."""
+        x = args[0] if args else kwargs.get("input")
+        scope = self.stack[-1].scope if self.stack else None
+        if self.muted or not self.active or not torch.is_tensor(x) or scope in ("layer", "excluded"):
+            return func(*args, **kwargs)
+        function = _Function(func, args[1:], {name: value for name, value in kwargs.items() if name != "input"})
+        if self.call is None:
+            return self._loose_activation(function, x)
+        frame = self.stack[-1]
+        if frame.scope == "activation":
+            frame.activation = self._run(function, x)
+            return frame.activation.result
+        site = f"{frame.name}:{function.name}".lstrip(":")
+        self.functional_sites[site] = None
+        if not function.inplace:
+            return self._cast(site, self._run(function, x))
+        # The user may go on with the argument instead of the result: bring the cast into it. The function itself runs
+        # on a copy, because a ReLU keeps its result for backward and must not find it overwritten.
+        out = self._cast(site, self._run(function, x.clone()))
+        x.copy_(out)
+        if self.store is not None and self.packing:
+            self.store.alias(out, x)
+        return x
+
+    def _run(self, function: _Function, x: Tensor) -> _Activation:
+        """Run an activation function whose result will be cast."""
+        held, end = self.tracker.find(x), self.ends.find(x)
+        made = _Activation(x)
+        if held is not None and function.repeatable:
+            without = held.uncast_view(x)
+            if without is not None:
+                made.uncast, made.places = function(without.clone() if function.inplace else without), held.places
+        if end is not None and function.repeatable and not function.inplace:
+            made.source = lambda: function(end.cast())
+        if function.is_relu and self.packing and torch.is_grad_enabled():
+            made.signs = ReluSigns()
+            with torch.autograd.graph.saved_tensors_hooks(made.signs.pack, ReluSigns.unpack):
+                made.result = function(x)
+        else:
+            made.result = function(x)
+        return made
+
+    def _loose_activation(self, function: _Function, x: Tensor) -> Tensor:
+        """An activation function outside of any module: a hidden layer only if its result goes into a module."""
+        end, last = self.ends.find(x), self.last
+        result = function(x)
+        if end is not None and last is not None and function.repeatable and not function.inplace:
+            index = last.next_index()
+            self.ends.add(result, lambda: self._round(function(end.cast()), last.draws, index))
+        return result
+
+    def watcher(self) -> Callable[..., None] | None:
+        """What the mode calls after every other function: only while the network's outputs are being found."""
+        return self._watch if self.call is not None and self.call.learning and not self.muted else None
+
+    def _watch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        if func in SOFTMAX_FUNCTIONS:
+            held = self.tracker.find(args[0] if args else None)
+            without = None if held is None else held.uncast_view(args[0])
+            if held is not None and without is not None:
+                self.tracker.hold(out, func(without, *args[1:], **kwargs), held.places)
+        elif func not in READOUTS and tensors_in(out):
+            self.tracker.consume((args, kwargs), out)
+
+
+@dataclass(frozen=True)
+class _Function:
+    """An activation function with everything but its first argument."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = self.func(x, *self.args, **self.kwargs)
+        return out
+
+    @property
+    def name(self) -> str:
+        return str(self.func.__name__).rstrip("_")
+
+    @property
+    def inplace(self) -> bool:
+        return is_inplace(self.func, (None, *self.args), self.kwargs)
+
+    @property
+    def is_relu(self) -> bool:
+        return self.func in RELU_FUNCTIONS
+
+    @property
+    def repeatable(self) -> bool:
+        return self.func not in RANDOM_FUNCTIONS
+
+
+def _is_redirected(module: nn.Module) -> bool:
+    """Whether ``forward`` is not the class's own: Lightning's strategies route a whole training step through it."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
