@@ -1,8 +1,8 @@
 """Posterior samples, kept as codes and exponents: in memory, or in a directory that survives crashes."""
 
-from lightning_lpsgld.bank.collection import Damage, SampleBank
+from lightning_lpsgld.bank.collection import SampleBank
 from lightning_lpsgld.bank.errors import BankError
-from lightning_lpsgld.bank.sample import Sample, SampleInfo, decode_into_
+from lightning_lpsgld.bank.sample import Damage, Sample, SampleInfo, decode_into_
 from lightning_lpsgld.bank.spec import EntrySpec, ModuleSpec, module_tensors
 
 __all__ = [

@@ -5,52 +5,32 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from lightning_lpsgld.bank.errors import BankError
 from lightning_lpsgld.bank.folder import open_folder
+from lightning_lpsgld.bank.history import (
+    check_same_module,
+    check_same_retention,
+    keeps,
+    merged_labels,
+    restricted,
+    truncated,
+    with_arrival,
+    with_record,
+)
 from lightning_lpsgld.bank.manifest import MANIFEST, Manifest, Record, parse_sample_name
-from lightning_lpsgld.bank.retention import Policy, check_retention, kept_arrivals
-from lightning_lpsgld.bank.sample import Sample, SampleInfo, encode_tensors
-from lightning_lpsgld.bank.spec import ModuleSpec, module_tensors
-from lightning_lpsgld.bank.store import FileStore, MemoryStore, check_tensors
-from lightning_lpsgld.formats import FormatLike
+from lightning_lpsgld.bank.retention import Policy, check_retention
+from lightning_lpsgld.bank.sample import Damage, Sample, SampleInfo, encode_tensors
+from lightning_lpsgld.bank.spec import Formats, ModuleSpec, formats_by_name, module_tensors
+from lightning_lpsgld.bank.store import FileStore, MemoryStore
 
-__all__ = ["Damage", "SampleBank"]
+__all__ = ["SampleBank"]
 
 log = logging.getLogger(__name__)
-
-Formats = FormatLike | Mapping[str, FormatLike | None] | None
-
-
-@dataclass(frozen=True)
-class Damage:
-    """A sample that cannot be used.
-
-    Attributes:
-        info: Its metadata, from the manifest.
-        file: Its file name.
-        reason: What is wrong with the file.
-    """
-
-    info: SampleInfo
-    file: str
-    reason: str
-
-
-def _formats_by_name(tensors: Mapping[str, Tensor], formats: Formats) -> Mapping[str, FormatLike | None]:
-    if formats is None or isinstance(formats, Mapping):
-        return formats or {}
-    named = {n: formats for n, t in tensors.items() if isinstance(t, nn.Parameter) and t.is_floating_point()}
-    if not named:
-        raise BankError(
-            f"formats={formats!s} applies to parameters, and there is none; pass a mapping of names instead."
-        )
-    return named
 
 
 class SampleBank:
@@ -122,7 +102,7 @@ class SampleBank:
                     f"A bank is at {store.location} already. Use `SampleBank.open`, `exist_ok=True`, or another path."
                 )
             found = store.load_manifest()
-            self._check_same_retention(found)
+            check_same_retention(self._manifest, found)
             self._manifest = found
             self.verify()
             return
@@ -164,19 +144,7 @@ class SampleBank:
         Raises:
             BankError: If there is no intact sample, or there are samples of different modules.
         """
-        store = FileStore(open_folder(path))
-        found = list(store.scan())
-        if not found:
-            raise BankError(f"{store.location} holds no intact sample.")
-        specs = {spec.fingerprint: spec for _, spec in found}
-        if len(specs) > 1:
-            raise BankError(f"{store.location} holds samples of {len(specs)} modules; move those of one elsewhere.")
-        unique = {record.key: record for record, _ in found}
-        records = sorted(unique.values(), key=lambda record: (record.info.step, record.info.chain))
-        arrivals: dict[int, tuple[int, ...]] = {}
-        for record in records:
-            arrivals[record.info.chain] = (*arrivals.get(record.info.chain, ()), record.info.step)
-        store.rebuild(Manifest(spec=next(iter(specs.values())), records=tuple(records), arrivals=arrivals))
+        FileStore(open_folder(path)).rebuild()
         return cls.open(path)
 
     @property
@@ -309,52 +277,22 @@ class SampleBank:
         """
         info = SampleInfo(step, cycle, chain, temperature, lr, metrics or {})
         tensors = module_tensors(source) if isinstance(source, nn.Module) else dict(source)
-        spec = ModuleSpec.of(tensors, _formats_by_name(tensors, formats))
-        self._check_same_module(spec)
-        manifest = self._with_arrival(self._manifest, info)
-        kept = self._keeps(manifest, info)
+        spec = ModuleSpec.of(tensors, formats_by_name(tensors, formats))
+        check_same_module(self._manifest, spec)
+        manifest = with_arrival(self._manifest, info)
+        kept = keeps(manifest, info)
         if kept:
             record = self._store.write(info, spec, encode_tensors(tensors, spec))
-            manifest = _with_record(replace(manifest, spec=spec), record)
+            manifest = with_record(replace(manifest, spec=spec), record)
+            self._damaged.pop(record.file, None)
         self._commit(manifest)
         return info if kept else None
-
-    def _with_arrival(self, manifest: Manifest, info: SampleInfo) -> Manifest:
-        steps = manifest.arrivals.get(info.chain, ())
-        if info.step not in steps:
-            steps = (*steps, info.step)
-        kept = {(info.chain, step) for step in self._kept_steps(manifest, info.chain, steps)}
-        records = tuple(r for r in manifest.records if r.info.chain != info.chain or r.key in kept)
-        return replace(manifest, records=records, arrivals={**manifest.arrivals, info.chain: steps})
-
-    def _keeps(self, manifest: Manifest, info: SampleInfo) -> bool:
-        return info.step in self._kept_steps(manifest, info.chain, manifest.arrivals[info.chain])
-
-    @staticmethod
-    def _kept_steps(manifest: Manifest, chain: int, steps: tuple[int, ...]) -> set[int]:
-        kept = kept_arrivals(len(steps), manifest.capacity, manifest.policy, seed=manifest.seed, chain=chain)
-        return {steps[n] for n in kept}
 
     def _commit(self, manifest: Manifest) -> None:
         self._store.commit(manifest)
         self._manifest = manifest
         files = {record.file for record in manifest.records}
         self._damaged = {file: reason for file, reason in self._damaged.items() if file in files}
-
-    def _check_same_module(self, spec: ModuleSpec) -> None:
-        if self.spec is not None and self.spec.fingerprint != spec.fingerprint:
-            raise BankError(
-                f"The bank holds samples of another module or of other formats: {self.spec.difference(spec)}. "
-                "Use a bank of its own for each."
-            )
-
-    def _check_same_retention(self, other: Manifest) -> None:
-        ours = (self._manifest.capacity, self._manifest.policy, self._manifest.seed)
-        theirs = (other.capacity, other.policy, other.seed)
-        if ours != theirs:
-            raise BankError(
-                f"The bank was made with (capacity, policy, seed) = {theirs}, not {ours}. Use the same, or a new bank."
-            )
 
     def verify(self, *, content: bool = True) -> list[Damage]:
         """Check every file again.
@@ -383,16 +321,13 @@ class SampleBank:
         Returns:
             How many samples were dropped.
         """
-        arrivals = {chain: tuple(s for s in steps if s <= step) for chain, steps in self._manifest.arrivals.items()}
-        return self._restrict({chain: steps for chain, steps in arrivals.items() if steps})
+        return self._replace_manifest(truncated(self._manifest, step))
 
-    def _restrict(self, arrivals: dict[int, tuple[int, ...]]) -> int:
-        offered = {(chain, step) for chain, steps in arrivals.items() for step in steps}
-        before = self._manifest
-        records = tuple(record for record in before.records if record.key in offered)
-        if len(records) < len(before.records) or arrivals != before.arrivals:
-            self._commit(replace(before, records=records, arrivals=arrivals))
-        return len(before.records) - len(records)
+    def _replace_manifest(self, manifest: Manifest) -> int:
+        dropped = len(self._manifest.records) - len(manifest.records)
+        if manifest != self._manifest:
+            self._commit(manifest)
+        return dropped
 
     def merge(self, other: SampleBank, *, chains: Literal["keep", "renumber"] = "keep") -> None:
         """Add all samples of another bank of the same module.
@@ -407,30 +342,17 @@ class SampleBank:
         """
         if other.spec is None:
             return
-        self._check_same_module(other.spec)
-        labels = self._merged_labels(other, chains)
+        check_same_module(self._manifest, other.spec)
+        labels = merged_labels(self._manifest, other.infos, chains)
         manifest = self._manifest
         for sample in other:
             info = replace(sample.info, chain=labels[sample.chain])
-            manifest = self._with_arrival(manifest, info)
-            if self._keeps(manifest, info):
+            manifest = with_arrival(manifest, info)
+            if keeps(manifest, info):
                 record = self._store.write(info, sample.spec, dict(sample.tensors))
-                manifest = _with_record(replace(manifest, spec=sample.spec), record)
+                manifest = with_record(replace(manifest, spec=sample.spec), record)
+                self._damaged.pop(record.file, None)
         self._commit(manifest)
-
-    def _merged_labels(self, other: SampleBank, chains: str) -> dict[int, int]:
-        if chains not in ("keep", "renumber"):
-            raise BankError(f"`chains` must be 'keep' or 'renumber', got {chains!r:.80}.")
-        if chains == "renumber":
-            first = max(self._manifest.arrivals, default=-1) + 1
-            return {chain: first + n for n, chain in enumerate(other.chains)}
-        both = {record.key for record in self._manifest.records} & {record.key for record in other._usable}
-        if both:
-            raise BankError(
-                f"Both banks have a sample of chain {min(both)[0]}, step {min(both)[1]}. Use chains='renumber' if they "
-                "come from independent runs."
-            )
-        return {chain: chain for chain in other.chains}
 
     @classmethod
     def merged(
@@ -462,10 +384,7 @@ class SampleBank:
         """
         if not isinstance(self._store, MemoryStore):
             return {"manifest": self._manifest.to_json(), "samples": None}
-        return {
-            "manifest": self._manifest.to_json(),
-            "samples": [dict(self._store.tensors[record.file]) for record in self._manifest.records],
-        }
+        return {"manifest": self._manifest.to_json(), "samples": self._store.state(self._manifest)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Become the bank that the checkpoint knew.
@@ -482,42 +401,18 @@ class SampleBank:
         if not isinstance(state, Mapping) or set(state) != {"manifest", "samples"}:
             raise BankError("The state of a sample bank must have `manifest` and `samples`.")
         manifest = Manifest.from_json(state["manifest"])
-        self._check_same_retention(manifest)
+        check_same_retention(self._manifest, manifest)
         if (state["samples"] is None) == isinstance(self._store, MemoryStore):
             raise BankError(
                 "A bank in memory and a bank in a directory cannot be resumed from each other's checkpoint."
             )
         if isinstance(self._store, MemoryStore):
-            self._store, self._manifest = _memory_from_state(manifest, state["samples"]), manifest
+            self._store, self._manifest = MemoryStore.from_state(manifest, state["samples"]), manifest
             return
-        if manifest.spec is not None and self.spec is not None:
-            self._check_same_module(manifest.spec)
-        self._restrict(manifest.arrivals)
+        if manifest.spec is not None:
+            check_same_module(self._manifest, manifest.spec)
+        self._replace_manifest(restricted(self._manifest, manifest.arrivals))
         usable = {record.key for record in self._usable}
         gone = sorted(record.key for record in manifest.records if record.key not in usable)
         if gone and self.capacity is None:
             log.warning("The bank at %s lacks samples (chain, step) that the checkpoint knew: %s", self.path, gone)
-
-
-def _with_record(manifest: Manifest, record: Record) -> Manifest:
-    """Put a record at the place of the one with its chain and step, or at the end."""
-    old = {r.key: i for i, r in enumerate(manifest.records)}
-    records = list(manifest.records)
-    if record.key in old:
-        records[old[record.key]] = record
-    else:
-        records.append(record)
-    return replace(manifest, records=tuple(records))
-
-
-def _memory_from_state(manifest: Manifest, samples: object) -> MemoryStore:
-    if not isinstance(samples, list) or len(samples) != len(manifest.records):
-        raise BankError("The state of a sample bank does not hold as many samples as its manifest names.")
-    store = MemoryStore()
-    for record, tensors in zip(manifest.records, samples):
-        plain = isinstance(tensors, Mapping) and all(isinstance(tensor, Tensor) for tensor in tensors.values())
-        if not plain or manifest.spec is None:
-            raise BankError("A sample in the state of a sample bank is not a mapping of tensors.")
-        check_tensors(tensors, manifest.spec, f"The sample of chain {record.info.chain}, step {record.info.step}")
-        store.tensors[record.file] = {name: tensor.detach().to(torch.device("cpu")) for name, tensor in tensors.items()}
-    return store

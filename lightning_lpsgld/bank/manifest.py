@@ -130,8 +130,15 @@ class Manifest:
         return {**body, "checksum": body_checksum(body)}
 
     def dumps(self) -> bytes:
-        """File content."""
-        return json.dumps(self.to_json(), indent=1, allow_nan=False).encode()
+        """File content.
+
+        Raises:
+            BankError: If it would be larger than what is read.
+        """
+        data = json.dumps(self.to_json(), indent=1, allow_nan=False).encode()
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise BankError(f"{MANIFEST} would exceed {MAX_MANIFEST_BYTES} bytes; start another bank and merge later.")
+        return data
 
     @classmethod
     def loads(cls, data: bytes) -> Manifest:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lpsgld.bank.errors import BankError
-from lightning_lpsgld.bank.spec import EntrySpec, ModuleSpec, identity, module_tensors
+from lightning_lpsgld.bank.spec import EntrySpec, ModuleSpec, check_storable, identity, module_tensors
 from lightning_lpsgld.formats import BlockFloatingPoint, FixedPoint, FloatingPoint
 from lightning_lpsgld.ops import Encoded, decode, encode
 from lightning_lpsgld.ops.blocks import expand_blocks
 from lightning_lpsgld.ops.reference import power_of_two
 
-__all__ = ["Sample", "SampleInfo", "decode_into_", "encode_tensors"]
+__all__ = ["Damage", "Sample", "SampleInfo", "decode_into_", "encode_tensors"]
 
 
 def _check_count(name: str, value: object, *, optional: bool = False) -> None:
@@ -66,7 +66,8 @@ class SampleInfo:
         if not isinstance(self.metrics, Mapping) or len(self.metrics) > 10_000:
             raise BankError(f"`metrics` of a sample must map names to numbers, got {type(self.metrics).__name__}.")
         for name, value in self.metrics.items():
-            if not isinstance(name, str) or len(name) > 1024 or type(value) not in (int, float):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not isinstance(name, str) or len(name) > 1024 or not number:
                 raise BankError(f"`metrics` of a sample must map names to floats, got {name!r:.80}: {value!r:.80}.")
         object.__setattr__(self, "metrics", {name: float(value) for name, value in self.metrics.items()})
 
@@ -98,6 +99,21 @@ class SampleInfo:
             return cls(**{**data, "metrics": metrics})
         except OverflowError as error:
             raise BankError(f"A number of a sample's metadata is too large: {error}.") from error
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A sample that cannot be used.
+
+    Attributes:
+        info: Its metadata, from the manifest.
+        file: Its file name.
+        reason: What is wrong with the file.
+    """
+
+    info: SampleInfo
+    file: str
+    reason: str
 
 
 @torch.no_grad()
@@ -252,12 +268,11 @@ def _check_targets(targets: Mapping[str, Tensor], stored: Mapping[str, EntrySpec
     owners: dict[tuple[Any, ...], EntrySpec] = {}
     for name, entry in stored.items():
         target = targets[name]
+        check_storable(name, target)
         if tuple(target.shape) != entry.shape or target.dtype != entry.dtype:
             raise BankError(
                 f"`{name}` is {tuple(target.shape)} {target.dtype} in the module, but the sample has {entry}."
             )
-        if type(target.data) is not Tensor:
-            raise BankError(f"`{name}` is a {type(target).__name__}; samples go into plain tensors.")
         owner = owners.setdefault(identity(target), entry)
         if owner is not entry:
             raise BankError(f"`{name}` is tied to `{owner.name}` in the module, but not in the sample.")

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Union
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,10 @@ from lightning_lpsgld.bank.errors import BankError
 from lightning_lpsgld.formats import BlockFloatingPoint, FormatLike, NumberFormat, check_dtype, code_dtype, parse_format
 from lightning_lpsgld.ops.blocks import exponents_shape
 
-__all__ = ["EntrySpec", "ModuleSpec", "module_tensors"]
+__all__ = ["EntrySpec", "Formats", "ModuleSpec", "formats_by_name", "module_tensors"]
+
+#: One format for all floating parameters, formats by name, or none.
+Formats = Union[FormatLike, Mapping[str, Union[FormatLike, None]], None]
 
 _DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
@@ -52,6 +55,20 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def formats_by_name(tensors: Mapping[str, Tensor], formats: Formats) -> Mapping[str, FormatLike | None]:
+    """``formats`` as a mapping; a single one is that of every floating parameter among ``tensors``.
+
+    Raises:
+        BankError: If a single one is given and there is no floating parameter.
+    """
+    if formats is None or isinstance(formats, Mapping):
+        return formats or {}
+    named = {n: formats for n, t in tensors.items() if isinstance(t, nn.Parameter) and t.is_floating_point()}
+    if not named:
+        raise BankError(f"formats={formats!s} is meant for parameters, and there is none; pass a mapping of names.")
+    return named
+
+
 def identity(tensor: Tensor) -> tuple[Any, ...]:
     """Equal for two tensors that are the same memory seen in the same way: tied weights."""
     if tensor.numel() == 0 or tensor.is_meta:
@@ -59,7 +76,8 @@ def identity(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride())
 
 
-def _check_storable(name: str, tensor: Tensor) -> None:
+def check_storable(name: str, tensor: Tensor) -> None:
+    """Raise :class:`BankError` unless ``tensor`` is a plain dense tensor of a dtype that safetensors has."""
     if isinstance(tensor, (UninitializedBuffer, UninitializedParameter)):
         raise BankError(f"`{name}` is not initialized yet; run one batch through the lazy module first.")
     if type(tensor.data) is not Tensor or tensor.layout != torch.strided:
@@ -201,7 +219,7 @@ class ModuleSpec:
         grids: dict[str, NumberFormat | None] = {}
         aliases = []
         for name, tensor in tensors.items():
-            _check_storable(name, tensor)
+            check_storable(name, tensor)
             stored = first.setdefault(identity(tensor), name)
             if stored != name:
                 aliases.append((name, stored))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_lpsgld.bank.errors import BankError
 from lightning_lpsgld.bank.folder import Folder, LocalFolder, RemoteFolder
+from lightning_lpsgld.bank.history import from_records
 from lightning_lpsgld.bank.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
@@ -76,6 +77,29 @@ class MemoryStore:
         """Memory is not damaged."""
         return None
 
+    def state(self, manifest: Manifest) -> list[dict[str, Tensor]]:
+        """Tensors of every sample that ``manifest`` names, in its order."""
+        return [dict(self.tensors[record.file]) for record in manifest.records]
+
+    @classmethod
+    def from_state(cls, manifest: Manifest, samples: object) -> MemoryStore:
+        """Inverse of :meth:`state`.
+
+        Raises:
+            BankError: If ``samples`` are not what ``manifest`` describes.
+        """
+        if not isinstance(samples, list) or len(samples) != len(manifest.records):
+            raise BankError("The state of a sample bank does not hold as many samples as its manifest names.")
+        store = cls()
+        for record, tensors in zip(manifest.records, samples):
+            plain = isinstance(tensors, Mapping) and all(isinstance(tensor, Tensor) for tensor in tensors.values())
+            if not plain or manifest.spec is None:
+                raise BankError("A sample in the state of a sample bank is not a mapping of tensors.")
+            check_tensors(tensors, manifest.spec, f"The sample of chain {record.info.chain}, step {record.info.step}")
+            store.tensors[record.file] = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        store._count = max((int(record.checksum, 16) for record in manifest.records), default=0)
+        return store
+
     def commit(self, manifest: Manifest) -> None:
         """Drop tensors without a record."""
         named = {record.file for record in manifest.records}
@@ -93,7 +117,7 @@ class FileStore:
         self.folder = folder
         self.location: str | None = folder.location
         self._seen: bytes | None = None
-        self._swept = False
+        self._named: set[str] | None = None  # sample files that the last manifest written here names
 
     def load_manifest(self) -> Manifest:
         """Read and check the manifest.
@@ -113,6 +137,8 @@ class FileStore:
         data = safetensors.torch.save(tensors, {**header, "module": json.dumps(spec.to_json())})
         record = Record(info, sample_name(info, checksum(data)), len(data))
         self.folder.write(record.file, data)
+        if self._named is not None:
+            self._named.add(record.file)
         return record
 
     def read(self, record: Record, spec: ModuleSpec) -> dict[str, Tensor]:
@@ -146,13 +172,25 @@ class FileStore:
         self.folder.write(MANIFEST, data)
         self._seen = data
         named = {record.file for record in manifest.records}
-        self.folder.remove(n for n in self.folder.names() if parse_sample_name(n) is not None and n not in named)
-        if not self._swept:
+        if self._named is None:  # only the first time: what a killed process left can be anything
+            self._named = {name for name in self.folder.names() if parse_sample_name(name) is not None}
             self.folder.sweep()
-            self._swept = True
+        self.folder.remove(self._named - named)
+        self._named = named
 
-    def rebuild(self, manifest: Manifest) -> None:
-        """Write ``manifest`` over whatever is there, and remove nothing else."""
+    def rebuild(self) -> None:
+        """Write a manifest of all intact samples over whatever is there; remove nothing else.
+
+        Raises:
+            BankError: If there is no intact sample, or there are samples of different modules.
+        """
+        found = list(self.scan())
+        if not found:
+            raise BankError(f"{self.location} holds no intact sample.")
+        specs = {spec.fingerprint: spec for _, spec in found}
+        if len(specs) > 1:
+            raise BankError(f"{self.location} holds samples of {len(specs)} modules; move those of one elsewhere.")
+        manifest = from_records([record for record, _ in found], found[0][1])
         self.folder.write(MANIFEST, manifest.dumps())
 
     def _check_single_writer(self) -> None:

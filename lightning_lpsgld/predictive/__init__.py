@@ -1,0 +1,26 @@
+"""Predictions from a bank of samples: Bayesian model average, its uncertainties, BatchNorm refresh."""
+
+from lightning_lpsgld.predictive.average import (
+    EnsembleResult,
+    SampleResult,
+    bayesian_model_average,
+    default_metrics,
+)
+from lightning_lpsgld.predictive.batch_norm import refresh_batch_norm
+from lightning_lpsgld.predictive.batches import default_inputs, default_logits, default_targets
+from lightning_lpsgld.predictive.ensemble import PosteriorPredictive, probabilities_of
+from lightning_lpsgld.predictive.swap import swapped_weights
+
+__all__ = [
+    "EnsembleResult",
+    "PosteriorPredictive",
+    "SampleResult",
+    "bayesian_model_average",
+    "default_inputs",
+    "default_logits",
+    "default_metrics",
+    "default_targets",
+    "probabilities_of",
+    "refresh_batch_norm",
+    "swapped_weights",
+]

@@ -1,0 +1,66 @@
+"""What a batch is when nobody says so: inputs, targets, and how both get to a device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["default_logits", "default_targets", "device_of", "to_device"]
+
+_INPUTS = ("inputs", "input", "images", "image", "x", "features", "data")
+_TARGETS = ("targets", "target", "labels", "label", "y")
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Device of the module's first parameter or buffer; the CPU if it has none."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def to_device(batch: Any, device: torch.device | str) -> Any:
+    """Copy of nested tuples, lists and mappings with every tensor on ``device``; anything else is passed through."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {name: to_device(value, device) for name, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def _named(batch: Mapping[str, Any], names: tuple[str, ...], what: str) -> Any:
+    for name in names:
+        if name in batch:
+            return batch[name]
+    raise ValueError(f"No {what} among the keys {sorted(map(str, batch))} of a batch; pass a function that takes them.")
+
+
+def default_inputs(batch: Any) -> Any:
+    """First element of a tuple or list, the usual key of a mapping, or the batch itself.
+
+    Raises:
+        ValueError: If a mapping has none of the usual keys.
+    """
+    if isinstance(batch, Mapping):
+        return _named(batch, _INPUTS, "inputs")
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+
+def default_targets(batch: Any) -> Tensor | None:
+    """Second element of a tuple or list, the usual key of a mapping, else ``None``."""
+    if isinstance(batch, Mapping):
+        found = [batch[name] for name in _TARGETS if name in batch]
+        return found[0] if found else None
+    return batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+
+
+def default_logits(module: nn.Module, batch: Any) -> Tensor:
+    """``module(inputs)`` of :func:`default_inputs`."""
+    out: Tensor = module(default_inputs(batch))
+    return out
