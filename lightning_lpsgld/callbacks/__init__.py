@@ -1,0 +1,8 @@
+"""Lightning callbacks: collect samples, score the ensemble, measure the temperature."""
+
+from lightning_lpsgld.callbacks.collector import SampleCollector
+from lightning_lpsgld.callbacks.effective_temperature import EffectiveTemperature
+from lightning_lpsgld.callbacks.evaluation import EnsembleEvaluation
+from lightning_lpsgld.callbacks.schedule import CollectionSchedule
+
+__all__ = ["CollectionSchedule", "EffectiveTemperature", "EnsembleEvaluation", "SampleCollector"]

@@ -1,0 +1,376 @@
+"""Gathers posterior samples while a model trains."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_lpsgld.bank import BankError, SampleBank, module_tensors
+from lightning_lpsgld.callbacks.schedule import CollectionSchedule
+from lightning_lpsgld.formats import NumberFormat
+from lightning_lpsgld.samplers import CyclicalStepSize, LangevinOptimizer
+
+__all__ = ["SampleCollector"]
+
+
+@runtime_checkable
+class _OnGrid(Protocol):
+    """A sampler that keeps parameters on grids."""
+
+    def format_of(self, param: Tensor) -> NumberFormat | None: ...
+
+
+class SampleCollector(Callback):
+    r"""Collect posterior samples during ``trainer.fit`` into a :class:`~lightning_lpsgld.bank.SampleBank`.
+
+    A sample is taken after an optimizer step, never twice for one (gradient accumulation), and before checkpoints of
+    the same step are written. Parameters on a grid are stored as codes and exponents; with ``accumulator="full"`` a
+    sample is the rounded view that the forward pass sees. Any other optimizer is collected from as it is.
+
+    Resuming with ``fit(ckpt_path=...)`` cuts the bank back to the checkpoint, so that it becomes the bank of an
+    uninterrupted run. A further ``fit`` with the same trainer and callback continues the bank. ``fast_dev_run``
+    collects into memory and leaves ``path`` alone.
+
+    Args:
+        path: Directory or fsspec address of the bank, written by rank zero; every rank must be able to read it.
+            ``None``: in memory, on every rank, and inside every checkpoint.
+        start: Burn-in b: an int >= 0 in optimizer steps, or a float in [0, 1) as a fraction of the run.
+        every: Thinning n in optimizer steps, or ``"epoch"``: at the end of each training epoch. The first sample is
+            taken n steps after the burn-in.
+        per_cycle: Keep only the last k samples of each cycle, n steps apart, the last one at the end of the cycle.
+        cycle_length: Steps of a cycle; by default that of the sampler's :class:`CyclicalStepSize`.
+        capacity: Most samples kept; ``None``: all.
+        policy: What a full bank does, see :class:`~lightning_lpsgld.bank.SampleBank`.
+        chain: Label of the chain. Two collectors in one trainer need different ones.
+        append: Add to samples that are at ``path`` already, as a new chain if the label is taken.
+
+    Raises:
+        ValueError: If an argument is out of range; when training starts, if it is certain that no step of the run will
+            give a sample, or a fraction or a cycle length cannot be resolved.
+        BankError: When training starts, if samples of another run are at ``path`` and ``append`` is not set.
+
+    Warns:
+        If a run ends without a sample.
+
+    Example:
+        >>> SampleCollector(start=0.5, every=10).schedule is None  # resolved when training starts
+        True
+        >>> SampleCollector(start=1.5)
+        Traceback (most recent call last):
+        ValueError: SampleCollector: `start` must be an int >= 0 (steps) or a float in [0, 1) (of the run), got 1.5.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        start: int | float = 0,
+        every: int | Literal["epoch"] = 1,
+        per_cycle: int | None = None,
+        cycle_length: int | None = None,
+        capacity: int | None = None,
+        policy: Literal["thin", "reservoir", "last"] = "thin",
+        chain: int = 0,
+        append: bool = False,
+    ) -> None:
+        if isinstance(start, bool) or start < 0 or (isinstance(start, float) and not start < 1):
+            raise ValueError(
+                f"SampleCollector: `start` must be an int >= 0 (steps) or a float in [0, 1) (of the run), got {start}."
+            )
+        if isinstance(every, bool) or (every != "epoch" and (not isinstance(every, int) or every < 1)):
+            raise ValueError(f"SampleCollector: `every` must be an int >= 1 (steps) or 'epoch', got {every!r}.")
+        if cycle_length is not None and per_cycle is None:
+            raise ValueError("SampleCollector: `cycle_length` has no effect without `per_cycle`.")
+        SampleBank(capacity=capacity, policy=policy)  # refuses bad values now, not after hours of burn-in
+        self.path = None if path is None else os.fspath(path)
+        self.start = start
+        self.every = every
+        self.per_cycle = per_cycle
+        self.cycle_length = cycle_length
+        self.capacity = capacity
+        self.policy = policy
+        self.chain = chain
+        self.append = append
+        self._stage: str | None = None
+        self._pending: dict[str, Any] | None = None
+        self._writes = True
+        self._forget()
+
+    def _forget(self) -> None:
+        """Become as new: no bank, nothing seen."""
+        self._bank: SampleBank | None = None
+        self.schedule: CollectionSchedule | None = None
+        self.collected = 0
+        self._label = self.chain
+        self._burn_in: int | None = None
+        self._seen: int | None = None
+        self._lr: float | None = None
+        self._dry = False
+
+    @property
+    def state_key(self) -> str:
+        """Name of this callback's state in a checkpoint; it does not change when the bank's directory is moved."""
+        return self._generate_state_key(chain=self.chain)
+
+    @property
+    def bank(self) -> SampleBank:
+        """The samples so far. On ranks that do not write, and before any fit, ``path`` is opened to be read.
+
+        Raises:
+            BankError: If there is nothing at ``path`` yet.
+        """
+        if self._bank is not None:
+            return self._bank
+        if self.path is None:
+            self._bank = SampleBank(capacity=self.capacity, policy=self.policy)
+            return self._bank
+        return SampleBank.open(self.path, verify=False)
+
+    # ------------------------------------------------------------------------------------------------------ the run
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Remember what the trainer is about to do: only a fit may cut the bank back."""
+        self._stage = stage
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open or cut back the bank; refuse a run that cannot give a sample."""
+        dry = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        if dry or self._dry:
+            self._forget()
+            self._dry = dry
+        self._writes = trainer.is_global_zero or self.path is None or dry
+        if self._pending is not None:
+            self._restore(self._pending)
+            self._pending = None
+        else:
+            self._start_anew(trainer)
+        self.schedule = CollectionSchedule() if dry else self._resolve_schedule(trainer)
+        self._refuse_hopeless(trainer)
+        self._warn_if_lost(trainer)
+        self._advance(trainer, pl_module)  # a checkpoint may have been written between the step and our hook
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the step size before schedulers change it."""
+        optimizer = _optimizer(trainer)
+        group = optimizer.param_groups[0]
+        self._lr = float(optimizer.step_size(group) if isinstance(optimizer, LangevinOptimizer) else group["lr"])
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take a sample if the step just made is due."""
+        self._advance(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take a sample with ``every="epoch"``."""
+        step = trainer.global_step
+        if self._by_epoch and self.schedule is not None and self.schedule.due(step):
+            self._collect(trainer, pl_module, step)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if there is no sample."""
+        if self.collected:
+            return
+        rank_zero_warn(
+            f"SampleCollector collected no sample: the run ended after {trainer.global_step} optimizer steps, with "
+            f"start={self._burn_in} and {self._description()}. Lower `start` or `every`, or train longer."
+        )
+
+    @property
+    def _by_epoch(self) -> bool:
+        return self.every == "epoch" and not self._dry
+
+    def _description(self) -> str:
+        cycles = "" if self.schedule is None or self.per_cycle is None else (
+            f", per_cycle={self.per_cycle} of {self.schedule.cycle_length} steps"
+        )  # fmt: skip
+        return f"every={self.every!r}{cycles}"
+
+    def _advance(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        step, seen = trainer.global_step, self._seen
+        self._seen = step
+        if seen is None or step <= seen or self._by_epoch:
+            return
+        assert self.schedule is not None
+        if self.schedule.due_within(seen + 1, step):
+            self._collect(trainer, pl_module, step)
+
+    def _collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        assert self.schedule is not None
+        optimizer = _optimizer(trainer)
+        temperature = optimizer.param_groups[0]["temperature"] if isinstance(optimizer, LangevinOptimizer) else None
+        tensors = _full_tensors(module_tensors(pl_module))  # a sharded module is gathered on all ranks
+        if self._writes:
+            assert self._bank is not None
+            self._bank.add(
+                tensors,
+                step=step,
+                cycle=self.schedule.cycle(step),
+                chain=self._label,
+                temperature=None if temperature is None else float(temperature),
+                lr=self._lr,
+                formats=_formats(trainer, pl_module),
+            )
+        self.collected += 1
+        if self.path is not None and not self._dry:
+            trainer.strategy.barrier("SampleCollector")
+
+    # ----------------------------------------------------------------------------------------------------- starting
+
+    def _start_anew(self, trainer: pl.Trainer) -> None:
+        if self._bank is None and self._writes:
+            self._bank = self._open()
+            self._refuse_foreign_samples()
+        elif self._seen is not None and trainer.global_step < self._seen:
+            raise BankError(
+                f"SampleCollector has seen {self._seen} steps of another run, and this one starts at step "
+                f"{trainer.global_step}. Use a new SampleCollector for a new run, or resume with `ckpt_path`."
+            )
+        self._seen = trainer.global_step
+        self._label = int(trainer.strategy.broadcast(self._label))
+
+    def _open(self) -> SampleBank:
+        path = None if self._dry else self.path
+        return SampleBank(path, capacity=self.capacity, policy=self.policy, exist_ok=True)
+
+    def _refuse_foreign_samples(self) -> None:
+        bank = self._bank
+        assert bank is not None
+        taken = {*bank.chains, *(damage.info.chain for damage in bank.damaged)}
+        if not taken:
+            return
+        if not self.append:
+            raise BankError(
+                f"{self.path} already holds {len(bank)} samples (last step {max(bank.steps, default=0)}), and this "
+                "fit starts a new run. Resume that run with `fit(ckpt_path=...)`, give SampleCollector another path, "
+                "or add to it as a further chain with `append=True`."
+            )
+        if self._label in taken:
+            self._label = max(taken) + 1
+            rank_zero_info(f"SampleCollector appends to {self.path} as chain {self._label}.")
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self._seen, self.collected = state["seen"], state["collected"]
+        self._label, self._lr = state["chain"], state["lr"]
+        asked, resolved = state["start"]
+        self._burn_in = resolved if asked == self.start else None  # a fraction keeps its meaning if the run is extended
+        if not self._writes:
+            return
+        self._bank = self._open()
+        if state["bank"] is not None:
+            self._bank.load_state_dict(state["bank"])
+
+    def _resolve_schedule(self, trainer: pl.Trainer) -> CollectionSchedule:
+        if self._burn_in is None:
+            self._burn_in = self._resolve_start(trainer)
+        if self.per_cycle is None:
+            return CollectionSchedule(self._burn_in, self.every, cycle_length=_cycle_length(trainer))
+        batches = trainer.num_training_batches
+        epoch = math.ceil(batches / trainer.accumulate_grad_batches) if batches != math.inf else None
+        return CollectionSchedule(self._burn_in, self.every, self.per_cycle, self._resolve_cycle(trainer), epoch)
+
+    def _resolve_start(self, trainer: pl.Trainer) -> int:
+        if isinstance(self.start, int):
+            return self.start
+        total = _total_steps(trainer)
+        if math.isinf(total):
+            raise ValueError(
+                f"SampleCollector: start={self.start} is a fraction of the run, whose number of steps is not known. "
+                "Set `max_steps`, or give `start` in steps."
+            )
+        return int(self.start * total)
+
+    def _resolve_cycle(self, trainer: pl.Trainer) -> int:
+        found = _cycle_length(trainer)
+        if self.cycle_length is not None and found is not None and found != self.cycle_length:
+            raise ValueError(
+                f"SampleCollector: `cycle_length` is {self.cycle_length}, but the sampler's cycles have {found} steps. "
+                "Leave `cycle_length` out."
+            )
+        length = found if self.cycle_length is None else self.cycle_length
+        if length is None:
+            raise ValueError(
+                f"SampleCollector: per_cycle={self.per_cycle} needs the length of a cycle, and the sampler has no "
+                "CyclicalStepSize. Use LowPrecisionSGLD(cycles=...), or pass `cycle_length`."
+            )
+        return length
+
+    def _refuse_hopeless(self, trainer: pl.Trainer) -> None:
+        assert self.schedule is not None
+        total = _total_steps(trainer)
+        if not self.collected and not self._dry and self.schedule.hopeless(trainer.global_step, total):
+            raise ValueError(
+                f"SampleCollector will not collect a single sample: the run has {total:g} optimizer steps, with "
+                f"start={self.schedule.start} and {self._description()}. Lower `start` or `every`, or train longer."
+            )
+
+    def _warn_if_lost(self, trainer: pl.Trainer) -> None:
+        if self.path is None and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            rank_zero_warn(
+                "SampleCollector() keeps samples in the memory of processes that end with `fit`, because the strategy "
+                "spawns or forks them. Pass a path, or use strategy='ddp'."
+            )
+
+    # -------------------------------------------------------------------------------------------------- saved state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides about the next sample; of a bank in memory also the samples."""
+        return {
+            "seen": self._seen,
+            "collected": self.collected,
+            "start": (self.start, self._burn_in),
+            "chain": self._label,
+            "lr": self._lr,
+            "bank": None if self._bank is None or self._dry else self._bank.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume, if a fit is about to start; otherwise take samples from the checkpoint only if there are none."""
+        if self._stage == "fit":
+            self._pending = state_dict
+        elif self.path is None and state_dict["bank"] is not None and not len(self.bank):
+            self.bank.load_state_dict(state_dict["bank"])
+
+
+def _optimizer(trainer: pl.Trainer) -> Optimizer:
+    """The sampler, or the first optimizer where there is none."""
+    samplers = [o for o in trainer.optimizers if isinstance(o, LangevinOptimizer)]
+    optimizer: Optimizer = (samplers or trainer.optimizers)[0]
+    return optimizer
+
+
+def _total_steps(trainer: pl.Trainer) -> float:
+    total = float(trainer.estimated_stepping_batches)
+    return total if total >= 0 else math.inf  # Lightning says -1 for data without a length
+
+
+def _cycle_length(trainer: pl.Trainer) -> int | None:
+    optimizer = _optimizer(trainer)
+    schedule = optimizer.schedule if isinstance(optimizer, LangevinOptimizer) else None
+    return schedule.cycle_length if isinstance(schedule, CyclicalStepSize) else None
+
+
+def _formats(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, NumberFormat | None]:
+    """Grid of every parameter that a sampler keeps on one, by name."""
+    grids: dict[Tensor, NumberFormat | None] = {}
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, _OnGrid):
+            grids.update({p: optimizer.format_of(p) for group in optimizer.param_groups for p in group["params"]})
+    # ``torch.compile`` puts `_orig_mod.` into names; the bank leaves it out
+    return {name.replace("_orig_mod.", ""): grids[p] for name, p in pl_module.named_parameters() if p in grids}
+
+
+def _full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}

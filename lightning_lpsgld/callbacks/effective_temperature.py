@@ -1,0 +1,225 @@
+"""The temperature that the formats really sample at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_lpsgld.callbacks.noise_budget import Case, LayerNoise, overall, remedies
+from lightning_lpsgld.formats import NumberFormat
+from lightning_lpsgld.ops import quantize
+from lightning_lpsgld.random import DrawKey
+from lightning_lpsgld.samplers import SGLD
+from lightning_lpsgld.samplers.updates import descend
+
+__all__ = ["EffectiveTemperature"]
+
+#: Achieved over target variance above which a format is said not to carry the temperature.
+_LIMIT = 1.5
+#: Elements of each tensor with which remedies are tried.
+_TRIAL_ELEMENTS = 2048
+
+
+class EffectiveTemperature(Callback):
+    r"""Measure the noise that the sampler's rounding really injects, and say so if it is not what was asked for.
+
+    One step asks for variance :math:`v = 2\eta T/N`. Where stochastic rounding alone has more,
+    :math:`p(1-p)\Delta^2 > v`, no unbiased rounding can deliver :math:`v`, and the chain runs at a higher temperature
+    than it was told to:
+
+    .. math::
+        T_\mathrm{eff} = \frac{N}{2\eta}\,\overline{\mathrm{Var}[\theta_{new} \mid \theta, g]}
+
+    On each measured step these are logged, over all elements and per parameter (``noise/<quantity>/<parameter>``):
+
+    * ``noise/effective_temperature`` and ``noise/achieved_over_target``;
+    * ``noise/saturated``: share of the elements outside the range of their format;
+    * ``noise/unchanged``: share that the step leaves exactly where it was (zero updates);
+    * ``noise/high``, ``noise/low``, ``noise/unreachable``: share in each regime of the variance-corrected quantizer;
+    * ``noise/gradient_rounding_over_target``: what rounding the gradient adds, not part of the achieved variance;
+    * ``noise/view_rounding_over_target``: variance of the rounded weight around its full accumulator.
+
+    Ratios are left out for steps that ask for no noise. The chain is not changed by measuring, and the measurement of a
+    step does not depend on gradient accumulation. All numbers of the last measurement are in :attr:`table`.
+
+    **Where the promise stops.** The noise of the mini-batch gradient is not part of it, and large tensors are measured
+    on a subset of their rows. On a sharded parameter it is this rank's shard.
+
+    Args:
+        every_n_steps: Measure steps 0, n, 2n, ... of each sampler.
+        max_elements: Larger tensors are measured on evenly spaced rows with about so many elements.
+        verdict: Warn once, with what would help, when the achieved variance exceeds 1.5 times the target.
+
+    Raises:
+        ValueError: If an argument is not an int >= 1.
+        RuntimeError: When training starts, if no optimizer of the trainer is a sampler that can be measured.
+
+    Example:
+        >>> EffectiveTemperature(every_n_steps=100).table
+        {}
+
+    Reference:
+        Zhang, Wilson & De Sa, 2022, arXiv:2206.09909, section 4 (variance-corrected quantization).
+    """
+
+    def __init__(self, every_n_steps: int = 50, max_elements: int = 65536, verdict: bool = True) -> None:
+        for name, value in {"every_n_steps": every_n_steps, "max_elements": max_elements}.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"EffectiveTemperature: `{name}` must be an int >= 1, got {value!r}.")
+        self.every_n_steps = every_n_steps
+        self.max_elements = max_elements
+        self.verdict = verdict
+        #: Parameter name -> quantity -> value, of the last measured step; ``"overall"`` for all together.
+        self.table: dict[str, dict[str, float]] = {}
+        #: The sentence that was warned, if any.
+        self.message: str | None = None
+        self._armed: dict[int, tuple[int, dict[str, tuple[float, float]]]] = {}
+        self._measured = 0
+        self._log_excess = 0.0
+
+    # ------------------------------------------------------------------------------------------------------ the run
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a trainer whose steps cannot be measured."""
+        if not _samplers(trainer):
+            names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "none"
+            raise RuntimeError(
+                f"EffectiveTemperature has nothing to measure: the trainer's optimizers are {names}, and it takes "
+                "SGLD. Use Trainer(plugins=[LowPrecisionSGLD()]), or return lightning_lpsgld.samplers.SGLD from "
+                "configure_optimizers."
+            )
+        self._armed.clear()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Ask for a measurement, if the step that this batch (or a later one, with accumulation) leads to is due."""
+        for number, sampler in enumerate(_samplers(trainer)):
+            if sampler.steps % self.every_n_steps == 0:
+                sampler.measure(self.max_elements)
+                self._armed[number] = (sampler.steps, _conditions(sampler))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Read what was measured, if the step was made."""
+        layers: list[LayerNoise] = []
+        for number, sampler in enumerate(_samplers(trainer)):
+            armed = self._armed.get(number)
+            if armed is not None and sampler.steps > armed[0]:
+                del self._armed[number]
+                layers += [LayerNoise(s, *armed[1][s.name], sampler.num_data) for s in sampler.measured]
+        if layers:
+            self._report(trainer, pl_module, layers)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say what the run amounted to."""
+        if self._measured:
+            ratio = math.exp(self._log_excess / self._measured)
+            rank_zero_info(
+                f"EffectiveTemperature: over {self._measured} measured steps the injected noise had {ratio:.3g} times "
+                "the variance asked for (geometric mean)."
+            )
+
+    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: list[LayerNoise]) -> None:
+        total = overall(layers)
+        self.table = {"overall": total, **{layer.statistics.name: layer.quantities() for layer in layers}}
+        ratio = total.get("achieved_over_target")
+        if ratio is not None and ratio > 0:
+            self._measured += 1
+            self._log_excess += math.log(ratio)
+            if self.verdict and self.message is None and ratio > _LIMIT:
+                self.message = _verdict(trainer, total, layers)
+                rank_zero_warn(self.message)
+        if not trainer.barebones:
+            self._log(trainer, pl_module)
+
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        total = {f"noise/{name}": value for name, value in self.table["overall"].items()}
+        # For monitoring callbacks; loggers are served directly, because Lightning would drop what is logged on a step
+        # that is not a multiple of `log_every_n_steps`.
+        pl_module.log_dict(total, on_step=True, on_epoch=False, logger=False, batch_size=1)
+        layers = {
+            f"noise/{quantity}/{name}": value
+            for name, values in self.table.items()
+            if name != "overall"
+            for quantity, value in values.items()
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(total | layers, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    # -------------------------------------------------------------------------------------------------- saved state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The verdict, so that it is given once, and the sums of the final summary."""
+        return {"message": self.message, "measured": self._measured, "log_excess": self._log_excess}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where the checkpoint stopped."""
+        self.message = state_dict["message"]
+        self._measured, self._log_excess = state_dict["measured"], state_dict["log_excess"]
+
+
+def _samplers(trainer: pl.Trainer) -> list[SGLD]:
+    return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, SGLD)]
+
+
+def _conditions(sampler: SGLD) -> dict[str, tuple[float, float]]:
+    """Temperature (0 if this step injects no noise) and step size of every parameter, by name."""
+    return {
+        sampler.name_of(param): (
+            float(group["temperature"]) if sampler.noise_variance(group) else 0.0,
+            sampler.step_size(group),
+        )
+        for group in sampler.param_groups
+        for param in group["params"]
+    }
+
+
+def _verdict(trainer: pl.Trainer, total: Mapping[str, float], layers: list[LayerNoise]) -> str:
+    """A sentence for people: asked, got, why, and what helps."""
+    temperature = max(layer.temperature for layer in layers)
+    formats: list[NumberFormat] = [s.weight_format for s in _samplers(trainer) if s.weight_format is not None]
+    text = (
+        f"T = {temperature:g} with {', '.join(sorted({str(f) for f in formats}))} behaves like "
+        f"T ~ {total['effective_temperature']:.2g}: rounding injects {total['achieved_over_target']:.3g} times the "
+        f"variance asked for; at {100 * total['unreachable']:.0f} % of the weights it alone has more than that, so no "
+        "unbiased rounding can do with less."
+    )
+    cases = _cases(trainer, {layer.statistics.name: layer for layer in layers})
+    if not cases or len(formats) != 1:
+        return text
+    return f"{text} What brings it below {_LIMIT:g} times: {', or '.join(remedies(cases, formats[0], temperature))}."
+
+
+@torch.no_grad()
+def _cases(trainer: pl.Trainer, layers: Mapping[str, LayerNoise]) -> list[Case]:
+    """Tensors to try remedies on: the weights as they are now, with the gradients of the step just made."""
+    cases = []
+    for sampler in _samplers(trainer):
+        for group in sampler.param_groups:
+            for param in group["params"]:
+                layer, mode = layers.get(sampler.name_of(param)), sampler.accumulation(param)
+                if layer is None or param.grad is None or mode not in ("vc", "naive"):
+                    continue
+                mean = _mean_of_step(sampler, param, layer.lr, float(group["weight_decay"]))
+                cases.append(Case(mean, param.numel(), layer.lr, sampler.num_data, mode == "vc"))
+    return cases
+
+
+def _mean_of_step(sampler: SGLD, param: Tensor, lr: float, weight_decay: float) -> Tensor:
+    """θ - η(Q_G(g) + λθ) of the first rows of a parameter, gathered on the CPU."""
+    assert param.grad is not None
+    rows = max(1, _TRIAL_ELEMENTS * max(1, len(param)) // max(1, param.numel())) if param.ndim else None
+    theta, grad = (t[:rows].cpu() if rows is not None else t.cpu() for t in (param.detach(), param.grad))
+    if sampler.gradient_format is not None:
+        # its own draw: which of the two neighbours a gradient goes to matters here only on average
+        grad = quantize(grad, sampler.gradient_format, key=DrawKey(seed=0, step=sampler.steps))
+    return descend(theta, grad.to(theta.dtype), lr=lr, weight_decay=weight_decay)

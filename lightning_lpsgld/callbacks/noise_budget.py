@@ -1,0 +1,162 @@
+r"""What a step's rounding does to the temperature, in numbers and in a plain verdict.
+
+One step asks for noise of variance :math:`v = 2\eta T/N`; variance :math:`v'` is what temperature
+:math:`T' = v' N / (2\eta)` would have asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from lightning_lpsgld.formats import BlockFloatingPoint, FixedPoint, FloatingPoint, NumberFormat, with_word_length
+from lightning_lpsgld.ops.reference import power_of_two, variance_plan
+from lightning_lpsgld.samplers.statistics import StepStatistics
+
+__all__ = ["Case", "LayerNoise", "expected_excess", "overall", "remedies"]
+
+#: Longest word that is suggested.
+_LONGEST = 24
+
+
+@dataclass(frozen=True)
+class LayerNoise:
+    """Statistics of one parameter's step and the conditions it was made under.
+
+    Attributes:
+        statistics: As the sampler measured them.
+        temperature: T that was asked for (0 where the schedule was silent).
+        lr: Step size η.
+        num_data: N.
+    """
+
+    statistics: StepStatistics
+    temperature: float
+    lr: float
+    num_data: int
+
+    @property
+    def effective_temperature(self) -> float:
+        """Temperature at which noise of the achieved variance would be right; NaN for a step of size 0."""
+        return self.statistics.achieved * self.num_data / (2.0 * self.lr) if self.lr > 0 else math.nan
+
+    def quantities(self) -> dict[str, float]:
+        """Numbers to log; ratios only where noise was asked for."""
+        s = self.statistics
+        values = {
+            "effective_temperature": self.effective_temperature,
+            "saturated": s.saturated,
+            "unchanged": s.unchanged,
+            "high": s.high,
+            "low": s.low,
+            "unreachable": s.unreachable,
+        }
+        if s.target > 0:
+            values["achieved_over_target"] = s.achieved / s.target
+            values["gradient_rounding_over_target"] = s.gradient_rounding / s.target
+            values["view_rounding_over_target"] = s.view_rounding / s.target
+        return values
+
+
+def _weighted(layers: Sequence[LayerNoise], value: Callable[[LayerNoise], float]) -> float:
+    weights = sum(layer.statistics.numel for layer in layers)
+    return math.fsum(layer.statistics.numel * value(layer) for layer in layers) / max(weights, 1)
+
+
+def overall(layers: Sequence[LayerNoise]) -> dict[str, float]:
+    """The quantities of all layers together: means over elements; ratios are ratios of means.
+
+    Args:
+        layers: At least one.
+
+    Returns:
+        The keys of :meth:`LayerNoise.quantities`.
+    """
+    shares = ("effective_temperature", "saturated", "unchanged", "high", "low", "unreachable")
+    values = {name: _weighted(layers, lambda layer, name=name: layer.quantities()[name]) for name in shares}  # type: ignore[misc]
+    target = _weighted(layers, lambda layer: layer.statistics.target)
+    if target > 0:
+        achieved = _weighted(layers, lambda layer: layer.statistics.achieved)
+        values["achieved_over_target"] = achieved / target
+        gradient = _weighted(layers, lambda layer: layer.statistics.gradient_rounding)
+        values["gradient_rounding_over_target"] = gradient / target
+        values["view_rounding_over_target"] = _weighted(layers, lambda layer: layer.statistics.view_rounding) / target
+    return values
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tensor before rounding, for asking what another format or temperature would do to it.
+
+    Attributes:
+        mean: θ - η(g + λθ), where the step goes before noise and rounding.
+        numel: Elements that ``mean`` stands for.
+        lr: η.
+        num_data: N.
+        corrected: Whether rounding is variance-corrected; naive rounding adds its variance on top.
+    """
+
+    mean: Tensor
+    numel: int
+    lr: float
+    num_data: int
+    corrected: bool
+
+
+def expected_excess(cases: Sequence[Case], fmt: NumberFormat, temperature: float) -> float:
+    """Achieved over target variance of a step with ``fmt`` at ``temperature`` > 0, averaged over all elements."""
+    target = achieved = 0.0
+    for case in cases:
+        v = 2.0 * case.lr * temperature / case.num_data
+        plan = variance_plan(case.mean, v, fmt)
+        gap = power_of_two(plan.gap_exponents) ** 2
+        total = plan.achieved * gap if case.corrected else plan.rounding * gap + v
+        target += case.numel * v
+        achieved += case.numel * float(total.mean())
+    return achieved / target if target > 0 else math.nan
+
+
+def _temperature_ladder(temperature: float) -> list[float]:
+    """1, 2, 5, 10, ... times a power of ten, above ``temperature``."""
+    start = math.floor(math.log10(temperature))
+    steps = [digit * 10.0**power for power in range(start, start + 9) for digit in (1.0, 2.0, 5.0)]
+    return [step for step in steps if step > temperature * 1.0001]
+
+
+def remedies(cases: Sequence[Case], fmt: NumberFormat, temperature: float, *, limit: float = 1.5) -> list[str]:
+    """What would bring the noise to at most ``limit`` times what was asked for, each found by trying it on ``cases``.
+
+    Args:
+        cases: Tensors of a measured step.
+        fmt: The format in use.
+        temperature: The temperature in use, > 0.
+        limit: Largest acceptable achieved / target.
+
+    Returns:
+        Phrases: variance correction where rounding is naive, longer words of the same kind, block floating point instead
+        of fixed point, a higher temperature, and always the full accumulator.
+    """
+    found = []
+    corrected = [replace(case, corrected=True) for case in cases]
+    if not all(case.corrected for case in cases) and expected_excess(corrected, fmt, temperature) <= limit:
+        found.append("variance_corrected=True")
+    kinds: list[NumberFormat] = [fmt]
+    if isinstance(fmt, FixedPoint):
+        kinds.append(BlockFloatingPoint(fmt.word_length))
+    for kind in kinds:
+        shortest = fmt.bits + (kind is fmt)  # another kind may do at the same length
+        lengths = range(shortest, 0 if isinstance(kind, FloatingPoint) else _LONGEST + 1)
+        longer = (with_word_length(kind, length) for length in lengths)
+        enough = next((f for f in longer if expected_excess(cases, f, temperature) <= limit), None)
+        if isinstance(enough, FixedPoint):
+            found.append(f"{enough} (fraction length >= {enough.fraction_length})")
+        elif isinstance(enough, BlockFloatingPoint):
+            found.append(f"{enough} (block floating point of >= {enough.word_length} bits)")
+    warm = (t for t in _temperature_ladder(temperature) if expected_excess(cases, fmt, t) <= limit)
+    hot = next(warm, None)
+    if hot is not None:
+        found.append(f"T >= {hot:g}")
+    return [*found, "accumulator='full'"]
