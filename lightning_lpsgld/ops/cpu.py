@@ -1,6 +1,426 @@
-"""Fused cpu kernels (placeholder until the kernels land)."""
+"""Fused CPU kernels: the ops of :mod:`.reference` and the whole sampler step, vectorised and parallel.
+
+The kernels are plain C++ behind a C interface (``cpu.cpp``), built with the package where a C++ compiler is present and
+loaded with ctypes; nothing is compiled at run time. AVX2 and AVX-512 are chosen when the library is loaded, and every
+instruction set gives the same bits. ``quantize``, ``encode`` and ``decode`` equal the reference bit for bit;
+``quantize_variance_corrected`` and the step work in float32 where the reference works in float64, so that about one
+element in 10^5 may land on the neighbouring grid point.
+
+Environment variable ``LIGHTNING_LPSGLD_CPU``: ``0`` turns the backend off; ``baseline``, ``avx2`` or ``avx512`` limits
+the instruction set. It is read once, when the backend is first asked for.
+
+The number of threads is that of torch (``torch.set_num_threads``); small tensors run on the calling thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_lpsgld.formats import (
+    BlockFloatingPoint,
+    FixedPoint,
+    FloatingPoint,
+    NumberFormat,
+    block_exponent_range,
+    code_dtype,
+)
+from lightning_lpsgld.ops import reference
+from lightning_lpsgld.ops.blocks import exponents_shape
+from lightning_lpsgld.ops.encoded import Encoded
+from lightning_lpsgld.ops.spec import StepSpec
+from lightning_lpsgld.random import DrawKey, Role, stream_id
+
+__all__ = [
+    "decode",
+    "decode_into",
+    "encode",
+    "instruction_set",
+    "langevin_step_",
+    "quantize",
+    "quantize_variance_corrected",
+    "refusal",
+    "unavailable",
+]
+
+Rounding = Literal["nearest", "stochastic"]
+
+_VERSION = 1
+_LEVELS = {"baseline": 0, "avx2": 1, "avx512": 2}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_MODES = {"nearest": 0, "stochastic": 1, "naive": 1, "full": 1, "vc": 2, "float": 3}
+_CHANNELS_MAX = 8192
+_NO_KEY = DrawKey(seed=0)
 
 
-def unavailable() -> str:
-    """Reason why this backend cannot run."""
-    return "the fused cpu kernels are not built."
+class _Format(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("kind", "offset", "low", "high")),
+        *((name, ctypes.c_float) for name in ("code_min", "code_max", "value_min", "value_max")),
+        *((name, ctypes.c_int32) for name in ("mantissa", "bias", "bits", "nan")),
+    ]
+
+
+class _Key(ctypes.Structure):
+    _fields_ = [("seed", ctypes.c_uint64), ("offset", ctypes.c_uint64), ("step", ctypes.c_uint32), ("stream", ctypes.c_uint32)]
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("numel", "inner", "channels", "pixels")]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        ("variance", ctypes.c_double),
+        *((name, ctypes.c_float) for name in ("lr", "weight_decay", "noise")),
+        *((name, ctypes.c_int32) for name in ("mode", "has_gradient_format")),
+        ("weight", _Format),
+        ("gradient", _Format),
+    ]
+
+
+class _StepTensor(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("param", "accumulator", "grad")),
+        *((name, ctypes.c_int64) for name in ("numel", "weight_inner", "gradient_inner", "channels", "pixels")),
+        ("weight_key", _Key),
+        ("gradient_key", _Key),
+        ("saturated", ctypes.c_int64),
+    ]
+
+
+def _path() -> str | None:
+    spec = importlib.util.find_spec("lightning_lpsgld.ops._cpu")
+    if spec is not None and spec.origin is not None:
+        return spec.origin
+    found = sorted(path for end in ("so", "pyd", "dylib") for path in Path(__file__).parent.glob(f"_cpu*.{end}"))
+    return str(found[0]) if found else None
+
+
+@lru_cache(maxsize=None)
+def _load() -> tuple[Any, str | None]:
+    """The library, or ``None`` and the reason."""
+    wish = os.environ.get("LIGHTNING_LPSGLD_CPU", "")
+    if wish == "0":
+        return None, "it is turned off by the environment variable LIGHTNING_LPSGLD_CPU=0."
+    if wish not in ("", "1", *_LEVELS):
+        return None, f"LIGHTNING_LPSGLD_CPU must be 0, 1 or one of {sorted(_LEVELS)}, got {wish!r}."
+    path = _path()
+    if path is None:
+        return None, (
+            "the fused CPU kernels were not built when the package was installed. Install it again where a C++17 "
+            "compiler (GCC or Clang) is present."
+        )
+    try:
+        library = ctypes.CDLL(path)
+        version = library.lpsgld_version()
+    except (OSError, AttributeError) as error:
+        return None, f"the library {path} cannot be loaded ({error}). Install the package again."
+    sizes = [ctypes.sizeof(kind) for kind in (_Format, _Key, _Shape, _Step, _StepTensor)]
+    if version != _VERSION or sizes != [library.lpsgld_sizes(i) for i in range(5)]:
+        return None, f"the library {path} belongs to another version of the package. Install the package again."
+    library.lpsgld_target.restype = ctypes.c_char_p
+    library.lpsgld_encode.restype = ctypes.c_int64
+    library.lpsgld_level(_LEVELS.get(wish, -1))
+    return library, None
+
+
+def unavailable() -> str | None:
+    """Reason why this backend cannot run in this process, or ``None``."""
+    return _load()[1]
+
+
+def instruction_set() -> str:
+    """``"baseline"``, ``"avx2"`` or ``"avx512"``: what the kernels use on this machine."""
+    library, reason = _load()
+    return "" if reason else library.lpsgld_target().decode()
+
+
+def _inner(shape: Sequence[int], fmt: NumberFormat | None) -> int:
+    """Elements of a block, 0 where nothing is shared; -1 where a block is no contiguous run of that length."""
+    if not isinstance(fmt, BlockFloatingPoint) or not shape:
+        return 0
+    size = torch.Size(shape).numel()
+    if fmt.block_size is not None:
+        inner = min(fmt.block_size, shape[-1])
+        inner = inner if inner == 0 or shape[-1] % inner == 0 else -1
+    elif fmt.block_dim is None:
+        inner = size
+    elif fmt.block_dim in (0, -len(shape)):
+        inner = size // max(shape[0], 1)
+    else:
+        inner = -1
+    return 0 if inner == 1 else inner
+
+
+def refusal(op: str, x: Tensor, formats: Sequence[NumberFormat]) -> str | None:
+    """Why ``op`` on ``x`` is left to the reference; ``None`` if it is not.
+
+    Args:
+        op: Name of the op, as in :func:`lightning_lpsgld.ops.dispatch.choose`.
+        x: Tensor of the call (the codes, for ``"decode"``).
+        formats: Formats of the call.
+    """
+    if x.device.type != "cpu":
+        return f"the tensor is on {x.device.type}."
+    if type(x) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
+        return "tensor subclasses and traced code take the reference."
+    if op == "langevin_step_" and x.dtype != torch.float32:
+        return f"the fused step takes float32, got {x.dtype}."
+    if op != "decode" and x.dtype not in _DTYPES:
+        return f"the kernels take float32, bfloat16 and float16, got {x.dtype}."
+    for fmt in formats:
+        if _inner(x.shape, fmt) < 0:
+            return f"blocks of {fmt} are not runs of equal length in a tensor of shape {tuple(x.shape)}."
+        if op == "decode" and isinstance(fmt, FloatingPoint) and fmt.bits > 16:
+            return f"codes of {fmt} have more than 16 bits."
+    return None
+
+
+@lru_cache(maxsize=256)
+def _native(fmt: NumberFormat, dtype: torch.dtype) -> _Format:
+    if isinstance(fmt, FixedPoint):
+        return _Format(0, -fmt.fraction_length, 0, 0, fmt.code_min, fmt.code_max, fmt.min, fmt.max)
+    if isinstance(fmt, BlockFloatingPoint):
+        low, high = block_exponent_range(fmt, dtype)
+        return _Format(1, 2 - fmt.word_length, low, high, fmt.code_min, fmt.code_max)
+    top = 2.0 ** (fmt.mantissa_bits + 1)
+    fields = (fmt.mantissa_bits, fmt.bias, fmt.bits, 2 ** (fmt.bits - 1) - 1)
+    return _Format(2, -fmt.mantissa_bits, fmt.exponent_min, fmt.exponent_max, -top, top, fmt.min, fmt.max, *fields)
+
+
+def _key(key: DrawKey | None, stream: int | None = None) -> _Key:
+    key = key or _NO_KEY
+    return _Key(key.seed, key.offset, key.step, key.stream if stream is None else stream)
+
+
+def _layout(x: Tensor, *formats: NumberFormat | None) -> tuple[int, int] | None:
+    """(0, 0) for row-major memory, (channels, pixels) for channels-last, ``None`` for anything else."""
+    if x.is_contiguous():
+        return 0, 0
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    if last is None or not x.is_contiguous(memory_format=last) or x.shape[1] > _CHANNELS_MAX:
+        return None
+    if any(isinstance(fmt, BlockFloatingPoint) and fmt.block_size is not None for fmt in formats):
+        return None
+    return x.shape[1], x.shape[2:].numel()
+
+
+def _dense(x: Tensor, fmt: NumberFormat) -> tuple[Tensor, _Shape]:
+    """``x`` (a contiguous copy, if its memory has any other order than row-major or channels-last) and its shape."""
+    layout = _layout(x, fmt)
+    if layout is None or x.is_neg():
+        x, layout = x.resolve_neg().contiguous(), (0, 0)
+    return x, _Shape(x.numel(), _inner(x.shape, fmt), *layout)
+
+
+def _pointer(x: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
+
+
+def _quantize(x: Tensor, fmt: NumberFormat, mode: int, variance: float, key: DrawKey | None) -> Tensor:
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    x, shape = _dense(x, fmt)
+    out = torch.empty_like(x)
+    _load()[0].lpsgld_quantize(
+        ctypes.byref(_native(fmt, x.dtype)),
+        ctypes.byref(shape),
+        _DTYPES[x.dtype],
+        _pointer(x),
+        _pointer(out),
+        mode,
+        ctypes.c_double(variance),
+        ctypes.byref(_key(key)),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def quantize(x: Tensor, fmt: NumberFormat, rounding: Rounding, key: DrawKey | None) -> Tensor:
+    """See :func:`lightning_lpsgld.ops.quantize`; equal to the reference bit for bit."""
+    return _quantize(x, fmt, _MODES[rounding], 0.0, key)
+
+
+def quantize_variance_corrected(mean: Tensor, variance: float | Tensor, fmt: NumberFormat, key: DrawKey) -> Tensor:
+    """See :func:`lightning_lpsgld.ops.quantize_variance_corrected`; a variance per element takes the reference."""
+    if isinstance(variance, Tensor) and variance.numel() != 1:
+        return reference.quantize_variance_corrected(mean, variance, fmt, key)
+    return _quantize(mean, fmt, _MODES["vc"], float(variance), key)
+
+
+def encode(x: Tensor, fmt: NumberFormat, rounding: Rounding, key: DrawKey | None) -> Encoded:
+    """See :func:`lightning_lpsgld.ops.encode`; one pass from values to codes, equal to the reference bit for bit."""
+    if x.numel() == 0:
+        return reference.encode(x, fmt, rounding, key)
+    x, shape = _dense(x, fmt)
+    codes = torch.empty_like(x, dtype=code_dtype(fmt))
+    exponents = None
+    if isinstance(fmt, BlockFloatingPoint):
+        exponents = torch.empty(exponents_shape(x.shape, fmt), dtype=torch.int8)
+    missing = _load()[0].lpsgld_encode(
+        ctypes.byref(_native(fmt, x.dtype)),
+        ctypes.byref(shape),
+        _DTYPES[x.dtype],
+        _pointer(x),
+        _pointer(codes),
+        codes.element_size(),
+        None if exponents is None else _pointer(exponents),
+        _MODES[rounding],
+        ctypes.byref(_key(key)),
+        torch.get_num_threads(),
+    )
+    if missing and not (isinstance(fmt, FloatingPoint) and fmt.specials != "none"):
+        lack = f"{fmt} has no NaN" if isinstance(fmt, FloatingPoint) else f"the codes of {fmt} have no NaN"
+        raise ValueError(f"encode: {lack}, but {missing} of {x.numel()} elements are NaN.")
+    return Encoded(codes, exponents, fmt)
+
+
+@lru_cache(maxsize=8)
+def _value_table(fmt: FloatingPoint) -> Tensor:
+    """Value of every bit pattern of the code dtype, float32."""
+    dtype = code_dtype(fmt)
+    patterns = torch.arange(2 ** torch.iinfo(dtype).bits).to(dtype)
+    return reference.decode(Encoded(patterns, None, fmt), torch.float32)
+
+
+def _decode(encoded: Encoded, out: Tensor) -> None:
+    """Write the values of ``encoded`` into ``out``: float32, dense, memory order of the codes."""
+    fmt, codes, exponents = encoded.format, encoded.codes, encoded.exponents
+    table = _value_table(fmt) if isinstance(fmt, FloatingPoint) else None
+    offset = 2 - fmt.word_length if isinstance(fmt, BlockFloatingPoint) else 0
+    offset = -fmt.fraction_length if isinstance(fmt, FixedPoint) else offset
+    exponents = None if exponents is None else exponents.contiguous()
+    _load()[0].lpsgld_decode(
+        _pointer(codes),
+        codes.element_size(),
+        None if exponents is None else _pointer(exponents),
+        offset,
+        None if table is None else _pointer(table),
+        _pointer(out),
+        ctypes.c_int64(codes.numel()),
+        ctypes.c_int64(_inner(codes.shape, fmt)),
+        torch.get_num_threads(),
+    )
+
+
+def decode(encoded: Encoded, dtype: torch.dtype) -> Tensor:
+    """See :func:`lightning_lpsgld.ops.decode`; equal to the reference bit for bit."""
+    codes = encoded.codes
+    if codes.numel() == 0 or dtype == torch.float64:
+        return reference.decode(encoded, dtype)
+    if _layout(codes, encoded.format) is None:
+        codes = codes.contiguous()
+    out = torch.empty_like(codes, dtype=torch.float32)
+    _decode(Encoded(codes, encoded.exponents, encoded.format), out)
+    return out.to(dtype)
+
+
+def _written(x: Tensor) -> None:
+    """Tell autograd that ``x`` was changed behind its back."""
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)
+
+
+def decode_into(encoded: Encoded, out: Tensor) -> Tensor:
+    """Write the values of ``encoded`` into ``out``, without a temporary where ``out`` is float32 in the codes' layout.
+
+    Args:
+        encoded: What :func:`lightning_lpsgld.ops.encode` returned.
+        out: Tensor of the shape of the codes; floating dtype, CPU. Overwritten.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    codes = encoded.codes
+    if out.shape != codes.shape:
+        raise ValueError(f"decode_into: `out` must have the codes' shape {tuple(codes.shape)}, got {tuple(out.shape)}.")
+    direct = out.dtype == torch.float32 and out.stride() == codes.stride() and _layout(codes, encoded.format) is not None
+    if codes.numel() and direct and refusal("decode", codes, (encoded.format,)) is None and not out.is_neg():
+        with torch.no_grad():
+            _decode(encoded, out)
+        _written(out)
+        return out
+    with torch.no_grad():
+        return out.copy_(decode(encoded, torch.float32))
+
+
+def _native_step(spec: StepSpec) -> _Step:
+    weight, gradient = spec.weight_format, spec.gradient_format
+    noise = 0.0 if spec.accumulation == "vc" else spec.noise_variance**0.5
+    return _Step(
+        spec.noise_variance,
+        spec.lr,
+        spec.weight_decay,
+        noise,
+        _MODES["float" if weight is None else spec.accumulation],
+        gradient is not None,
+        _Format() if weight is None else _native(weight, torch.float32),
+        _Format() if gradient is None else _native(gradient, torch.float32),
+    )
+
+
+def _aligned(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` as float32 in the memory order of ``like``; itself where that is so already."""
+    if x.dtype == torch.float32 and x.stride() == like.stride():
+        return x
+    return torch.empty_like(like).copy_(x)
+
+
+def langevin_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    accumulators: Sequence[Tensor] | None,
+    spec: StepSpec,
+    keys: Sequence[DrawKey],
+    indices: Sequence[int],
+) -> Tensor:
+    """One step of all tensors in one call; see :func:`lightning_lpsgld.samplers.updates.langevin_steps_`.
+
+    Everything before a rounding is float32, operation for operation as in the composed step (noise: float32 normals,
+    a few units in the last place from the reference's). Tensors in row-major or channels-last order are updated where
+    they lie; others through a copy.
+
+    Returns:
+        Saturated values per tensor, int64.
+    """
+    rows = (_StepTensor * len(params))()
+    kept: list[tuple[Tensor, Tensor]] = []  # copies: they live until the kernel is done, then go back
+    alive: list[Tensor] = []
+    for i, (param, grad, key, index) in enumerate(zip(params, grads, keys, indices)):
+        layout = _layout(param, spec.weight_format, spec.gradient_format)
+        work = param
+        if layout is None:
+            layout, work = (0, 0), param.detach().contiguous()
+            kept.append((param, work))
+        grad = _aligned(grad, work)
+        row = rows[i]
+        if accumulators is not None:
+            accumulator = _aligned(accumulators[i], work)
+            if accumulator is not accumulators[i]:
+                kept.append((accumulators[i], accumulator))
+            row.accumulator = accumulator.data_ptr()
+        alive += (grad, work)
+        row.param, row.grad, row.numel = work.data_ptr(), grad.data_ptr(), work.numel()
+        row.weight_inner, row.gradient_inner = _inner(param.shape, spec.weight_format), _inner(param.shape, spec.gradient_format)
+        row.channels, row.pixels = layout
+        row.weight_key = _key(key, stream_id(Role.WEIGHT, index))
+        row.gradient_key = _key(key, stream_id(Role.GRADIENT, index))
+    _load()[0].lpsgld_step(ctypes.byref(_native_step(spec)), rows, len(params), torch.get_num_threads())
+    for changed in (*params, *(accumulators or ())):
+        _written(changed)
+    with torch.no_grad():
+        for target, result in kept:
+            target.copy_(result)
+    return torch.tensor([row.saturated for row in rows], dtype=torch.int64)

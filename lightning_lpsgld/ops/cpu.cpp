@@ -1,0 +1,1275 @@
+// Fused CPU kernels: quantize, quantize_variance_corrected, encode, decode and the whole Langevin step.
+//
+// Plain C++17 behind a C interface (section 4), loaded with ctypes by cpu.py; ops/reference.py and samplers/updates.py
+// are the definition. The vector code (section 2) uses the compilers' portable vector types and is compiled once per
+// instruction set: the file includes itself. No contraction to FMA anywhere (-ffp-contract=off, and see PRAGMA below):
+// results are the same on every instruction set.
+//
+// Words: a *block* shares one exponent; `inner` is its number of elements, contiguous in memory, or 0 where there is no
+// shared exponent (fixed point: one constant gap; *lane* formats: a gap per element). E is the exponent of a block,
+// `offset` what turns it into that of the gap. A *code* is an integer multiple of the gap, held exactly in a float.
+
+#ifndef LPSGLD_LANES  // ======================= 1. Common to all instruction sets =======================
+
+#if !defined(__GNUC__)
+#error "The fused CPU kernels need GCC or Clang (vector types); without them the package runs on the reference ops."
+#endif
+
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#if defined(_WIN32)
+#define EXPORT extern "C" __attribute__((dllexport))
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are only passed between inlined functions
+
+namespace lpsgld {
+
+enum Kind : int32_t { FIXED = 0, BLOCK = 1, FLOAT = 2 };
+enum Mode : int32_t { NEAREST = 0, STOCHASTIC = 1, VC = 2, NONE = 3 };
+enum Dtype : int32_t { F32 = 0, BF16 = 1, F16 = 2 };
+enum Sink : int32_t { VALUES = 0, CODES8 = 1, CODES16 = 2, CODES32 = 3 };
+
+// Mirrors of the ctypes structures in cpu.py.
+struct Format {
+  int32_t kind, offset, low, high;    // gap = 2^(E + offset), E in [low, high]; fixed point: E = 0
+  float code_min, code_max;           // floating point: +-2^(mantissa + 1), the largest code of any binade
+  float value_min, value_max;         // fixed and floating point
+  int32_t mantissa, bias, bits, nan;  // floating point: fields of the bit pattern
+};
+struct Key {
+  uint64_t seed, offset;
+  uint32_t step, stream;
+};
+struct Shape {
+  int64_t numel, inner, channels, pixels;  // channels > 0: memory is (sample, pixel, channel), draws are not
+};
+struct Step {
+  double variance;
+  float lr, weight_decay, noise;  // noise: standard deviation of what is added before rounding
+  int32_t mode;                   // of the weight's rounding; NONE: the weight is not rounded
+  int32_t has_gradient_format;
+  Format weight, gradient;
+};
+struct StepTensor {
+  float *param, *accumulator;
+  const float *grad;
+  int64_t numel, weight_inner, gradient_inner, channels, pixels;
+  Key weight_key, gradient_key;
+  int64_t saturated;
+};
+
+constexpr int TILE = 512;          // elements that are rounded while their draws are in the L1 cache
+constexpr int SLACK = 192;         // words that a batch of draws may write beyond a tile
+constexpr int PATCH = 8192;        // the same for channels-last samples, whose draws come transposed
+constexpr int64_t ITEM = 16384;    // elements of a work item
+constexpr int64_t ROW_MAX = 1 << 17;  // longer blocks are shared by several threads
+constexpr uint32_t NORMAL_BIT = 1u << 31;
+constexpr double NOISE_REACH = 6.77;
+constexpr uint32_t INF_BITS = 0x7f800000u;
+
+// One tensor of a job. A job rounds `x` to `out` (mode, sink); with `grad` it first makes x = x - lr (Q(grad) + wd x).
+struct Task {
+  const void *x;
+  void *out;
+  const float *grad;
+  int64_t numel, inner, gradient_inner, channels, pixels;
+  Key key, gradient_key;
+  int8_t *exponents;
+  std::atomic<int64_t> count;  // saturated (values) or NaN (codes)
+  std::atomic<uint32_t> *peaks, *gradient_peaks;  // of blocks that several threads share
+};
+struct Job {
+  Format format, gradient;
+  Mode mode, gradient_mode;
+  Sink sink;
+  Dtype dtype;
+  bool descend, counting;
+  float lr, weight_decay, noise;
+  double variance, sigma;
+  int free_exponent;        // floor(log2(2 sigma)) - offset: gaps up to 2 sigma keep every variance reachable
+  const float *target, *spread;  // by gap exponent + 160: v / gap^2 and sqrt(v / gap^2 - 1/4)
+  int high_gap;             // gap exponents up to this one are in the large-variance regime
+};
+
+INLINE float float_of(uint32_t bits) {
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+INLINE uint32_t bits_of(float f) {
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  return bits;
+}
+INLINE float power_of_two(int k) {  // k in [-149, 127]
+  return k >= -126 ? float_of(uint32_t(k + 127) << 23) : float_of(1u << (k + 149));
+}
+INLINE int floor_log2(double x) { return x > 0 ? std::ilogb(x) : -2000; }
+
+// A peak of a block is 2 * (bits of the largest finite magnitude) + (has infinity): peaks merge by maximum.
+INLINE int exponent_of_peak(uint32_t peak, const Format &f) {
+  if (peak <= 1) return peak ? f.high : f.low;  // nothing but infinities / zeros
+  uint32_t bits = peak >> 1;
+  int e = bits >> 23 ? int(bits >> 23) - 127 : 31 - __builtin_clz(bits) - 149;
+  return e < f.low ? f.low : e > f.high ? f.high : e;
+}
+INLINE double magnitude_of_peak(uint32_t peak) { return float_of(peak >> 1); }
+
+// Raised exponent of a block (or element) whose noise reaches `reach`; see _with_headroom in reference.py.
+INLINE int with_headroom(int e, double reach, const Job &job) {
+  const Format &f = job.format;
+  int wanted = floor_log2(reach);
+  int top = wanted + f.offset;
+  wanted += reach > double(f.code_max) * std::ldexp(1.0, top < -1022 ? -1022 : top);
+  int raised = wanted < job.free_exponent ? wanted : job.free_exponent;
+  e = e > raised ? e : raised;
+  return e < f.low ? f.low : e > f.high ? f.high : e;
+}
+
+// The vector code of one instruction set.
+struct Kernels {
+  const char *name;
+  uint32_t (*scan)(const void *x, Dtype dtype, int64_t start, int64_t len);
+  uint32_t (*drift)(const Job &, Task &, int64_t start, int64_t len, uint32_t gradient_peak);
+  void (*finish)(const Job &, Task &, int64_t start, int64_t len, uint32_t peak);
+  void (*rows)(const Job &, Task &, int64_t start, int64_t len);
+  void (*decode)(const void *codes, int width, float *out, int64_t n, float scale1, float scale2);
+  void (*draws)(const Key &, bool normal, float *normals, uint32_t *words, int64_t n);
+};
+
+}  // namespace lpsgld
+
+#define LPSGLD_LANES 4
+#define LPSGLD_TARGET baseline
+#include "cpu.cpp"
+#undef LPSGLD_LANES
+#undef LPSGLD_TARGET
+#if defined(__x86_64__) && !defined(__clang__)
+#define LPSGLD_X86_TARGETS
+#pragma GCC push_options
+#pragma GCC target("avx2")
+#define LPSGLD_LANES 8
+#define LPSGLD_TARGET avx2
+#include "cpu.cpp"
+#undef LPSGLD_LANES
+#undef LPSGLD_TARGET
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,prefer-vector-width=512")
+#define LPSGLD_LANES 16
+#define LPSGLD_TARGET avx512
+#include "cpu.cpp"
+#undef LPSGLD_LANES
+#undef LPSGLD_TARGET
+#pragma GCC pop_options
+#endif
+
+namespace lpsgld {  // ======================= 3. Threads and scheduling =======================
+
+// A small pool that sleeps between jobs: torch's own threads keep their cores. Workers that wake up late find the job
+// done and go back to sleep; nobody waits for them.
+class Pool {
+ public:
+  using Work = void (*)(void *context, int64_t item);
+
+  void run(int threads, int64_t items, Work work, void *context) {
+    std::unique_lock<std::mutex> owner(busy_, std::try_to_lock);
+    if (threads > items) threads = int(items);
+    if (threads <= 1 || !owner.owns_lock() || !grow(threads - 1)) {
+      for (int64_t i = 0; i < items; i++) work(context, i);
+      return;
+    }
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      work_ = work, context_ = context, items_ = items, places_ = threads - 1;
+      next_.store(0, std::memory_order_relaxed);
+      generation_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    drain();
+    std::unique_lock<std::mutex> lock(mutex_);
+    places_ = 0;
+    done_.wait(lock, [this] { return active_ == 0; });
+  }
+
+ private:
+  bool grow(int workers) {
+    while (started_ < workers) {
+      try {
+        std::thread([this] { serve(); }).detach();
+      } catch (...) {
+        return started_ > 0;
+      }
+      started_++;
+    }
+    return true;
+  }
+  void drain() {
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < items_;) work_(context_, i);
+  }
+  void serve() {
+    uint64_t seen = 0;
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return places_ > 0 && generation_.load(std::memory_order_relaxed) != seen; });
+      seen = generation_.load(std::memory_order_relaxed);
+      places_--, active_++;
+      lock.unlock();
+      drain();
+      lock.lock();
+      if (--active_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex busy_, mutex_;
+  std::condition_variable wake_, done_;
+  std::atomic<int64_t> next_{0};
+  std::atomic<uint64_t> generation_{0};
+  Work work_ = nullptr;
+  void *context_ = nullptr;
+  int64_t items_ = 0;
+  int places_ = 0, active_ = 0, started_ = 0;
+};
+
+static std::atomic<Pool *> the_pool{nullptr};
+
+static Pool &pool() {
+  Pool *existing = the_pool.load();
+  if (existing) return *existing;
+  static std::once_flag once;
+#if !defined(_WIN32)  // a forked child has no workers: it starts with a new pool (the old one is left behind)
+  std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr); }); });
+#endif
+  Pool *fresh = new Pool;  // never destroyed: workers sleep in it until the process ends
+  if (!the_pool.compare_exchange_strong(existing, fresh)) {
+    delete fresh;
+    return *existing;
+  }
+  return *fresh;
+}
+
+// Gradual underflow in the calling thread, whatever torch.set_flush_denormal says.
+struct Gradual {
+#if defined(__x86_64__)
+  unsigned saved = _mm_getcsr();
+  Gradual() { _mm_setcsr(0x1f80); }
+  ~Gradual() { _mm_setcsr(saved); }
+#endif
+};
+
+static int best_level() {
+#if defined(LPSGLD_X86_TARGETS)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl"))
+    return 2;
+  if (__builtin_cpu_supports("avx2")) return 1;
+#endif
+  return 0;
+}
+static const Kernels *const all_kernels[] = {
+    &baseline::kernels,
+#if defined(LPSGLD_X86_TARGETS)
+    &avx2::kernels, &avx512::kernels,
+#endif
+};
+static std::atomic<int> level{-1};
+static const Kernels &kernels() {
+  int l = level.load(std::memory_order_relaxed);
+  if (l < 0) level.store(l = best_level());
+  return *all_kernels[l];
+}
+
+struct Item {
+  int task;
+  int64_t start, len;
+};
+enum Phase { SCAN, MAIN, FINISH };
+
+struct Plan {
+  const Kernels *k;
+  const Job *job;
+  Task *tasks;
+  std::vector<Item> whole, shared;  // runs of whole blocks; pieces of blocks that several threads share
+  std::vector<std::atomic<uint32_t>> peaks;
+  const std::vector<Item> *items;
+  Phase phase;
+};
+
+static void merge_peak(std::atomic<uint32_t> &peak, uint32_t value) {
+  uint32_t old = peak.load(std::memory_order_relaxed);
+  while (old < value && !peak.compare_exchange_weak(old, value, std::memory_order_relaxed)) {
+  }
+}
+
+static void run_item(void *context, int64_t i) {
+  Gradual mode;
+  Plan &plan = *static_cast<Plan *>(context);
+  const Job &job = *plan.job;
+  const Item &item = (*plan.items)[size_t(i)];
+  Task &t = plan.tasks[item.task];
+  if (plan.items == &plan.whole) return plan.k->rows(job, t, item.start, item.len);
+  std::atomic<uint32_t> *w = t.peaks ? t.peaks + item.start / t.inner : nullptr;
+  std::atomic<uint32_t> *g = t.gradient_peaks ? t.gradient_peaks + item.start / t.gradient_inner : nullptr;
+  if (plan.phase == SCAN) {
+    if (job.descend && g) merge_peak(*g, plan.k->scan(t.grad, F32, item.start, item.len));
+    if (!job.descend && w) merge_peak(*w, plan.k->scan(t.x, job.dtype, item.start, item.len));
+  } else if (plan.phase == MAIN) {
+    uint32_t peak = plan.k->drift(job, t, item.start, item.len, g ? g->load() : 0);
+    if (w) merge_peak(*w, peak);
+  } else {
+    plan.k->finish(job, t, item.start, item.len, w ? w->load() : 0);
+  }
+}
+
+// Cuts a task into items; returns the number of peaks that it needs (0 where no block is shared by threads).
+static int64_t cut(Plan &plan, int index, int64_t threads) {
+  const Task &t = plan.tasks[index];
+  int64_t coarse = t.inner > t.gradient_inner ? t.inner : t.gradient_inner;
+  int64_t fine = t.inner && t.gradient_inner ? (t.inner < t.gradient_inner ? t.inner : t.gradient_inner) : coarse;
+  bool share = coarse && (fine != coarse || (coarse > ROW_MAX && t.numel / coarse < 4 * threads));
+  if (!share) {
+    int64_t unit = coarse ? coarse : 1, run = ITEM / unit * unit;
+    if (run == 0) run = unit;
+    for (int64_t i = 0; i < t.numel; i += run)
+      plan.whole.push_back({index, i, i + run < t.numel ? run : t.numel - i});
+    return 0;
+  }
+  for (int64_t row = 0; row < t.numel; row += fine)
+    for (int64_t i = 0; i < fine; i += ITEM)
+      plan.shared.push_back({index, row + i, i + ITEM < fine ? ITEM : fine - i});
+  return (t.inner ? t.numel / t.inner : 0) + (t.gradient_inner ? t.numel / t.gradient_inner : 0);
+}
+
+static void execute(const Job &job, Task *tasks, int count, int threads) {
+  Plan plan{&kernels(), &job, tasks, {}, {}, {}, nullptr, MAIN};
+  int64_t total = 0, peaks = 0;
+  std::vector<int64_t> wanted(static_cast<size_t>(count));
+  for (int i = 0; i < count; i++) {
+    peaks += wanted[size_t(i)] = cut(plan, i, threads);
+    total += tasks[i].numel;
+  }
+  plan.peaks = std::vector<std::atomic<uint32_t>>(size_t(peaks));
+  std::atomic<uint32_t> *next = plan.peaks.data();
+  for (int i = 0; i < count; i++) {
+    Task &t = tasks[i];
+    if (!wanted[size_t(i)]) continue;
+    if (t.inner) t.peaks = next, next += t.numel / t.inner;
+    if (t.gradient_inner) t.gradient_peaks = next, next += t.numel / t.gradient_inner;
+  }
+  if (total < ITEM) threads = 1;
+  auto phase = [&](const std::vector<Item> &items, Phase which) {
+    plan.items = &items, plan.phase = which;
+    pool().run(threads, int64_t(items.size()), run_item, &plan);
+  };
+  if (!plan.whole.empty()) phase(plan.whole, MAIN);
+  if (plan.shared.empty()) return;
+  phase(plan.shared, SCAN);
+  if (job.descend) phase(plan.shared, MAIN);
+  if (job.mode != NONE) phase(plan.shared, FINISH);
+}
+
+// What Q^vc needs to know of the variance: exact decisions in double, once.
+struct VarianceTable {
+  float target[320], spread[320];
+  void fill(Job &job, double variance) {
+    job.variance = variance, job.sigma = std::sqrt(variance);
+    job.free_exponent = floor_log2(2.0 * job.sigma) - job.format.offset;
+    job.high_gap = -1000;
+    for (int i = 0; i < 320; i++) {
+      double inverse = std::ldexp(1.0, 160 - i), t = variance * inverse * inverse;
+      target[i] = float(t), spread[i] = float(std::sqrt(t > 0.25 ? t - 0.25 : 0.0));
+      if (t > 0.25) job.high_gap = i - 160;
+    }
+    job.target = target, job.spread = spread;
+  }
+};
+
+static void fill_task(Task &t, const void *x, void *out, const Shape &shape, const Key &key) {
+  t.x = x, t.out = out, t.numel = shape.numel, t.inner = shape.inner;
+  t.channels = shape.channels, t.pixels = shape.pixels, t.key = key;
+}
+
+}  // namespace lpsgld
+
+// ======================= 4. The C interface =======================
+using namespace lpsgld;
+
+EXPORT int lpsgld_version() { return 1; }
+EXPORT int lpsgld_sizes(int which) {
+  const int sizes[] = {sizeof(Format), sizeof(Key), sizeof(Shape), sizeof(Step), sizeof(StepTensor)};
+  return sizes[which];
+}
+EXPORT int lpsgld_level(int wanted) {  // -1: best; returns the level in use
+  int best = best_level();
+  level.store(wanted < 0 || wanted > best ? best : wanted);
+  return level.load();
+}
+EXPORT const char *lpsgld_target() { return kernels().name; }
+
+EXPORT void lpsgld_quantize(const Format *format, const Shape *shape, int dtype, const void *x, void *out, int mode,
+                            double variance, const Key *key, int threads) {
+  Gradual gradual;
+  Job job{};
+  VarianceTable table;
+  job.format = *format, job.mode = Mode(mode), job.sink = VALUES, job.dtype = Dtype(dtype);
+  if (mode == VC) table.fill(job, variance);
+  Task task{};
+  fill_task(task, x, out, *shape, *key);
+  execute(job, &task, 1, threads);
+}
+
+// Returns the number of NaN; their codes are 0 (fixed, block) or the NaN pattern (floating point).
+EXPORT int64_t lpsgld_encode(const Format *format, const Shape *shape, int dtype, const void *x, void *codes, int width,
+                             int8_t *exponents, int mode, const Key *key, int threads) {
+  Gradual gradual;
+  Job job{};
+  job.format = *format, job.mode = Mode(mode), job.dtype = Dtype(dtype);
+  job.sink = width == 1 ? CODES8 : width == 2 ? CODES16 : CODES32;
+  Task task{};
+  fill_task(task, x, codes, *shape, *key);
+  task.exponents = exponents;
+  execute(job, &task, 1, threads);
+  return task.count.load();
+}
+
+struct Decoding {
+  const char *codes;
+  const int8_t *exponents;
+  const float *table;
+  float *out;
+  int64_t numel, inner;
+  int width, offset;
+};
+static void decode_item(void *context, int64_t item) {
+  Gradual gradual;
+  const Decoding &d = *static_cast<Decoding *>(context);
+  int64_t start = item * ITEM, end = start + ITEM < d.numel ? start + ITEM : d.numel;
+  while (start < end) {
+    int64_t stop = d.inner && (start / d.inner + 1) * d.inner < end ? (start / d.inner + 1) * d.inner : end;
+    if (d.table) {
+      for (; start < stop; start++)
+        d.out[start] = d.width == 1 ? d.table[uint8_t(d.codes[start])]
+                                    : d.table[reinterpret_cast<const uint16_t *>(d.codes)[start]];
+      continue;
+    }
+    if (!d.inner && d.exponents) stop = start + 1;  // an exponent per element
+    int gap = d.offset + (d.exponents ? d.exponents[d.inner ? start / d.inner : start] : 0);
+    kernels().decode(d.codes + start * d.width, d.width, d.out + start, stop - start, power_of_two(gap >> 1),
+                     power_of_two(gap - (gap >> 1)));
+    start = stop;
+  }
+}
+// table: value of every pattern of floating point (codes of 1 or 2 bytes), else null.
+EXPORT void lpsgld_decode(const void *codes, int width, const int8_t *exponents, int offset, const float *table,
+                          float *out, int64_t numel, int64_t inner, int threads) {
+  Decoding d{static_cast<const char *>(codes), exponents, table, out, numel, inner, width, offset};
+  pool().run(numel < ITEM ? 1 : threads, (numel + ITEM - 1) / ITEM, decode_item, &d);
+}
+
+EXPORT void lpsgld_step(const Step *step, StepTensor *tensors, int count, int threads) {
+  Gradual gradual;
+  Job job{};
+  VarianceTable table;
+  job.format = step->weight, job.gradient = step->gradient;
+  job.mode = Mode(step->mode), job.gradient_mode = step->has_gradient_format ? STOCHASTIC : NONE;
+  job.sink = VALUES, job.dtype = F32, job.descend = true, job.counting = true;
+  job.lr = step->lr, job.weight_decay = step->weight_decay, job.noise = step->noise;
+  if (job.mode == VC) table.fill(job, step->variance);
+  std::vector<Task> tasks(static_cast<size_t>(count));
+  for (int i = 0; i < count; i++) {
+    StepTensor &s = tensors[i];
+    Task &t = tasks[size_t(i)];
+    fill_task(t, s.accumulator ? s.accumulator : s.param, s.param,
+              {s.numel, job.mode == NONE ? 0 : s.weight_inner, s.channels, s.pixels}, s.weight_key);
+    t.grad = s.grad, t.gradient_key = s.gradient_key;
+    t.gradient_inner = job.gradient_mode == NONE ? 0 : s.gradient_inner;
+  }
+  execute(job, tasks.data(), count, threads);
+  for (int i = 0; i < count; i++) tensors[i].saturated = tasks[size_t(i)].count.load();
+}
+
+// The draws themselves, for tests: n normals, or n words (the other pointer is null).
+EXPORT void lpsgld_draws(const Key *key, float *normals, uint32_t *words, int64_t n) {
+  Gradual gradual;
+  kernels().draws(*key, normals != nullptr, normals, words, n);
+}
+
+#if defined(_WIN32)
+extern "C" __declspec(dllexport) void *PyInit__cpu() { return nullptr; }  // setuptools exports it; nobody imports it
+#endif
+
+#else  // ======================= 2. Vector code, once per instruction set =======================
+
+namespace lpsgld {
+namespace LPSGLD_TARGET {
+
+constexpr int L = LPSGLD_LANES, Q = L / 2;
+constexpr int GROUPS = L == 16 ? 4 : 2;    // independent Philox chains in flight
+constexpr int BATCH = GROUPS * Q;          // Philox blocks of a batch; 4 words each
+typedef float vf __attribute__((vector_size(L * 4)));
+typedef int32_t vi __attribute__((vector_size(L * 4)));
+typedef uint32_t vu __attribute__((vector_size(L * 4)));
+typedef uint64_t vq __attribute__((vector_size(L * 4)));
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, type, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, type, ...) __builtin_shuffle(a, b, (type){__VA_ARGS__})
+#endif
+
+INLINE vf splat(float x) { return vf{} + x; }
+INLINE vi splat(int x) { return vi{} + x; }
+INLINE vf as_float(vi x) { return (vf)x; }
+INLINE vi as_int(vf x) { return (vi)x; }
+INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+INLINE vi to_int(vf x) { return __builtin_convertvector(x, vi); }
+template <class T> INLINE T min_of(T a, T b) { return a < b ? a : b; }  // b where a is NaN
+template <class T> INLINE T max_of(T a, T b) { return a > b ? a : b; }
+INLINE vf magnitude(vf x) { return as_float(as_int(x) & 0x7fffffff); }
+INLINE vf power(vi k) { return as_float((k + 127) << 23); }  // 2^k, k in [-126, 127]
+INLINE bool any(vi mask) {
+  vq m = (vq)mask;
+  uint64_t all = 0;
+  for (int i = 0; i < Q; i++) all |= m[i];
+  return all != 0;
+}
+INLINE int64_t total(vi x) {
+  int64_t sum = 0;
+  for (int i = 0; i < L; i++) sum += x[i];
+  return sum;
+}
+INLINE vf root(vf x) {
+#if LPSGLD_LANES == 16
+  return (vf)_mm512_sqrt_ps((__m512)x);
+#elif LPSGLD_LANES == 8
+  return (vf)_mm256_sqrt_ps((__m256)x);
+#elif defined(__x86_64__)
+  return (vf)_mm_sqrt_ps((__m128)x);
+#elif defined(__aarch64__)
+  return (vf)vsqrtq_f32((float32x4_t)x);
+#else
+  for (int i = 0; i < L; i++) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+template <class V, class P> INLINE V load(const P *p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V, class P> INLINE void store(P *p, V v) { memcpy(p, &v, sizeof v); }
+INLINE vf load_part(const float *p, int m) {  // m <= L elements, zeros after them
+  if (m == L) return load<vf>(p);
+  float part[L] = {};
+  memcpy(part, p, size_t(m) * 4);
+  return load<vf>(part);
+}
+template <class V, class P> INLINE void store_part(P *p, V v, int m) {
+  if (m == L) return store(p, v);
+  P part[L];
+  store(part, v);
+  memcpy(p, part, size_t(m) * sizeof(P));
+}
+
+// ---- Draws ----
+
+INLINE vq times(vq a, vq m) {  // products of the low words
+#if LPSGLD_LANES == 16
+  return (vq)_mm512_mul_epu32((__m512i)a, (__m512i)m);
+#elif LPSGLD_LANES == 8
+  return (vq)_mm256_mul_epu32((__m256i)a, (__m256i)m);
+#elif defined(__x86_64__)
+  return (vq)_mm_mul_epu32((__m128i)a, (__m128i)m);
+#else
+  return (a & 0xffffffffull) * m;
+#endif
+}
+INLINE vq xor3(vq a, vq b, vq c) {
+#if LPSGLD_LANES == 16
+  return (vq)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
+#else
+  return a ^ b ^ c;
+#endif
+}
+
+struct Philox {
+  uint64_t k0[10], k1[10], stream, step;
+  void init(const Key &key, uint32_t stream_bits) {
+    uint32_t a = uint32_t(key.seed), b = uint32_t(key.seed >> 32);
+    for (int r = 0; r < 10; r++, a += 0x9E3779B9u, b += 0xBB67AE85u) k0[r] = a, k1[r] = b;
+    stream = key.stream | stream_bits, step = key.step;
+  }
+};
+
+// Words live in the low halves of 64-bit lanes, where the multiplier wants them; what is above them is never read.
+// `block`: indices in lane order (block_lanes), GROUPS vectors of them. Writes BATCH blocks of four words in order.
+INLINE void philox(const Philox &p, const vq *block, uint32_t *out) {
+  const vq m0 = vq{} + 0xD2511F53ull, m1 = vq{} + 0xCD9E8D57ull, low = vq{} + 0xffffffffull;
+  vq c0[GROUPS], c1[GROUPS], c2[GROUPS], c3[GROUPS];
+  for (int g = 0; g < GROUPS; g++)
+    c0[g] = block[g], c1[g] = block[g] >> 32, c2[g] = vq{} + p.stream, c3[g] = vq{} + p.step;
+#pragma GCC unroll 10
+  for (int r = 0; r < 10; r++) {
+    const vq k0 = vq{} + p.k0[r], k1 = vq{} + p.k1[r];
+#pragma GCC unroll 4
+    for (int g = 0; g < GROUPS; g++) {
+      vq p0 = times(c0[g], m0), p1 = times(c2[g], m1);
+      c0[g] = xor3(p1 >> 32, c1[g], k0), c2[g] = xor3(p0 >> 32, c3[g], k1);
+      c1[g] = p1, c3[g] = p0;
+    }
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < GROUPS; g++) {
+    vq a = (c0[g] & low) | (c1[g] << 32), b = (c2[g] & low) | (c3[g] << 32);
+#if LPSGLD_LANES == 16
+    vq first = SHUFFLE(a, b, vq, 0, 8, 2, 10, 4, 12, 6, 14), second = SHUFFLE(a, b, vq, 1, 9, 3, 11, 5, 13, 7, 15);
+#elif LPSGLD_LANES == 8
+    vq first = SHUFFLE(a, b, vq, 0, 4, 2, 6), second = SHUFFLE(a, b, vq, 1, 5, 3, 7);
+#else
+    vq first = SHUFFLE(a, b, vq, 0, 2), second = SHUFFLE(a, b, vq, 1, 3);
+#endif
+    store(out + g * 2 * L, first), store(out + g * 2 * L + L, second);
+  }
+}
+
+INLINE int block_lane(int j) {  // lane that holds block j of a group: the shuffles above then need no permutation
+  return j < Q / 2 ? 2 * j : 2 * (j - Q / 2) + 1;
+}
+
+// n words from global element `first` on; out[0] is element 4 * (first / 4). Writes up to SLACK words too many.
+static void words_from(const Philox &p, uint64_t first, int64_t n, uint32_t *out) {
+  uint64_t lanes[Q];
+  for (int j = 0; j < Q; j++) lanes[block_lane(j)] = uint64_t(j);
+  vq block[GROUPS];
+  for (int g = 0; g < GROUPS; g++) block[g] = load<vq>(lanes) + first / 4 + uint64_t(g * Q);
+  int64_t end = int64_t(first % 4) + n;
+  for (int64_t i = 0; i < end; i += 4 * BATCH) {
+    philox(p, block, out + i);
+    for (int g = 0; g < GROUPS; g++) block[g] += uint64_t(BATCH);
+  }
+}
+
+// -2 ln((w + 1/2) 2^-32), accurate relatively at both ends: it is taken of the nearer of u and 1 - u.
+INLINE vf minus_two_log(vu word) {
+  vi upper = (vi)word >> 31;
+  vf u = (to_float((vi)word ^ upper) + 0.5f) * 0x1p-32f;  // in (0, 1/2]
+  vi bits = as_int(u) - 0x3f3504f3;                         // sqrt(1/2): mantissa in [sqrt(1/2), sqrt(2))
+  vi exponent = bits >> 23;
+  vf y = as_float((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
+  vi half = u > 0.29289323f;
+  y = upper ? (half ? 1.0f - 2.0f * u : -u) : y;
+  vf e = to_float(upper ? (half ? splat(-1) : splat(0)) : exponent);
+  vf z = y * y;
+  vf q = y * -0.0763449302f + 0.1276157564f;
+  q = q * y - 0.1316018306f, q = q * y + 0.1420175823f, q = q * y - 0.1662335730f;
+  q = q * y + 0.2000122687f, q = q * y - 0.2500082104f, q = q * y + 0.3333333171f;
+  vf tail = y * z * q + e * -2.12194440e-4f;
+  vf log = ((tail - 0.5f * z) + y) + e * 0.693359375f;
+  return -2.0f * log;
+}
+
+// Cosine and sine of 2 pi (w + 1/2) 2^-32; the quarter turn nearest to the angle is taken off exactly.
+INLINE void turn(vu word, vf &cosine, vf &sine) {
+  vi quarter = (vi)((word + 0x20000000u) >> 30);
+  vf x = (to_float((vi)(word - ((vu)quarter << 30))) + 0.5f) * 1.4629180792671596e-9f;  // 2 pi 2^-32
+  vf z = x * x;
+  vf s = x + x * z * ((z * -0.000195173f + 0.0083321781f) * z - 0.1666665494f);
+  vf c = (z * z * ((z * 2.4438451419e-05f - 1.3887367514e-03f) * z + 4.1666646866e-02f) - 0.5f * z) + 1.0f;
+  vi swap = -(quarter & 1), sign_c = ((quarter + 1) & 2) << 30, sign_s = (quarter & 2) << 30;
+  cosine = as_float(as_int(swap ? s : c) ^ sign_c), sine = as_float(as_int(swap ? c : s) ^ sign_s);
+}
+
+// Box-Muller in place: pairs of words to pairs of normals. Writes whole vectors: n rounded up to 2 L.
+static void normals_of(uint32_t *words, int64_t n) {
+  for (int64_t i = 0; i < n; i += 2 * L) {
+    vu a = load<vu>(words + i), b = load<vu>(words + i + L);
+#if LPSGLD_LANES == 16
+    vu even = SHUFFLE(a, b, vu, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30);
+    vu odd = SHUFFLE(a, b, vu, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
+#elif LPSGLD_LANES == 8
+    vu even = SHUFFLE(a, b, vu, 0, 2, 8, 10, 4, 6, 12, 14), odd = SHUFFLE(a, b, vu, 1, 3, 9, 11, 5, 7, 13, 15);
+#else
+    vu even = SHUFFLE(a, b, vu, 0, 2, 4, 6), odd = SHUFFLE(a, b, vu, 1, 3, 5, 7);
+#endif
+    vf radius = root(minus_two_log(even)), c, s;
+    turn(odd, c, s);
+    c *= radius, s *= radius;
+#if LPSGLD_LANES == 16
+    vf first = SHUFFLE(c, s, vi, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+    vf second = SHUFFLE(c, s, vi, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+#elif LPSGLD_LANES == 8
+    vf first = SHUFFLE(c, s, vi, 0, 8, 1, 9, 4, 12, 5, 13), second = SHUFFLE(c, s, vi, 2, 10, 3, 11, 6, 14, 7, 15);
+#else
+    vf first = SHUFFLE(c, s, vi, 0, 4, 1, 5), second = SHUFFLE(c, s, vi, 2, 6, 3, 7);
+#endif
+    store(words + i, first), store(words + i + L, second);
+  }
+}
+
+// The draws of one stream for elements in memory order, made a window at a time. Windows of all streams of a task
+// have the same ends, so a tile is what is left of the window.
+struct Draws {
+  Philox p;
+  bool normal;
+  uint64_t offset;
+  int64_t lo = 0, hi = 0, channels, pixels;
+  const uint32_t *base = nullptr;
+  uint32_t *patch = nullptr;
+  alignas(64) uint32_t words[TILE + SLACK];
+
+  void init(const Task &t, const Key &key, bool is_normal) {
+    p.init(key, is_normal ? NORMAL_BIT : 0);
+    normal = is_normal, offset = key.offset, channels = t.channels, pixels = t.pixels;
+  }
+  ~Draws() { free(patch); }
+
+  // Elements of the window around i; the window's end if that is before `limit`.
+  static int64_t window_end(const Task &t, int64_t i, int64_t limit) {
+    int64_t end;
+    if (t.channels) {
+      int64_t sample = t.channels * t.pixels, rows = PATCH / t.channels * t.channels, in = i % sample;
+      end = i - in + (in / rows + 1) * rows;
+      if (end > i - in + sample) end = i - in + sample;
+    } else {
+      end = (i / TILE + 1) * TILE;
+    }
+    return end < limit ? end : limit;
+  }
+  const uint32_t *at(const Task &t, int64_t i, int64_t limit) {  // valid up to window_end(t, i, limit)
+    if (i < lo || i >= hi) {
+      lo = i, hi = window_end(t, i, limit);
+      if (channels) {
+        fill_patch();
+      } else {
+        uint64_t first = offset + uint64_t(i);
+        words_from(p, first, hi - lo, words);
+        if (normal) normals_of(words, int64_t(first % 4) + hi - lo);
+        base = words + first % 4;
+      }
+    }
+    return base + (i - lo);
+  }
+  void fill_patch();
+};
+
+// Channels-last: the window is a run of pixels of one sample, all channels of each; the draws of a channel are a run of
+// the logical order, made from the blocks that cover it and put down channel by channel.
+__attribute__((noinline)) void Draws::fill_patch() {
+  if (!patch) patch = static_cast<uint32_t *>(malloc((PATCH + L) * 4));
+  int64_t sample = channels * pixels, in = lo % sample, pixel = in / channels, shift = in % channels;
+  int64_t run = (hi - lo + shift + channels - 1) / channels;  // pixels in the window
+  uint64_t origin = offset + uint64_t(lo - in + pixel);
+  alignas(64) uint64_t index[BATCH];
+  alignas(64) uint32_t out[4 * BATCH];
+  int64_t channel[BATCH], place[BATCH], filled = 0;
+  auto flush = [&] {
+    vq block[GROUPS];
+    for (int64_t j = filled; j < BATCH; j++) index[j / Q * Q + block_lane(int(j % Q))] = 0;
+    for (int g = 0; g < GROUPS; g++) block[g] = load<vq>(index + g * Q);
+    philox(p, block, out);
+    if (normal) normals_of(out, 4 * BATCH);
+    for (int64_t j = 0; j < filled; j++)
+      for (int w = 0; w < 4; w++) {
+        int64_t px = place[j] + w, to = px * channels + channel[j] - shift;
+        if (px >= 0 && px < run && to >= 0 && to < hi - lo) patch[to] = out[4 * j + w];
+      }
+    filled = 0;
+  };
+  for (int64_t c = 0; c < channels; c++) {
+    uint64_t first = origin + uint64_t(c * pixels);
+    int64_t at = -int64_t(first % 4);
+    for (uint64_t block = first / 4; at < run; at += 4, block++) {
+      index[filled / Q * Q + block_lane(int(filled % Q))] = block;
+      channel[filled] = c, place[filled] = at;
+      if (++filled == BATCH) flush();
+    }
+  }
+  if (filled) flush();
+  base = patch;
+}
+
+// (w >> 9 + 1/2) 2^-23, exact: 1 + k 2^-23 by its bits, less 1 - 2^-24.
+INLINE vf uniform(vu word) { return as_float((vi)(word >> 9) | 0x3f800000) - (1.0f - 0x1p-24f); }
+
+// ---- 16-bit dtypes: tiles of them are widened, results are exact in them ----
+
+static void widen(const void *from, Dtype dtype, int64_t start, int64_t n, float *to) {
+  const uint16_t *p = static_cast<const uint16_t *>(from) + start;
+  if (dtype == BF16) {
+    for (int64_t i = 0; i < n; i++) to[i] = float_of(uint32_t(p[i]) << 16);
+    return;
+  }
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t h = p[i], bits = (h & 0x7fffu) << 13, sign = (h & 0x8000u) << 16;
+    float finite = float_of(bits) * 0x1p112f;
+    to[i] = float_of(sign | ((h & 0x7c00u) == 0x7c00u ? bits | 0x7f800000u : bits_of(finite)));
+  }
+}
+static void narrow(const float *from, int64_t n, Dtype dtype, void *to, int64_t start) {
+  uint16_t *p = static_cast<uint16_t *>(to) + start;
+  if (dtype == BF16) {
+    for (int64_t i = 0; i < n; i++) p[i] = uint16_t(bits_of(from[i]) >> 16);
+    return;
+  }
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t bits = bits_of(from[i]), sign = bits >> 16 & 0x8000u;
+    uint32_t finite = bits_of(float_of(bits & 0x7fffffffu) * 0x1p-112f) >> 13;
+    bool special = (bits & 0x7f800000u) == 0x7f800000u;
+    p[i] = uint16_t(sign | (special ? 0x7c00u | (bits >> 13 & 0x3ffu) : finite));
+  }
+}
+INLINE const float *tile_of(const void *x, Dtype dtype, int64_t start, int64_t n, float *buffer) {
+  if (dtype == F32) return static_cast<const float *>(x) + start;
+  widen(x, dtype, start, n, buffer);
+  return buffer;
+}
+
+// ---- Peaks ----
+
+static uint32_t slow_peak(const float *x, int64_t n) {
+  uint32_t peak = 0, infinite = 0;
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t bits = bits_of(x[i]) & 0x7fffffffu;
+    if (bits == INF_BITS) infinite = 1;
+    if (bits < INF_BITS && bits > peak) peak = bits;
+  }
+  return 2 * peak + infinite;
+}
+INLINE uint32_t largest(vi m) {
+  int32_t peak = 0;
+  for (int i = 0; i < L; i++) peak = m[i] > peak ? m[i] : peak;
+  return uint32_t(peak);
+}
+static uint32_t peak_of(const float *x, int64_t n) {
+  vi a = {}, b = {}, c = {}, d = {};
+  int64_t i = 0;
+  for (; i + 4 * L <= n; i += 4 * L) {
+    a = max_of(a, as_int(load<vf>(x + i)) & 0x7fffffff), b = max_of(b, as_int(load<vf>(x + i + L)) & 0x7fffffff);
+    c = max_of(c, as_int(load<vf>(x + i + 2 * L)) & 0x7fffffff), d = max_of(d, as_int(load<vf>(x + i + 3 * L)) & 0x7fffffff);
+  }
+  for (; i < n; i += L) a = max_of(a, as_int(load_part(x + i, n - i < L ? int(n - i) : L)) & 0x7fffffff);
+  uint32_t bits = largest(max_of(max_of(a, b), max_of(c, d)));
+  return bits < INF_BITS ? 2 * bits : slow_peak(x, n);
+}
+static uint32_t scan(const void *x, Dtype dtype, int64_t start, int64_t len) {
+  if (dtype == F32) return peak_of(static_cast<const float *>(x) + start, len);
+  float buffer[TILE];
+  uint32_t peak = 0;
+  for (int64_t i = 0; i < len; i += TILE) {
+    int64_t n = len - i < TILE ? len - i : TILE;
+    widen(x, dtype, start + i, n, buffer);
+    uint32_t here = peak_of(buffer, n);
+    peak = here > peak ? here : peak;
+  }
+  return peak;
+}
+
+// ---- Rounding ----
+
+struct Scale {
+  float up1, up2, gap;        // x / gap = x * up1 * up2 (2^-gap exponent may be out of float's range)
+  float negative, positive;   // largest magnitudes of a code
+  float below, above;         // values beyond these saturate
+  float target, spread;       // Q^vc, in units of the gap
+  bool high;
+};
+
+INLINE Scale scale_at(const Format &f, int gap) {
+  Scale s;
+  int half = -gap / 2;
+  s.up1 = power_of_two(half), s.up2 = power_of_two(-gap - half), s.gap = power_of_two(gap);
+  s.negative = -f.code_min, s.positive = f.code_max;
+  s.below = f.code_min * s.gap, s.above = f.code_max * s.gap;
+  s.target = s.spread = 0, s.high = false;
+  return s;
+}
+
+INLINE Scale scale_for(const Job &job, const Format &f, uint32_t peak) {
+  int e = f.kind == BLOCK ? exponent_of_peak(peak, f) : 0;
+  Scale s = scale_at(f, e + f.offset);
+  if (job.mode == VC) {
+    float below = s.below, above = s.above;  // saturation is counted on the mean's own grid
+    if (f.kind == BLOCK) e = with_headroom(e, magnitude_of_peak(peak) + NOISE_REACH * job.sigma, job);
+    int gap = e + f.offset;
+    s = scale_at(f, gap);
+    s.below = below, s.above = above;
+    s.target = job.target[gap + 160], s.spread = job.spread[gap + 160], s.high = gap <= job.high_gap;
+  }
+  return s;
+}
+
+// Rounds a >= 0, at most 2^24. A negative number rounds away from zero where u >= 1 - frac(a), that is frac(a) >= 1 - u,
+// and 1 - u is the uniform of the inverted word; a positive one where frac(a) > u, that is frac(a) >= the next float.
+template <int M> INLINE vf round_magnitude(vf a, vi sign, vu word) {
+  if (M == NEAREST) return a < 0x1p23f ? (a + 0x1p23f) - 0x1p23f : a;
+  vf whole = to_float(to_int(a));
+  vf threshold = as_float(as_int(uniform(word ^ (vu)sign)) - ~sign);
+  return whole + as_float((a - whole >= threshold) & as_int(splat(1.0f)));
+}
+
+// Signed code of Q^vc, not saturated; s = mean / gap.
+INLINE vf vc_high(vf s, vf spread, vf z, vf u) {
+  vf whole = magnitude(s) < 0x1p22f ? (s + 0x1.8p23f) - 0x1.8p23f : s;
+  vf y = (s - whole) + spread * z;
+  vf nearest = magnitude(y) < 0x1p22f ? (y + 0x1.8p23f) - 0x1.8p23f : y;
+  vf r = y - nearest;
+  vf down = (0.5f - r) * (0.5f - r) * 0.5f, up = (0.5f + r) * (0.5f + r) * 0.5f;
+  vi one = as_int(splat(1.0f));
+  return ((whole + nearest) - 1.0f) + as_float((u >= down) & one) + as_float((u >= 1.0f - up) & one);
+}
+INLINE vf vc_low(vf s, vf target, vf u) {
+  vf whole = to_float(to_int(s));
+  vi one = as_int(splat(1.0f));
+  whole -= as_float((s < whole) & one);
+  vf p = s - whole, q = 1.0f - p;
+  vf side = target - p * q;
+  side = (side > 0.0f ? side : splat(0.0f)) * 0.5f;
+  vf minus = q * side, two = p * side, zero = q * (1.0f - 2.0f * side) + two;
+  return (whole - 1.0f) + as_float((u >= minus) & one) + as_float((u >= minus + zero) & one) +
+         as_float((u >= 1.0f - two) & one);
+}
+
+INLINE void put_codes(void *out, int64_t i, vi codes, int sink, int m) {
+  if (sink == CODES8) {
+    typedef int8_t v8 __attribute__((vector_size(L)));
+    store_part(static_cast<int8_t *>(out) + i, __builtin_convertvector(codes, v8), m);
+  } else if (sink == CODES16) {
+    typedef int16_t v16 __attribute__((vector_size(L * 2)));
+    store_part(static_cast<int16_t *>(out) + i, __builtin_convertvector(codes, v16), m);
+  } else {
+    store_part(static_cast<int32_t *>(out) + i, codes, m);
+  }
+}
+
+// One tile with one gap. M: NEAREST, STOCHASTIC, VC (small variance) or VC + 1 (large). Returns saturated (or NaN).
+template <int M, int S, bool COUNT>
+static int64_t finish_uniform(const Scale &s, const float *x, const uint32_t *words, const float *z, int64_t n, void *out,
+                              int64_t at) {
+  const vf negative = splat(s.negative), positive = splat(s.positive), gap = splat(s.gap);
+  const vf target = splat(s.target), spread = splat(s.spread);
+  vi count = {};
+  auto body = [&](int64_t i, int m) __attribute__((always_inline)) {
+    vf v = load_part(x + i, m), code, scaled = v * s.up1 * s.up2;
+    vi sign = as_int(v) >> 31, good = v == v;
+    if (M <= STOCHASTIC) {
+      vf a = min_of(magnitude(scaled), s.negative == s.positive ? positive : (sign ? negative : positive));
+      vu w = M == STOCHASTIC ? load<vu>(words + i) : vu{};
+      code = as_float(as_int(round_magnitude<M>(a, sign, w)) | (sign & (int)0x80000000));
+    } else {
+      scaled = max_of(min_of(scaled, splat(0x1p24f)), splat(-0x1p24f));
+      vf u = uniform(load<vu>(words + i));
+      code = M == VC ? vc_low(scaled, target, u) : vc_high(scaled, spread, load<vf>(z + i), u);
+      code = max_of(min_of(code, positive), -negative);
+    }
+    if (S == VALUES) {
+      if (COUNT) count -= (v < s.below) | (v > s.above);  // zeros after the end never count
+      store_part(static_cast<float *>(out) + i, good ? code * gap + 0.0f : v + v, m);
+    } else {
+      count -= ~good;
+      put_codes(out, at + i, to_int(as_float(as_int(code) & good)), S, m);
+    }
+  };
+  int64_t i = 0;
+  for (; i + L <= n; i += L) body(i, L);
+  if (i < n) body(i, int(n - i));
+  return total(count);
+}
+
+// floor(log2(a)) of a >= 0, clamped to the format's exponents; zero gives the lowest, infinity the highest.
+INLINE vi exponent_of(vf a, const Format &f) {
+  vi tiny = as_int(a) < 0x00800000;
+  vf normal = tiny ? a * 0x1p32f : a;
+  vi e = ((as_int(normal) >> 23) - 127) + (tiny & -32);
+  return min_of(max_of(e, splat(f.low)), splat(f.high));
+}
+
+// Raised exponents where the noise needs room, as with_headroom but without branches; `a` finite.
+INLINE vi raised(vi e, vf a, const Job &job) {
+  const Format &f = job.format;
+  if (!any(e < job.free_exponent)) return e;
+  double noise = NOISE_REACH * job.sigma;
+  for (int i = 0; i < L; i++) {
+    double reach = double(a[i]) + noise;
+    int64_t bits;
+    memcpy(&bits, &reach, 8);
+    int wanted = int(bits >> 52) - 1023, top = wanted + f.offset;  // (a reach of 0 raises nothing)
+    int64_t edge_bits = int64_t((top < -1022 ? -1022 : top) + 1023) << 52;
+    double edge;
+    memcpy(&edge, &edge_bits, 8);
+    wanted += reach > double(f.code_max) * edge;
+    int r = wanted < job.free_exponent ? wanted : job.free_exponent;
+    r = r > e[i] ? r : e[i];
+    e[i] = r < f.low ? f.low : r > f.high ? f.high : r;
+  }
+  return e;
+}
+
+// Beyond the next power of two a floating-point grid has only every second (fourth) code: odd ones go up or down.
+INLINE vf mend_binade(vf code, const Format &f, vu word) {
+  vf edge = splat(f.code_max), a = magnitude(code);
+  vf unit = a >= 2.0f * edge ? splat(4.0f) : splat(2.0f), inverse = a >= 2.0f * edge ? splat(0.25f) : splat(0.5f);
+  vf part = code * inverse, lower = to_float(to_int(part));
+  lower -= as_float((part < lower) & as_int(splat(1.0f)));
+  vf odds = part - lower, coin = (to_float((vi)(word & 511u)) + 0.5f) * 0x1p-9f;
+  vf mended = (lower + as_float((coin < odds) & as_int(splat(1.0f)))) * unit;
+  return ((a > edge) & (odds > 0.0f)) ? mended : code;
+}
+
+INLINE vi pattern_of(vf code, vi e, vi sign, vi good, const Format &f) {
+  vi ulps = to_int(code), hidden = splat(1 << f.mantissa);
+  vi normal = ((e + f.bias) << f.mantissa) + (ulps - hidden);
+  vi pattern = ulps >= hidden ? normal : ulps;
+  pattern |= sign & (ulps > 0) & int(1u << (f.bits - 1));
+  return good ? pattern : splat(f.nan);
+}
+
+// One tile with a gap per element: floating point, or blocks of one element.
+template <int M, int S, bool COUNT>
+static int64_t finish_lanes(const Job &job, const Format &f, const float *x, const uint32_t *words, const float *z,
+                            int64_t n, void *out, int64_t at, int8_t *exponents) {
+  const bool floating = f.kind == FLOAT;
+  vi count = {};
+  auto body = [&](int64_t i, int m) __attribute__((always_inline)) {
+    vf v = load_part(x + i, m), a = magnitude(v), code;
+    vi sign = as_int(v) >> 31, good = v == v;
+    if (COUNT && floating) count -= a > f.value_max;
+    if (floating) a = M == VC ? a : min_of(a, splat(f.value_max));
+    vi finite = a < __builtin_inff();
+    vf base = floating ? as_float(as_int(a) & finite) : a;
+    vi e = exponent_of(as_float(as_int(base) & good), f);
+    if (COUNT && !floating) count -= a > power((e + f.offset) >> 1) * f.code_max * power((e + f.offset) - ((e + f.offset) >> 1));
+    if (M == VC) e = raised(e, as_float(as_int(a) & finite), job);
+    vi gap = e + f.offset, up = -gap, half = up >> 1;
+    vf scaled = a * power(half) * power(up - half);
+    if (M != VC) {
+      vu w = M == STOCHASTIC ? load<vu>(words + i) : vu{};
+      code = round_magnitude<M>(min_of(scaled, splat(f.code_max)), sign, w);
+      if (S != VALUES) {
+        vi codes = to_int(as_float(as_int(code) & good));
+        count -= ~good;
+        put_codes(out, at + i, floating ? pattern_of(code, e, sign, good, f) : (codes ^ sign) - sign, S, m);
+        if (exponents)
+          for (int l = 0; l < m; l++) exponents[at + i + l] = int8_t(e[l]);
+        return;
+      }
+      code = as_float(as_int(code) | (sign & (int)0x80000000));
+    } else {
+      vf target, spread;
+      for (int l = 0; l < L; l++) target[l] = job.target[gap[l] + 160], spread[l] = job.spread[gap[l] + 160];
+      scaled = min_of(scaled, splat(0x1p25f));
+      scaled = as_float(as_int(scaled) | (sign & (int)0x80000000));
+      vu w = load<vu>(words + i);
+      vf u = uniform(w);
+      vi high = gap <= job.high_gap;
+      code = vc_low(scaled, target, u);
+      if (any(high)) code = high ? vc_high(scaled, spread, load<vf>(z + i), u) : code;
+      if (floating) code = mend_binade(code, f, w);
+      vf limit = splat(f.code_max);
+      if (!floating) code = max_of(min_of(code, limit), -limit);
+    }
+    half = gap >> 1;
+    vf value = code * power(half) * power(gap - half) + 0.0f;
+    if (M == VC && floating) {
+      value = finite | ~good ? value : (sign ? splat(f.value_min) : splat(f.value_max));
+      value = max_of(min_of(value, splat(f.value_max)), splat(f.value_min));
+    }
+    store_part(static_cast<float *>(out) + i, good ? value : v + v, m);
+  };
+  int64_t i = 0;
+  for (; i + L <= n; i += L) body(i, L);
+  if (i < n) body(i, int(n - i));
+  return total(count);
+}
+
+// What a run of elements needs beside its data; one per item, on the stack.
+struct Scratch {
+  Draws gradient, weight, normal;
+  float in[PATCH], out[PATCH];
+  Scratch(const Job &job, const Task &t) {
+    if (job.descend) gradient.init(t, t.gradient_key, false);
+    weight.init(t, t.key, false), normal.init(t, t.key, true);
+  }
+};
+
+INLINE bool lanes(const Format &f, int64_t inner) { return f.kind == FLOAT || (f.kind == BLOCK && inner == 0); }
+
+template <int S, bool COUNT>
+static int64_t finish_tile(const Job &job, Task &t, Scratch &s, int64_t i, int64_t n, int64_t limit, const Scale &scale,
+                           void *out) {
+  const float *x = tile_of(t.x, job.dtype, i, n, s.in);
+  const uint32_t *w = job.mode == NEAREST ? nullptr : s.weight.at(t, i, limit);
+  const Format &f = job.format;
+  if (lanes(f, t.inner)) {
+    if (job.mode == NEAREST) return finish_lanes<NEAREST, S, COUNT>(job, f, x, w, nullptr, n, out, i, t.exponents);
+    if (job.mode == STOCHASTIC) return finish_lanes<STOCHASTIC, S, COUNT>(job, f, x, w, nullptr, n, out, i, t.exponents);
+    // The finest gap decides whether any element can be in the large-variance regime.
+    const bool reach = f.low + f.offset <= job.high_gap;
+    const float *z = reach ? reinterpret_cast<const float *>(s.normal.at(t, i, limit)) : reinterpret_cast<const float *>(w);
+    return finish_lanes<VC, VALUES, COUNT>(job, f, x, w, z, n, out, i, nullptr);
+  }
+  if (job.mode == NEAREST) return finish_uniform<NEAREST, S, COUNT>(scale, x, w, nullptr, n, out, i);
+  if (job.mode == STOCHASTIC) return finish_uniform<STOCHASTIC, S, COUNT>(scale, x, w, nullptr, n, out, i);
+  if (!scale.high) return finish_uniform<VC, VALUES, COUNT>(scale, x, w, nullptr, n, out, i);
+  const float *z = reinterpret_cast<const float *>(s.normal.at(t, i, limit));
+  return finish_uniform<VC + 1, VALUES, COUNT>(scale, x, w, z, n, out, i);
+}
+
+// Rounds one tile of t.x to t.out.
+INLINE void finish_one(const Job &job, Task &t, Scratch &s, int64_t i, int64_t n, int64_t limit, const Scale &scale) {
+  int64_t count = 0;
+  if (job.sink == CODES8) {
+    count = finish_tile<CODES8, false>(job, t, s, i, n, limit, scale, t.out);
+  } else if (job.sink == CODES16) {
+    count = finish_tile<CODES16, false>(job, t, s, i, n, limit, scale, t.out);
+  } else if (job.sink == CODES32) {
+    count = finish_tile<CODES32, false>(job, t, s, i, n, limit, scale, t.out);
+  } else {
+    float *out = job.dtype == F32 ? static_cast<float *>(t.out) + i : s.out;
+    count = job.counting ? finish_tile<VALUES, true>(job, t, s, i, n, limit, scale, out)
+                         : finish_tile<VALUES, false>(job, t, s, i, n, limit, scale, out);
+    if (job.dtype != F32) narrow(out, n, job.dtype, t.out, i);
+  }
+  if (count) t.count.fetch_add(count, std::memory_order_relaxed);
+}
+
+// One tile of x = x - lr (Q(grad) + weight_decay x) + noise. Returns the bits of the largest magnitude.
+static uint32_t drift_one(const Job &job, Task &t, Scratch &s, int64_t i, int64_t n, int64_t limit, const Scale &scale) {
+  const float *grad = t.grad + i;
+  if (job.gradient_mode != NONE) {
+    const uint32_t *w = s.gradient.at(t, i, limit);
+    if (lanes(job.gradient, t.gradient_inner))
+      finish_lanes<STOCHASTIC, VALUES, false>(job, job.gradient, grad, w, nullptr, n, s.in, i, nullptr);
+    else
+      finish_uniform<STOCHASTIC, VALUES, false>(scale, grad, w, nullptr, n, s.in, i);
+    grad = s.in;
+  }
+  const float *z = job.noise != 0 ? reinterpret_cast<const float *>(s.normal.at(t, i, limit)) : nullptr;
+  float *x = static_cast<float *>(const_cast<void *>(t.x)) + i;
+  vi peak = {};
+  auto body = [&](int64_t j, int m) __attribute__((always_inline)) {
+    vf v = load_part(x + j, m), g = load_part(grad + j, m);
+    if (job.weight_decay != 0) g = g + v * job.weight_decay;
+    v = v - g * job.lr;
+    if (z) v = v + load_part(z + j, m) * job.noise;
+    store_part(x + j, v, m);
+    peak = max_of(peak, as_int(v) & 0x7fffffff);
+  };
+  int64_t j = 0;
+  for (; j + L <= n; j += L) body(j, L);
+  if (j < n) body(j, int(n - j));
+  return largest(peak);
+}
+
+template <class F> INLINE void tiles(const Task &t, int64_t start, int64_t end, int64_t limit, F f) {
+  for (int64_t i = start; i < end;) {
+    int64_t stop = Draws::window_end(t, i, limit);
+    stop = stop < end ? stop : end;
+    f(i, stop - i);
+    i = stop;
+  }
+}
+
+static uint32_t drift_run(const Job &job, Task &t, Scratch &s, int64_t start, int64_t len, int64_t limit,
+                          uint32_t gradient_peak, const Scale *finish) {
+  Scale scale{};
+  if (job.gradient_mode != NONE && !lanes(job.gradient, t.gradient_inner)) {
+    const Format &f = job.gradient;
+    scale = scale_at(f, f.offset + (f.kind == BLOCK ? exponent_of_peak(gradient_peak, f) : 0));
+  }
+  uint32_t bits = 0;
+  tiles(t, start, start + len, limit, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    uint32_t here = drift_one(job, t, s, i, n, limit, scale);
+    bits = here > bits ? here : bits;
+    if (finish) finish_one(job, t, s, i, n, limit, *finish);
+  });
+  return bits < INF_BITS ? 2 * bits : slow_peak(static_cast<const float *>(t.x) + start, len);
+}
+
+static void finish_run(const Job &job, Task &t, Scratch &s, int64_t start, int64_t len, int64_t limit, uint32_t peak) {
+  Scale scale = lanes(job.format, t.inner) ? Scale{} : scale_for(job, job.format, peak);
+  if (t.exponents && t.inner && start % t.inner == 0)
+    t.exponents[start / t.inner] = int8_t(exponent_of_peak(peak, job.format));
+  tiles(t, start, start + len, limit,
+        [&](int64_t i, int64_t n) __attribute__((always_inline)) { finish_one(job, t, s, i, n, limit, scale); });
+}
+
+static uint32_t drift(const Job &job, Task &t, int64_t start, int64_t len, uint32_t gradient_peak) {
+  Scratch s(job, t);
+  return drift_run(job, t, s, start, len, start + len, gradient_peak, nullptr);
+}
+static void finish(const Job &job, Task &t, int64_t start, int64_t len, uint32_t peak) {
+  Scratch s(job, t);
+  finish_run(job, t, s, start, len, start + len, peak);
+}
+
+// Whole blocks (or a run of elements where there are none): each stays in the cache from its first pass to its last.
+static void rows(const Job &job, Task &t, int64_t start, int64_t len) {
+  Scratch s(job, t);
+  int64_t end = start + len, unit = t.inner > t.gradient_inner ? t.inner : t.gradient_inner;
+  Scale constant{};
+  if (job.mode != NONE && !t.inner && !lanes(job.format, 0)) constant = scale_for(job, job.format, 0);
+  for (int64_t row = start, n = unit ? unit : len; row < end; row += n) {
+    uint32_t peak = 0;
+    if (job.descend) {
+      uint32_t gradient_peak = t.gradient_inner ? peak_of(t.grad + row, n) : 0;
+      peak = drift_run(job, t, s, row, n, end, gradient_peak, job.mode == NONE || t.inner ? nullptr : &constant);
+    } else if (t.inner) {
+      peak = scan(t.x, job.dtype, row, n);
+    }
+    if (job.mode != NONE && (t.inner || !job.descend)) finish_run(job, t, s, row, n, end, peak);
+  }
+}
+
+static void decode(const void *codes, int width, float *out, int64_t n, float scale1, float scale2) {
+  if (width == 1)
+    for (int64_t i = 0; i < n; i++) out[i] = float(static_cast<const int8_t *>(codes)[i]) * scale1 * scale2;
+  else if (width == 2)
+    for (int64_t i = 0; i < n; i++) out[i] = float(static_cast<const int16_t *>(codes)[i]) * scale1 * scale2;
+  else
+    for (int64_t i = 0; i < n; i++) out[i] = float(static_cast<const int32_t *>(codes)[i]) * scale1 * scale2;
+}
+
+static void draws(const Key &key, bool normal, float *normals, uint32_t *words, int64_t n) {
+  Task t{};
+  t.numel = n;
+  Draws d;
+  d.init(t, key, normal);
+  tiles(t, 0, n, n, [&](int64_t i, int64_t m) {
+    const uint32_t *from = d.at(t, i, n);
+    memcpy(normal ? static_cast<void *>(normals + i) : static_cast<void *>(words + i), from, size_t(m) * 4);
+  });
+}
+
+#define LPSGLD_TEXT(x) #x
+#define LPSGLD_NAME(x) LPSGLD_TEXT(x)
+static const Kernels kernels{LPSGLD_NAME(LPSGLD_TARGET), scan, drift, finish, rows, decode, draws};
+#undef LPSGLD_TEXT
+#undef LPSGLD_NAME
+#undef SHUFFLE
+
+}  // namespace LPSGLD_TARGET
+}  // namespace lpsgld
+
+#endif
