@@ -106,8 +106,8 @@ def quantize_variance_corrected(
 
     **Where the promise stops.** Where :math:`p(1-p)\Delta^2 > v` no unbiased rounding has variance v, and the result
     has the larger one. Within a few standard deviations (at least two gaps) of the end of the range, values saturate.
-    For floating point an element in the last gap below a power of two may get up to :math:`\Delta^2` more in the
-    small-variance regime; its mean stays exact.
+    For floating point with :math:`v < \Delta^2`, noise that crosses a power of two meets a grid twice as coarse: there
+    the variance is larger by up to :math:`\Delta^2/4`, and the mean stays exact.
 
     Args:
         mean: μ, any shape, floating dtype. Not modified. NaN stays NaN, infinities saturate.

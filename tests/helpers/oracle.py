@@ -25,6 +25,7 @@ __all__ = [
     "float_grid",
     "floor_log2",
     "grid_of",
+    "law_beyond_binade",
     "nearest",
     "saturated_law",
     "split",
@@ -194,6 +195,19 @@ def saturated_law(law: dict[int, Any], low: int, high: int) -> dict[int, Any]:
     for code, chance in law.items():
         code = min(max(code, low), high)
         out[code] = out.get(code, 0) + chance
+    return out
+
+
+def law_beyond_binade(law: dict[int, Any], mantissa_bits: int) -> dict[int, Any]:
+    """The same law on a float's grid: codes that do not exist beyond the binade go to their neighbours, mean kept."""
+    out: dict[int, Any] = {}
+    edge = 2 ** (mantissa_bits + 1)
+    for code, chance in law.items():
+        unit = 1 if abs(code) <= edge else 2 if abs(code) < 2 * edge else 4
+        lower, rest = code // unit * unit, code % unit
+        for neighbour, share in ((lower, Fraction(unit - rest, unit)), (lower + unit, Fraction(rest, unit))):
+            if share:
+                out[neighbour] = out.get(neighbour, 0) + chance * (share if share == 1 else float(share))
     return out
 
 

@@ -12,10 +12,10 @@ from fractions import Fraction
 import pytest
 import torch
 from helpers import oracle
+from helpers.backends import runs
 
 from lightning_lpsgld.formats import BlockFloatingPoint, FixedPoint, FloatingPoint, parse_format
 from lightning_lpsgld.ops import decode, encode, quantize, quantize_variance_corrected
-from lightning_lpsgld.ops.dispatch import choose
 from lightning_lpsgld.ops.reference import code_limits, exponent_of, power_of_two
 from lightning_lpsgld.random import DrawKey, uniforms
 
@@ -34,15 +34,6 @@ BLOCKS = [
 ALL = FIXED + FLOATS + BLOCKS
 KEY = DrawKey(seed=11, step=5, stream=3)
 by_name = {"ids": str}
-
-
-def runs(backend, op, x, fmt):
-    """Skip where a backend declares that it does not take the call."""
-    try:
-        choose(backend, op, x, parse_format(fmt))
-    except RuntimeError as refusal:
-        pytest.skip(f"backend {backend!r}: {refusal}")
-    return backend
 
 
 def fractions(x):
