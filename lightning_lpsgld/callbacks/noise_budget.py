@@ -136,8 +136,8 @@ def remedies(cases: Sequence[Case], fmt: NumberFormat, temperature: float, *, li
         limit: Largest acceptable achieved / target.
 
     Returns:
-        Phrases: variance correction where rounding is naive, longer words of the same kind, block floating point instead
-        of fixed point, a higher temperature, and always the full accumulator.
+        Phrases: variance correction where rounding is naive, longer words of the same kind, block floating point
+        instead of fixed point, a higher temperature, and always the full accumulator.
     """
     found = []
     corrected = [replace(case, corrected=True) for case in cases]

@@ -23,11 +23,13 @@ class SyntheticData(pl.LightningDataModule):
 
     def __init__(
         self, n_train: int = 64, n_eval: int = 37, batch_size: int = 8, shape: tuple[int, ...] = (6,), classes: int = 3,
-        shuffle: bool = True, **loader: Any,
+        shuffle: bool = True, copies: int = 1, **loader: Any,
     ) -> None:  # fmt: skip
+        """``copies`` repeats the training set, so that with ``n_train == batch_size`` every batch is the same one."""
         super().__init__()
         self.batch_size, self.shuffle, self.loader = batch_size, shuffle, loader
-        self.train = synthetic_classes(n_train, shape, classes, seed=0)
+        inputs, targets = synthetic_classes(n_train, shape, classes, seed=0).tensors
+        self.train = TensorDataset(inputs.repeat(copies, *(1 for _ in shape)), targets.repeat(copies))
         self.val = synthetic_classes(n_eval, shape, classes, seed=1)
         self.test = synthetic_classes(n_eval, shape, classes, seed=2)
 
