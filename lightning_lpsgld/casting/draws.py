@@ -48,10 +48,16 @@ class ForwardCounter:
     """
 
     def __init__(self, seed: int, rank: int, eval_rounding: Rounding) -> None:
-        self.training_seed = derive_seed(seed, "rank", rank)
+        self.rank = rank
+        self.reseed(seed)
         self.eval_rounding = eval_rounding
         self.forwards = 0
         self.evaluations = 0
+
+    def reseed(self, seed: int) -> None:
+        """Draw from another run's seed."""
+        self.seed = seed
+        self.training_seed = derive_seed(seed, "rank", self.rank)
 
     def open(self, training: bool) -> CallDraws:
         """Draws of the next call."""
@@ -65,9 +71,10 @@ class ForwardCounter:
         return draws
 
     def state_dict(self) -> dict[str, Any]:
-        """Both counters."""
-        return {"forwards": self.forwards, "evaluations": self.evaluations}
+        """The run's seed (the same on every rank) and both counters."""
+        return {"seed": self.seed, "forwards": self.forwards, "evaluations": self.evaluations}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned."""
+        self.reseed(int(state["seed"]))
         self.forwards, self.evaluations = int(state["forwards"]), int(state["evaluations"])

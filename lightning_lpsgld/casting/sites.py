@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules import activation as _activation
 from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["ACTIVATION_TYPES", "LAYER_TYPES", "ModuleRule", "Site", "SitePlan", "find_sites"]
+__all__ = ["ACTIVATION_TYPES", "LAYER_TYPES", "ModuleRule", "Site", "SitePlan", "find_sites", "matching_modules"]
 
 #: A module type, or an ``fnmatch`` pattern for the dotted name of a module or of one of its ancestors.
 ModuleRule = Union[type, str]
@@ -81,8 +81,10 @@ def _names_of(root: nn.Module) -> dict[nn.Module, list[str]]:
     return names
 
 
-def _selected(argument: str, rules: Iterable[ModuleRule], names: dict[nn.Module, list[str]]) -> set[nn.Module]:
-    """Modules that a rule selects, with everything below them for a rule that is a name.
+def _selected(
+    argument: str, rules: Iterable[ModuleRule], names: dict[nn.Module, list[str]], *, below: bool
+) -> set[nn.Module]:
+    """Modules that a rule selects, with everything below them (for types: only if ``below``).
 
     Raises:
         ValueError: If a rule selects nothing.
@@ -100,8 +102,32 @@ def _selected(argument: str, rules: Iterable[ModuleRule], names: dict[nn.Module,
                 + (" and so on." if len(known) > 20 else ".")
             )
         for module in found:
-            chosen.update(module.modules() if isinstance(rule, str) or argument == "exclude" else [module])
+            chosen.update(module.modules() if below or isinstance(rule, str) else [module])
     return chosen
+
+
+def matching_modules(root: nn.Module, rules: Iterable[ModuleRule], argument: str = "exclude") -> set[str]:
+    """Names of the submodules that rules select, with all that is below them.
+
+    Args:
+        root: Any module.
+        rules: Module types and ``fnmatch`` patterns for dotted names.
+        argument: Name of the argument, for messages.
+
+    Returns:
+        Dotted names; all of them for a module that has several.
+
+    Raises:
+        ValueError: If a rule matches nothing.
+        TypeError: If a rule is neither a module type nor a string.
+
+    Example:
+        >>> sorted(matching_modules(nn.Sequential(nn.Sequential(nn.Linear(1, 1)), nn.ReLU()), ["0"]))
+        ['0', '0.0']
+    """
+    names = _names_of(root)
+    chosen = _selected(argument, rules, names, below=True)
+    return {name for module in chosen for name in names[module]}
 
 
 def _is_outside(module: nn.Module) -> bool:
@@ -118,6 +144,10 @@ def _opaque_reason(module: nn.Module) -> str | None:
     if name == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
         return "it is compiled: functional activations inside it are not cast"
     return None
+
+
+def _is_below(name: str, above: str) -> bool:
+    return not above or name.startswith(above + ".")
 
 
 def _kind(module: nn.Module) -> Kind:
@@ -151,9 +181,9 @@ def find_sites(
     """
     names = _names_of(root)
     default = LAYER_TYPES + ACTIVATION_TYPES
-    wanted = None if sites is None else _selected("sites", sites, names)
+    wanted = None if sites is None else _selected("sites", sites, names, below=False)
     explicit = () if sites is None else tuple(rule for rule in sites if isinstance(rule, type))
-    excluded = _selected("exclude", exclude, names)
+    excluded = _selected("exclude", exclude, names, below=True)
     for module in names:
         if _is_outside(module):
             excluded.update(module.modules())
@@ -161,7 +191,7 @@ def find_sites(
     covered: set[nn.Module] = set()  # below an attention layer: called by a function, not through hooks
     for module, known in names.items():
         reason = _opaque_reason(module)
-        if reason is not None:
+        if reason is not None and not any(_is_below(known[0], above) for above in plan.opaque):
             plan.opaque[known[0]] = reason
         if module in excluded:
             plan.excluded.append(known[0])

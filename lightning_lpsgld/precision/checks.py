@@ -46,7 +46,7 @@ def refuse_unsupported(
             f"LowPrecisionSGLD does not run under {strategy}, which keeps parameters and optimizer to itself. Use "
             "DDPStrategy, or ModelParallelStrategy (FSDP2) for sharding."
         )
-    if not optimizers:
+    if not any(group["params"] for optimizer in optimizers for group in optimizer.param_groups):
         raise RuntimeError(
             f"{type(module).__name__}.configure_optimizers returned no optimizer, so there is no step to replace. "
             "Return one, e.g. torch.optim.SGD(self.parameters(), lr=0.1)."

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import IterableDataset, SubsetRandomSampler
 
-__all__ = ["count_examples", "training_examples"]
+__all__ = ["count_examples", "forget_dataloader_when_resuming", "training_examples"]
 
 _REMEDY = "Pass the number of training examples: LowPrecisionSGLD(num_data=...)."
 
@@ -54,3 +54,19 @@ def training_examples(trainer: pl.Trainer) -> int:
     if len(leaves) != 1:
         raise ValueError(f"num_data='auto': there are {len(leaves)} train dataloaders, which is ambiguous. {_REMEDY}")
     return count_examples(leaves[0])
+
+
+def forget_dataloader_when_resuming(trainer: pl.Trainer) -> None:
+    """Undo the early setup of the train dataloader, so that the checkpoint's loader state still reaches it.
+
+    Lightning restores the state of a resumable dataloader when it sets the loader up, which must then come after the
+    checkpoint is read; counting examples (or ``estimated_stepping_batches``) sets it up before. Without a checkpoint
+    there is nothing to restore and the loader is kept.
+    """
+    loop = trainer.fit_loop
+    if trainer.ckpt_path is None or loop._combined_loader is None:
+        return
+    if loop._data_fetcher is not None:
+        loop._data_fetcher.teardown()
+        loop._data_fetcher = None
+    loop._combined_loader = None

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_lpsgld.casting import ActivationCasting
+from lightning_lpsgld.casting import ActivationCasting, matching_modules
 from lightning_lpsgld.formats import FormatLike, NumberFormat, parse_format
 from lightning_lpsgld.ops.dispatch import BACKENDS, BackendName
 from lightning_lpsgld.precision.card import PosteriorCard, describe_sampler
 from lightning_lpsgld.precision.checks import refuse_unsupported, unwrapped
-from lightning_lpsgld.precision.num_data import training_examples
+from lightning_lpsgld.precision.num_data import forget_dataloader_when_resuming, training_examples
 from lightning_lpsgld.precision.presets import preset_options
 from lightning_lpsgld.random import derive_seed
 from lightning_lpsgld.samplers import SGLD, CyclicalStepSize, LangevinOptimizer, StepSize
@@ -251,6 +251,7 @@ class LowPrecisionSGLD(Precision):
         self.samplers = [
             self._take_over(optimizer, i, module, trainer, num_data, seed) for i, optimizer in enumerate(optimizers)
         ]
+        forget_dataloader_when_resuming(trainer)
         share = self._round_parameters()
         self.card = describe_sampler(
             self.samplers[0],
@@ -307,12 +308,8 @@ class LowPrecisionSGLD(Precision):
         return CyclicalStepSize(length, sampling_steps=max(1, -(-length // 7)))
 
     def _full_precision(self, module: Module) -> list[Tensor]:
-        if not self.exclude:
-            return []
-        from lightning_lpsgld.casting import matching_modules
-
         names = matching_modules(module, self.exclude)
-        return [p for name, sub in module.named_modules() if name in names for p in sub.parameters()]
+        return [p for name in sorted(names) for p in module.get_submodule(name).parameters(recurse=False)]
 
     def _round_parameters(self) -> float:
         """Bring all parameters onto the grid; share of values that lay outside its range."""

@@ -76,7 +76,7 @@ def fit(tmp_path, module, plugin=None, data=None, **options):
     kind, before = type(module), {k: v.clone() for k, v in module.state_dict().items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*lr_scheduler.step.*")
-        run.fit(module, data or loader(), loader())
+        run.fit(module, loader() if data is None else data, loader())
     assert list(module.state_dict()) == keys
     assert type(module) is kind
     moved = [k for k, v in module.state_dict().items() if v.is_floating_point() and not torch.equal(v, before[k])]

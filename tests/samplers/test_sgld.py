@@ -150,7 +150,10 @@ def test_low_precision_bfloat16_parameters_keep_a_float32_accumulator_through_a_
 
 def test_param_groups_are_shared_with_the_source_optimizer_also_after_loading():
     net = network()
-    groups = [{"params": net[0].parameters(), "lr": 0.1}, {"params": net[2].parameters(), "lr": 0.01, "weight_decay": 0.5}]
+    groups = [
+        {"params": net[0].parameters(), "lr": 0.1},
+        {"params": net[2].parameters(), "lr": 0.01, "weight_decay": 0.5},
+    ]
     user = torch.optim.SGD(groups, lr=1.0)
     opt = SGLD.from_optimizer(user, num_data=10)
     assert opt.param_groups is user.param_groups
