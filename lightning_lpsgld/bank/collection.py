@@ -22,7 +22,7 @@ from lightning_lpsgld.bank.history import (
     with_arrival,
     with_record,
 )
-from lightning_lpsgld.bank.manifest import MANIFEST, Manifest, Record, parse_sample_name
+from lightning_lpsgld.bank.manifest import MANIFEST, Manifest, Record
 from lightning_lpsgld.bank.retention import Policy, check_retention
 from lightning_lpsgld.bank.sample import Damage, Sample, SampleInfo, encode_tensors
 from lightning_lpsgld.bank.spec import Formats, ModuleSpec, formats_by_name, module_tensors
@@ -91,24 +91,10 @@ class SampleBank:
         self._damaged: dict[str, str] = {}
         self._store: MemoryStore | FileStore = MemoryStore()
         if path is not None:
-            self._store = FileStore(open_folder(path))
-            self._start(self._store, exist_ok)
-
-    def _start(self, store: FileStore, exist_ok: bool) -> None:
-        store.folder.create()
-        if store.folder.exists(MANIFEST):
-            if not exist_ok:
-                raise BankError(
-                    f"A bank is at {store.location} already. Use `SampleBank.open`, `exist_ok=True`, or another path."
-                )
-            found = store.load_manifest()
-            check_same_retention(self._manifest, found)
-            self._manifest = found
+            store = FileStore(open_folder(path))
+            self._manifest = store.start(self._manifest, exist_ok=exist_ok)
+            self._store = store
             self.verify()
-            return
-        if any(parse_sample_name(name) for name in store.folder.names()):
-            raise BankError(f"{store.location} has samples but no {MANIFEST}. `SampleBank.recover` rebuilds it.")
-        store.commit(self._manifest)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> SampleBank:
@@ -151,11 +137,6 @@ class SampleBank:
     def path(self) -> str | None:
         """Where the bank is; ``None`` in memory."""
         return self._store.location
-
-    @property
-    def capacity(self) -> int | None:
-        """Most samples kept per chain."""
-        return self._manifest.capacity
 
     @property
     def fingerprint(self) -> str | None:
@@ -291,8 +272,7 @@ class SampleBank:
     def _commit(self, manifest: Manifest) -> None:
         self._store.commit(manifest)
         self._manifest = manifest
-        files = {record.file for record in manifest.records}
-        self._damaged = {file: reason for file, reason in self._damaged.items() if file in files}
+        self._damaged = {r.file: self._damaged[r.file] for r in manifest.records if r.file in self._damaged}
 
     def verify(self, *, content: bool = True) -> list[Damage]:
         """Check every file again.
@@ -403,9 +383,7 @@ class SampleBank:
         manifest = Manifest.from_json(state["manifest"])
         check_same_retention(self._manifest, manifest)
         if (state["samples"] is None) == isinstance(self._store, MemoryStore):
-            raise BankError(
-                "A bank in memory and a bank in a directory cannot be resumed from each other's checkpoint."
-            )
+            raise BankError("A bank in memory and one in a directory cannot resume from each other's checkpoint.")
         if isinstance(self._store, MemoryStore):
             self._store, self._manifest = MemoryStore.from_state(manifest, state["samples"]), manifest
             return
@@ -414,5 +392,5 @@ class SampleBank:
         self._replace_manifest(restricted(self._manifest, manifest.arrivals))
         usable = {record.key for record in self._usable}
         gone = sorted(record.key for record in manifest.records if record.key not in usable)
-        if gone and self.capacity is None:
+        if gone and manifest.capacity is None:
             log.warning("The bank at %s lacks samples (chain, step) that the checkpoint knew: %s", self.path, gone)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_lpsgld.bank.errors import BankError
 from lightning_lpsgld.bank.folder import Folder, LocalFolder, RemoteFolder
-from lightning_lpsgld.bank.history import from_records
+from lightning_lpsgld.bank.history import check_same_retention, from_records
 from lightning_lpsgld.bank.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
@@ -118,6 +118,26 @@ class FileStore:
         self.location: str | None = folder.location
         self._seen: bytes | None = None
         self._named: set[str] | None = None  # sample files that the last manifest written here names
+
+    def start(self, manifest: Manifest, *, exist_ok: bool) -> Manifest:
+        """Begin a bank with ``manifest``, or continue the one that is there.
+
+        Raises:
+            BankError: If one is there and ``exist_ok`` is not set, or it was made otherwise, or has lost its manifest.
+        """
+        self.folder.create()
+        if self.folder.exists(MANIFEST):
+            if not exist_ok:
+                raise BankError(
+                    f"A bank is at {self.location} already. Use `SampleBank.open`, `exist_ok=True`, or another path."
+                )
+            found = self.load_manifest()
+            check_same_retention(manifest, found)
+            return found
+        if any(parse_sample_name(name) for name in self.folder.names()):
+            raise BankError(f"{self.location} has samples but no {MANIFEST}. `SampleBank.recover` rebuilds it.")
+        self.commit(manifest)
+        return manifest
 
     def load_manifest(self) -> Manifest:
         """Read and check the manifest.
