@@ -1,14 +1,22 @@
 """Samplers as ``torch.optim.Optimizer`` classes, usable with and without Lightning."""
 
 from lightning_lpsgld.samplers.base import LangevinOptimizer
+from lightning_lpsgld.samplers.halp import HALP
+from lightning_lpsgld.samplers.passes import full_gradient
 from lightning_lpsgld.samplers.sgld import SGLD
 from lightning_lpsgld.samplers.step_size import ConstantStepSize, CyclicalStepSize, PolynomialStepSize, StepSize
+from lightning_lpsgld.samplers.svrg import SVRG
+from lightning_lpsgld.samplers.variance_reduced import VarianceReduced
 
 __all__ = [
+    "HALP",
     "SGLD",
+    "SVRG",
     "ConstantStepSize",
     "CyclicalStepSize",
     "LangevinOptimizer",
     "PolynomialStepSize",
     "StepSize",
+    "VarianceReduced",
+    "full_gradient",
 ]
