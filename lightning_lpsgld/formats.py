@@ -147,7 +147,8 @@ class BlockFloatingPoint:
             _require_int("BlockFloatingPoint", "block_size", self.block_size, 1, 2**20)
             if self.block_dim != 0:
                 raise ValueError(
-                    f"BlockFloatingPoint: `block_size` cuts the last dim and excludes `block_dim`, got {self.block_dim}."
+                    f"BlockFloatingPoint: `block_size` cuts the last dim and excludes `block_dim`, "
+                    f"got {self.block_dim}."
                 )
 
     @property

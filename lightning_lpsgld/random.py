@@ -1,7 +1,7 @@
 """Counter-based draws: every number is a pure function of (seed, step, stream, element index).
 
 No global generator is read or advanced. The generator is Philox4x32-10 with key = seed and
-counter = (index lo, index hi, stream, step); one evaluation gives the four words of elements ``4*index .. 4*index + 3``.
+counter = (index lo, index hi, stream, step); one evaluation gives the words of elements ``4*index .. 4*index + 3``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
-#: Streams below 2**31 are the caller's; an op that needs normals *and* uniforms takes its normals from ``stream | NORMAL_BIT``.
+#: Streams below 2**31 are the caller's; an op that needs normals *and* uniforms takes its normals from
+#: ``stream | NORMAL_BIT``.
 NORMAL_BIT = 1 << 31
 
 

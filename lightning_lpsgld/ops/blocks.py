@@ -37,7 +37,7 @@ def block_count(shape: torch.Size | tuple[int, ...], fmt: BlockFloatingPoint) ->
 
 
 def block_max(x: Tensor, fmt: BlockFloatingPoint, *, fill: float = 0.0) -> Tensor:
-    """Maximum over each block in the compact shape; ``fill`` stands for an empty block and for the end of a short run."""
+    """Maximum over each block in the compact shape; ``fill`` stands for an empty block and pads a short run."""
     if x.numel() == 0:
         return x.new_full(exponents_shape(x.shape, fmt), fill)
     if fmt.block_size is not None and x.ndim:

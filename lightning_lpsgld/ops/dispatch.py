@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 from typing import Literal
 
@@ -25,12 +25,12 @@ _AUTO: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("trit
 BACKENDS = ("reference", "cpu", "triton", "qtorch")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _module(name: str) -> ModuleType:
     return importlib.import_module(f"lightning_lpsgld.ops.{name}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def unavailable(name: str) -> str | None:
     """Reason why backend ``name`` cannot run in this process, or ``None`` if it can.
 
@@ -45,7 +45,7 @@ def unavailable(name: str) -> str | None:
     return reason
 
 
-@lru_cache(maxsize=None)
+@cache
 def _say_once(message: str) -> None:
     log.info(message)
 

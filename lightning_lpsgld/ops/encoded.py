@@ -20,8 +20,8 @@ class Encoded:
         codes: Shape of the tensor. Fixed point and block floating point: the integer k of the value
             :math:`k\Delta`. Floating point: the bit pattern, sign on top. ``int8`` up to 8 bits, ``int16`` up to 16,
             else ``int32``.
-        exponents: ``None`` except for block formats: int8 shared exponents E, one per block: shape ``(size(block_dim),)``,
-            ``()`` for a whole-tensor block, ``(*leading, runs)`` for ``block_size``.
+        exponents: ``None`` except for block formats: int8 shared exponents E, one per block: shape
+            ``(size(block_dim),)``, ``()`` for a whole-tensor block, ``(*leading, runs)`` for ``block_size``.
         format: The number format.
     """
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -42,7 +42,7 @@ def refusal(op: str, x: Tensor, formats: Sequence[NumberFormat]) -> str | None:
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _quant() -> Any:
     """Import (and the first time compile) ``qtorch.quant``.
 
