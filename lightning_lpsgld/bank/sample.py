@@ -28,10 +28,31 @@ def _check_count(name: str, value: object, *, optional: bool = False) -> None:
     )
 
 
-def _check_rate(name: str, value: object) -> None:
-    if value is None or (type(value) in (int, float) and 0 <= value < math.inf):  # type: ignore[operator]
-        return
-    raise BankError(f"`{name}` of a sample must be a finite number >= 0 or None, got {value!r:.80}.")
+def _rate(name: str, value: object) -> float | None:
+    if value is None:
+        return None
+    number = _float(name, value)
+    if not 0.0 <= number < math.inf:
+        raise BankError(f"`{name}` of a sample must be finite and >= 0, or None, got {number!r}.")
+    return number
+
+
+def _float(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise BankError(f"`{name}` of a sample must be a number, got {value!r:.80}.")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise BankError(f"`{name}` of a sample is too large for a float.") from error
+
+
+def _metrics(value: object) -> dict[str, float]:
+    if not isinstance(value, Mapping) or len(value) > 10_000:
+        raise BankError(f"`metrics` of a sample must map names to numbers, got {type(value).__name__}.")
+    for name in value:
+        if not isinstance(name, str) or len(name) > 1024:
+            raise BankError(f"`metrics` of a sample must have short strings as names, got {name!r:.80}.")
+    return {name: _float(f"metrics[{name[:80]!r}]", number) for name, number in value.items()}
 
 
 @dataclass(frozen=True)
@@ -61,15 +82,9 @@ class SampleInfo:
         _check_count("step", self.step)
         _check_count("cycle", self.cycle, optional=True)
         _check_count("chain", self.chain)
-        _check_rate("temperature", self.temperature)
-        _check_rate("lr", self.lr)
-        if not isinstance(self.metrics, Mapping) or len(self.metrics) > 10_000:
-            raise BankError(f"`metrics` of a sample must map names to numbers, got {type(self.metrics).__name__}.")
-        for name, value in self.metrics.items():
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not isinstance(name, str) or len(name) > 1024 or not number:
-                raise BankError(f"`metrics` of a sample must map names to floats, got {name!r:.80}: {value!r:.80}.")
-        object.__setattr__(self, "metrics", {name: float(value) for name, value in self.metrics.items()})
+        object.__setattr__(self, "temperature", _rate("temperature", self.temperature))
+        object.__setattr__(self, "lr", _rate("lr", self.lr))
+        object.__setattr__(self, "metrics", _metrics(self.metrics))
 
     def to_json(self) -> dict[str, Any]:
         """Plain form; numbers that JSON does not have become strings."""
@@ -95,10 +110,7 @@ class SampleInfo:
             raise BankError(f"A sample's metadata must have the fields {sorted(fields)}.")
         special = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
         metrics = {n: special.get(x, x) if isinstance(x, str) else x for n, x in data["metrics"].items()}
-        try:
-            return cls(**{**data, "metrics": metrics})
-        except OverflowError as error:
-            raise BankError(f"A number of a sample's metadata is too large: {error}.") from error
+        return cls(**{**data, "metrics": metrics})
 
 
 @dataclass(frozen=True)
