@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from lightning_lpsgld import EffectiveTemperature, EnsembleEvaluation, LowPrecisionSGLD, SampleCollector
-from lightning_lpsgld.metrics import reliability_diagram
 
 #: Row label -> preset of the plugin, in the order of the table.
 METHODS = {
@@ -129,7 +128,7 @@ def train_and_evaluate(
     bank = collector.bank
     return Result(
         label, metrics, evaluation.curve, bank.nbytes, bank.nbytes_fp32, seconds,
-        reliability=evaluation.reliability, extra=fit_metrics,
+        reliability=evaluation.reliability[0], extra=fit_metrics,
     )  # fmt: skip
 
 
@@ -176,4 +175,4 @@ def draw_figure(results: list[Result], path: Path) -> None:
     print(f"\nfigure: {path}")
 
 
-__all__ = ["METHODS", "Classifier", "Result", "draw_figure", "print_table", "reliability_diagram", "train_and_evaluate"]
+__all__ = ["METHODS", "Classifier", "Result", "draw_figure", "print_table", "train_and_evaluate"]

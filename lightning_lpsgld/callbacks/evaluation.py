@@ -25,9 +25,10 @@ from lightning_lpsgld.callbacks.passes import (
     stage_loaders,
     targets_of,
 )
-from lightning_lpsgld.metrics import CalibrationError
+from lightning_lpsgld.metrics import CalibrationError, ReliabilityBins
 from lightning_lpsgld.predictive import (
     EnsembleResult,
+    PosteriorPredictive,
     SampleResult,
     bayesian_model_average,
     default_metrics,
@@ -124,6 +125,8 @@ class EnsembleEvaluation(Callback):
         #: One dict per dataloader and number of samples: ``dataloader_idx``, ``index``, ``size``, ``step``, ``chain``,
         #: and the scores as ``sample/...`` and ``ensemble/...``; of the last evaluation.
         self.curve: list[dict[str, Any]] = []
+        #: Reliability diagram of the full ensemble, one per dataloader; of the last evaluation.
+        self.reliability: list[ReliabilityBins] = []
         #: What the last evaluation logged.
         self.scores: Scores = {}
 
@@ -153,7 +156,7 @@ class EnsembleEvaluation(Callback):
         bank = self._bank(trainer)
         if bank is None:
             return
-        self.curve, self.scores = [], {}
+        self.curve, self.scores, self.reliability = [], {}, []
         loaders = stage_loaders(trainer)
         with isolate_rng():  # dataloaders draw seeds: training must not depend on whether it is watched
             for number, (loader, limit) in enumerate(loaders):
@@ -180,6 +183,7 @@ class EnsembleEvaluation(Callback):
             metrics=metrics,
             device=pl_module.device,
         )
+        self.reliability.append(_reliability(result.predictive, self.num_bins))
         self.curve += [_point(r, k, bank, batches.loader_index) for k, r in enumerate(result.history, start=1)]
         single = {name: _mean([r.sample[name] for r in result.history]) for name in result.scores}
         scores = {f"ensemble/{name}": value for name, value in result.scores.items()}
@@ -224,7 +228,9 @@ class EnsembleEvaluation(Callback):
         if trainer.barebones:  # has no logging; `scores` and `curve` are there all the same
             return
         # all ranks have the same values; `sync_dist` only keeps Lightning from warning that they might not
-        pl_module.log_dict(self.scores, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+        pl_module.log_dict(
+            self.scores, on_step=False, on_epoch=True, sync_dist=True, add_dataloader_idx=False, batch_size=1
+        )
         if trainer.state.fn == "fit":
             return
         several = len({point["dataloader_idx"] for point in self.curve}) > 1
@@ -267,6 +273,15 @@ def _metrics(num_classes: int, num_bins: int) -> MetricCollection:
     metrics = default_metrics(num_classes)
     metrics["ece"] = CalibrationError(num_bins=num_bins)
     return metrics
+
+
+def _reliability(predictive: PosteriorPredictive, num_bins: int) -> ReliabilityBins:
+    """Confidence and accuracy per bin over all test points of all ranks."""
+    calibration = CalibrationError(num_bins=num_bins)
+    for probabilities, truth in predictive.batches():
+        calibration.to(probabilities.device).update(probabilities, truth)
+    with calibration.sync_context():
+        return calibration.reliability()
 
 
 @torch.no_grad()
