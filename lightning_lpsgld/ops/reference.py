@@ -1,6 +1,6 @@
 """The definition of every op: plain torch in float64, slow and obvious. Never optimised.
 
-All scaling is by powers of two built from exponent bits, so every scaled value is exact; no ``log2``, ``pow``, ``exp2``.
+All scaling is by powers of two built from exponent bits, so scaled values are exact; no ``log2``, ``pow``, ``exp2``.
 """
 
 from __future__ import annotations
