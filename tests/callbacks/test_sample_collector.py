@@ -273,7 +273,7 @@ def test_a_checkpoint_brings_samples_to_a_process_that_has_none(tmp_path):
     assert fresh.bank.steps == [5, 10]
 
 
-# ----------------------------------------------------------------------------------------------------- ends of all kinds
+# ---------------------------------------------------------------------------------------------------- ends of all kinds
 
 
 def test_keyboard_interrupt_leaves_the_bank_readable(tmp_path):

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -91,6 +92,22 @@ def small_convnet(seed: int = 0, **options: Any) -> Classifier:
         torch.manual_seed(seed)
         body = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
         return Classifier(nn.Sequential(*body, nn.Linear(16, 3)), **options)
+
+
+class RecordingLogger(Logger):
+    """Keeps what is logged, as ``(step, {name: value})`` rows."""
+
+    name, version = "recording", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int | None, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append((step, dict(metrics)))
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
 
 def make_trainer(**options: Any) -> pl.Trainer:

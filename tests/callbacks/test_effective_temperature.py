@@ -1,0 +1,263 @@
+"""The meter against what is known about the formats, and its verdict against trying the advice."""
+
+import re
+import warnings
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from helpers.models import RecordingLogger, SyntheticData, make_trainer, small_mlp
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_lpsgld.callbacks import EffectiveTemperature
+from lightning_lpsgld.precision import LowPrecisionSGLD
+from lightning_lpsgld.samplers import CyclicalStepSize
+
+WEIGHTS_ONLY = {"gradients": None, "activations": None, "errors": None, "seed": 0}
+
+
+class GivenGradients(pl.LightningModule):
+    """Weights of std 0.03 like a trained ResNet's, and a loss whose gradient is a fixed tensor of std 2e-3."""
+
+    def __init__(self, lr=0.5, shapes=((64, 288), (32, 144), (10, 64))):
+        super().__init__()
+        self.lr = lr
+        generator = torch.Generator().manual_seed(7)
+        self.weights = nn.ParameterList([nn.Parameter(0.03 * torch.randn(s, generator=generator)) for s in shapes])
+        self.gradients = [2e-3 * torch.randn(s, generator=generator) for s in shapes]
+
+    def training_step(self, batch, batch_idx):
+        return sum((w * g).sum() for w, g in zip(self.weights, self.gradients))
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.zeros(6, 1)), 1)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+def meter(plugin, module=None, every=1, **options):
+    callback = EffectiveTemperature(every, **options.pop("meter", {}))
+    trainer = make_trainer(plugins=[plugin], callbacks=[callback], **{"max_steps": 1, "max_epochs": -1, **options})
+    trainer.fit(GivenGradients() if module is None else module)
+    return callback
+
+
+def one_step(weights, temperature, lr, **options):
+    plugin = LowPrecisionSGLD(weights, temperature=temperature, num_data=50_000, **{**WEIGHTS_ONLY, **options})
+    return meter(plugin, GivenGradients(lr))
+
+
+# ------------------------------------------------------------------------------------------------ the published setting
+
+
+def on_grid(x, fmt):
+    """Nearest grid values of float64 ``x`` and the gap of each element, straight from the definitions."""
+    if fmt == "fixed8.8":
+        gap = torch.full_like(x, 2.0**-8)
+        return (x / gap).round().clamp(-128, 127) * gap, gap
+    largest = x.abs().amax(1, keepdim=True)
+    gap = 2.0 ** (torch.frexp(largest).exponent.double() - 1 - 6).expand_as(x)  # bfp8: 7 bits and a sign, per row
+    return (x / gap).round().clamp(-127, 127) * gap, gap
+
+
+@pytest.mark.parametrize("lr", [0.5, 0.05, 0.005])
+@pytest.mark.parametrize("weights", ["fixed8.8", "bfp8"])
+def test_out_of_reach_the_variance_is_that_of_stochastic_rounding(weights, lr):
+    """Mean of max(v, p(1-p) gap^2) over v, from the definitions, at the published N = 50 000 and T = 1e-3."""
+    with pytest.warns(UserWarning, match="behaves like"):
+        callback = one_step(weights, 1e-3, lr)
+    module, v, achieved = GivenGradients(), 2 * lr * 1e-3 / 50_000, []
+    for weight, gradient in zip(module.weights, module.gradients):
+        start, _ = on_grid(weight.detach().double(), weights)
+        mean = (start.float() - lr * gradient).double()
+        _, gap = on_grid(mean, weights)
+        p = mean / gap - (mean / gap).floor()
+        achieved.append((p * (1 - p) * gap**2).clamp(min=v).flatten())
+    expected = float(torch.cat(achieved).mean()) / v
+    assert callback.table["overall"]["achieved_over_target"] == pytest.approx(expected)
+
+
+@pytest.mark.filterwarnings("ignore:T =")
+@pytest.mark.parametrize("lr", [0.5, 0.05, 0.005])
+@pytest.mark.parametrize(
+    ("weights", "temperature", "low", "high"),
+    [
+        ("fixed8.8", 1e-3, 106, 155),
+        ("bfp8", 1e-3, 8, 38),
+        ("fixed8.8", 0.1, 1.3, 1.75),
+        ("bfp8", 0.1, 1.0, 1.0),
+        ("fixed8.8", 1.0, 1.0, 1.0),
+        ("bfp8", 1.0, 1.0, 1.0),
+    ],
+)
+def test_the_published_setting_is_reported_as_what_it_is(weights, temperature, low, high, lr):
+    """Ranges: what such weights and gradients gave elsewhere; a tenth is left for other weights of the same law."""
+    callback = one_step(weights, temperature, lr)
+    total = callback.table["overall"]
+    assert low / 1.1 <= total["achieved_over_target"] <= high * 1.1
+    assert total["effective_temperature"] == pytest.approx(temperature * total["achieved_over_target"])
+    assert (callback.message is not None) == (total["achieved_over_target"] > 1.5)
+
+
+def test_verdict_and_its_advice():
+    with pytest.warns(
+        UserWarning, match=r"T = 0\.001 with fixed8\.8 behaves like T ~ 0\.1\d: rounding injects"
+    ) as seen:
+        callback = one_step("fixed8.8", 1e-3, 0.05)
+    assert sum("behaves like" in str(w.message) for w in seen) == 1
+    assert "accumulator='full'" in callback.message
+    (hot,) = re.findall(r"T >= ([\d.e-]+)", callback.message)
+    (fixed,) = re.findall(r"(fixed[\d.]+) \(fraction length >= \d+\)", callback.message)
+    (block,) = re.findall(r"(bfp\d+) \(block", callback.message)
+    for weights, temperature in ((fixed, 1e-3), (block, 1e-3), ("fixed8.8", float(hot))):
+        followed = one_step(weights, temperature, 0.05)
+        assert followed.table["overall"]["achieved_over_target"] <= 1.5
+        assert followed.message is None
+    assert one_step("fixed8.8", 1e-3, 0.05, accumulator="full").message is None
+
+
+def test_naive_rounding_is_told_of_variance_correction():
+    with pytest.warns(UserWarning, match=r"behaves like.*variance_corrected=True"):
+        callback = one_step("fixed8.6", 1.0, 0.05, variance_corrected=False)
+    assert callback.table["overall"]["achieved_over_target"] > 1.5
+    assert one_step("fixed8.6", 1.0, 0.05).message is None
+
+
+def test_a_full_accumulator_gets_what_it_asks_for():
+    callback = one_step("fixed8.8", 1e-3, 0.5, accumulator="full")
+    total = callback.table["overall"]
+    assert total["achieved_over_target"] == 1.0
+    assert total["view_rounding_over_target"] > 1.0
+    assert callback.message is None
+
+
+def test_gradient_rounding_is_reported_beside_the_noise():
+    """fixed8.8 gradients: lr^2 p(1-p) gap^2 with p = frac(g / gap), mean over elements, over v."""
+    callback = one_step("fixed8.8", 1.0, 0.5, gradients="fixed8.8")
+    scaled = torch.cat([g.double().flatten() for g in GivenGradients().gradients]) * 2**8
+    p = scaled - scaled.floor()
+    expected = 0.5**2 * (p * (1 - p)).mean() * 2.0**-16 / (2 * 0.5 / 50_000)
+    assert callback.table["overall"]["gradient_rounding_over_target"] == pytest.approx(float(expected))
+
+
+def test_saturation_and_zero_updates_are_seen():
+    module = GivenGradients(shapes=((8, 8),))
+    nn.init.constant_(module.weights[0], 0.499)  # the grid of fixed8.8 ends at 0.49609375
+    module.gradients = [-torch.ones(8, 8)]
+    plugin = LowPrecisionSGLD("fixed8.8", temperature=0.0, num_data=50_000, **WEIGHTS_ONLY)
+    assert meter(plugin, module).table["overall"] == {
+        "effective_temperature": 0.0,
+        "saturated": 1.0,
+        "unchanged": 1.0,
+        "high": 0.0,
+        "low": 1.0,
+        "unreachable": 0.0,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- when and where to
+
+
+class Batches(pl.Callback):
+    """Which step each measurement belongs to, seen after the meter."""
+
+    def __init__(self, callback):
+        self.callback, self.seen, self.last = callback, [], None
+
+    def on_train_batch_end(self, trainer, *args):
+        table = self.callback.table
+        if table and table is not self.last:
+            self.seen.append(trainer.global_step - 1)
+            self.last = table
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_steps_are_measured_also_with_accumulation(accumulate):
+    callback = EffectiveTemperature(4, verdict=False)
+    spy = Batches(callback)
+    trainer = make_trainer(
+        max_epochs=3,
+        accumulate_grad_batches=accumulate,
+        plugins=[LowPrecisionSGLD(seed=0)],
+        callbacks=[callback, spy],
+    )
+    trainer.fit(small_mlp(), datamodule=SyntheticData())
+    assert spy.seen == list(range(0, trainer.global_step, 4))
+
+
+def test_measuring_does_not_change_the_chain():
+    def run(*callbacks):
+        module = small_mlp()
+        trainer = make_trainer(max_epochs=2, plugins=[LowPrecisionSGLD(seed=0)], callbacks=list(callbacks))
+        trainer.fit(module, datamodule=SyntheticData(shuffle=False))
+        return module
+
+    measured, plain = run(EffectiveTemperature(1)), run()
+    assert all(torch.equal(a, b) for a, b in zip(measured.parameters(), plain.parameters()))
+
+
+def test_what_is_logged():
+    logger = RecordingLogger()
+    callback = EffectiveTemperature(3, verdict=False)
+    trainer = make_trainer(
+        max_epochs=1, logger=logger, plugins=[LowPrecisionSGLD(seed=0)], callbacks=[callback], log_every_n_steps=1000
+    )
+    trainer.fit(small_mlp(), datamodule=SyntheticData())
+    rows = [(step, row) for step, row in logger.rows if "noise/effective_temperature" in row]
+    assert [step for step, _ in rows] == [0, 3, 6]
+    last = rows[-1][1]
+    ratios = [f"{name}_over_target" for name in ("achieved", "gradient_rounding", "view_rounding")]
+    for quantity in ("effective_temperature", "saturated", "unchanged", "high", "low", "unreachable", *ratios):
+        assert last[f"noise/{quantity}"] == callback.table["overall"][quantity]
+        assert last[f"noise/{quantity}/net.0.weight"] == callback.table["net.0.weight"][quantity]
+        assert float(trainer.callback_metrics[f"noise/{quantity}"]) == pytest.approx(last[f"noise/{quantity}"])
+    assert last["noise/high"] + last["noise/low"] + last["noise/unreachable"] == pytest.approx(1.0)
+
+
+def test_ratios_are_left_out_where_no_noise_is_asked_for():
+    schedule = CyclicalStepSize(8, sampling_steps=2, noise_in="sampling-stage")
+    callback = meter(LowPrecisionSGLD(schedule=schedule, num_data=50_000, **WEIGHTS_ONLY))
+    assert "achieved_over_target" not in callback.table["overall"]
+    assert callback.table["overall"]["effective_temperature"] > 0
+    assert callback.message is None
+
+
+def test_the_verdict_is_given_once_per_run_also_after_resuming(tmp_path):
+    def run(steps, ckpt_path=None):
+        callback = EffectiveTemperature(1)
+        plugin = LowPrecisionSGLD("fixed8.8", temperature=1e-3, num_data=50_000, **WEIGHTS_ONLY)
+        trainer = make_trainer(max_steps=steps, max_epochs=-1, plugins=[plugin], callbacks=[callback])
+        trainer.fit(GivenGradients(), ckpt_path=ckpt_path)
+        return trainer, callback
+
+    with pytest.warns(UserWarning, match="behaves like") as seen:
+        trainer, callback = run(2)
+    assert sum("behaves like" in str(w.message) for w in seen) == 1
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "T =")
+        _, resumed = run(4, tmp_path / "last.ckpt")
+    assert resumed.message == callback.message
+    assert (callback.state_dict()["measured"], resumed.state_dict()["measured"]) == (2, 4)
+
+
+@pytest.mark.filterwarnings("ignore:T =")
+@pytest.mark.parametrize("options", [{"barebones": True}, {"fast_dev_run": True}])
+def test_dry_and_bare_trainers(options):
+    callback = EffectiveTemperature()
+    trainer = make_trainer(plugins=[LowPrecisionSGLD(seed=0)], callbacks=[callback], **options)
+    trainer.fit(small_mlp(), datamodule=SyntheticData())
+    assert callback.table["overall"]["effective_temperature"] > 0
+
+
+def test_without_a_sampler_training_is_refused():
+    with pytest.raises(RuntimeError, match=r"nothing to measure: the trainer's optimizers are SGD.*LowPrecisionSGLD"):
+        make_trainer(callbacks=[EffectiveTemperature()]).fit(small_mlp(), datamodule=SyntheticData())
+
+
+@pytest.mark.parametrize("options", [{"every_n_steps": 0}, {"max_elements": 0}, {"every_n_steps": True}])
+def test_arguments_are_checked_at_once(options):
+    with pytest.raises(ValueError, match=f"`{next(iter(options))}` must be an int >= 1"):
+        EffectiveTemperature(**options)
