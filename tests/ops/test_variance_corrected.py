@@ -61,7 +61,8 @@ def assert_laws(codes, laws):
     shifted = codes.long() - first
     # A value outside the listed law is put in a cell of its own, which has probability 0.
     shifted = torch.where((shifted >= 0) & (shifted < width), shifted, torch.full_like(shifted, width))
-    counts = torch.stack([column.bincount(minlength=width + 1) for column in shifted.T])
+    cells = shifted + (width + 1) * torch.arange(len(laws))
+    counts = cells.flatten().bincount(minlength=(width + 1) * len(laws)).view(len(laws), -1)
     law = torch.tensor([[float(law.get(min(law) + k, 0)) for k in range(width)] + [0.0] for law in laws])
     law = law.double() / law.double().sum(1, keepdim=True)
     assert_frequencies(counts, law, detect=DETECT_LAW)
