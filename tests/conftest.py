@@ -13,8 +13,15 @@ from lightning_lpsgld.ops import backend_report
 #: Backends that draw from keys and so must agree with the reference; a missing one is skipped by name.
 SEEDED_BACKENDS = ("reference", "cpu")
 
-#: Variables that Lightning and torch set for good when a distributed run or a seed is set up.
-_ENVIRONMENT_THAT_MAY_CHANGE = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "PYTEST_CURRENT_TEST", "KMP_", "TORCHINDUCTOR_")
+#: Variables that Lightning and torch set for good when they are imported, seeded or set up for a distributed run.
+_ENVIRONMENT_THAT_MAY_CHANGE = (
+    "PL_GLOBAL_SEED",
+    "PL_SEED_WORKERS",
+    "PYTEST_CURRENT_TEST",
+    "KMP_",
+    "TORCHINDUCTOR_",
+    "PYTORCH_NVML_BASED_CUDA_CHECK",
+)
 
 
 def _environment() -> dict[str, str]:
