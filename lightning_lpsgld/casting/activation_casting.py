@@ -161,7 +161,8 @@ class ActivationCasting:
         for name, scope in self._scopes().items():
             submodule = module.get_submodule(name)
             submodule.register_forward_pre_hook(EnterHook(self._runtime, name, scope), prepend=True, with_kwargs=True)
-            submodule.register_forward_hook(LeaveHook(self._runtime, name, scope))
+            # Called when forward raises as well: activation checkpointing ends a repeated forward by an exception.
+            submodule.register_forward_hook(LeaveHook(self._runtime, name, scope), always_call=True)
         self._runtime.active = True
         return self
 

@@ -12,7 +12,6 @@ from torch.overrides import TorchFunctionMode
 __all__ = [
     "ACTIVATION_FUNCTIONS",
     "RANDOM_FUNCTIONS",
-    "READOUTS",
     "RELU_FUNCTIONS",
     "SOFTMAX_FUNCTIONS",
     "FunctionalMode",
@@ -38,8 +37,6 @@ def _functions(names: tuple[str, ...]) -> frozenset[Any]:
 ACTIVATION_FUNCTIONS = _functions(_NAMES)
 RELU_FUNCTIONS = _functions(("relu",))
 SOFTMAX_FUNCTIONS = _functions(_SOFTMAX_NAMES)
-#: Functions that only read a network's output; seeing one of them is no sign that the network goes on.
-READOUTS = SOFTMAX_FUNCTIONS | _functions(("argmax", "max", "topk", "detach"))
 #: Activations that draw from the global generator: never called a second time.
 RANDOM_FUNCTIONS = _functions(("rrelu",))
 

@@ -54,7 +54,7 @@ class LeaveHook(_Hook):
     __slots__ = ()
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Called by torch with the result of ``forward``."""
+        """Called by torch with the result of ``forward``, ``None`` if it raised."""
         return self.runtime.leave(self.name, self.scope, module, output)
 
 
@@ -65,8 +65,10 @@ def remove_hooks(root: nn.Module, runtime: CastingRuntime) -> None:
             module._forward_pre_hooks,
             module._forward_pre_hooks_with_kwargs,
             module._forward_hooks,
+            module._forward_hooks_always_called,
         )
-        mine = [key for table in tables for key, hook in table.items() if getattr(hook, "runtime", None) is runtime]
+        hooks = [*module._forward_pre_hooks.items(), *module._forward_hooks.items()]
+        mine = [key for key, hook in hooks if getattr(hook, "runtime", None) is runtime]
         for table in tables:
             for key in mine:
                 table.pop(key, None)

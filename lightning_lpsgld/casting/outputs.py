@@ -1,7 +1,7 @@
 """Which casts give the network's output: found from what the outermost forward returns, not from names or order.
 
-The first forward of each outermost module casts everything and holds, beside each result that nothing has used yet, the
-tensor that would stand there without the cast. What is among the module's outputs at the end is replaced by it, and
+The first forward of each outermost module casts everything and holds, beside each result that nothing has used before
+the next cast, the tensor that would stand there without the cast. What is among the module's outputs at the end is replaced by it, and
 the places are remembered: later forwards do not cast there. Results and draws are the same from the first forward on.
 """
 
@@ -60,6 +60,7 @@ class Held:
     tag: StorageTag
     uncast: Tensor
     places: tuple[Place, ...]
+    used: bool = False
 
     def uncast_view(self, x: Tensor) -> Tensor | None:
         """View of the uncast tensor with the geometry of ``x``, a view of the cast one; ``None`` if there is none."""
@@ -89,12 +90,16 @@ class OutputTracker:
         return held if held is not None and held.tag.holds(x) else None
 
     def consume(self, arguments: Any, result: Any = None) -> None:
-        """Let go of the arguments of an operation, unless its result is a view of them."""
+        """Mark the arguments of an operation as used, unless its result is a view of them."""
         kept = {storage_pointer(x) for x in tensors_in(result)}
         for x in tensors_in(arguments):
-            pointer = storage_pointer(x)
-            if pointer not in kept:
-                self._held.pop(pointer, None)
+            held = self._held.get(storage_pointer(x))
+            if held is not None and storage_pointer(x) not in kept:
+                held.used = True
+
+    def advance(self) -> None:
+        """Let go of what has been used: another cast follows, so it was inside the network (or only looked at)."""
+        self._held = {pointer: held for pointer, held in self._held.items() if not held.used}
 
     def finish(self, owner: str, training: bool, output: Any, on_output: Callable[[Tensor, Tensor], None]) -> Any:
         """Output of the outermost module without the casts on it; their places are learned.

@@ -14,13 +14,12 @@ from torch.nn.utils.rnn import PackedSequence
 from lightning_lpsgld.casting.draws import CallDraws, ForwardCounter
 from lightning_lpsgld.casting.functional import (
     RANDOM_FUNCTIONS,
-    READOUTS,
     RELU_FUNCTIONS,
     SOFTMAX_FUNCTIONS,
     is_inplace,
 )
 from lightning_lpsgld.casting.hooks import Frame, Scope
-from lightning_lpsgld.casting.outputs import OpenEnds, OutputTracker, Place, replace_tensors, tensors_in
+from lightning_lpsgld.casting.outputs import Held, OpenEnds, OutputTracker, Place, replace_tensors, tensors_in
 from lightning_lpsgld.casting.saved import CodeStore, ReluSigns
 from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops import quantize
@@ -68,14 +67,14 @@ class ForwardCall:
 class _Activation:
     """A call of an activation function whose result is to be cast.
 
-    ``signs`` stands for what a ReLU saved; ``uncast`` is the result had the casts before it not been; ``source`` gives
-    the result from the cast of an argument that was left uncast as a network's output.
+    ``signs`` stands for what a ReLU saved; ``held`` is what is held for the argument and ``uncast`` the result of
+    the tensor held; ``source`` gives the result from the cast of an argument that was left uncast.
     """
 
     result: Tensor
     signs: ReluSigns | None = None
     uncast: Tensor | None = None
-    places: tuple[Place, ...] = ()
+    held: Held | None = None
     source: Callable[[], Tensor] | None = None
 
 
@@ -218,7 +217,7 @@ class CastingRuntime:
     def _close(self, output: Any) -> Any:
         call = self.call
         assert call is not None
-        if call.learning:
+        if call.learning and output is not None:  # None: forward raised, so nothing was learned
             output = self.tracker.finish(call.owner, call.training, output, self._note_end)
         self.call = None
         return output
@@ -249,9 +248,17 @@ class CastingRuntime:
             return raw
         out = self._round(raw, call.draws, index, activation.signs)
         if call.learning:
-            uncast = raw if activation.uncast is None else activation.uncast
-            self.tracker.hold(out, uncast, (*activation.places, place))
+            self.tracker.advance()
+            self._hold(out, activation, place)
         return out
+
+    def _hold(self, out: Tensor, activation: _Activation, place: Place) -> None:
+        held = activation.held
+        if held is None or activation.uncast is None:
+            self.tracker.hold(out, activation.result, (place,))
+        else:
+            self.tracker.hold(out, activation.uncast, (*held.places, place))
+            held.used = True
 
     def _round(self, raw: Tensor, draws: CallDraws, index: int, signs: ReluSigns | None = None) -> Tensor:
         error = None
@@ -296,16 +303,20 @@ class CastingRuntime:
 
     def _run(self, function: _Function, x: Tensor) -> _Activation:
         """Run an activation function whose result will be cast."""
-        held, end = self.tracker.find(x), self.ends.find(x)
+        hooks = _saved_tensor_hooks()
+        ours = hooks is not None and self.packing and self.store is not None and hooks[0] == self.store.pack
+        # Activation checkpointing counts what is saved: nothing may be run beside the function itself.
+        held = self.tracker.find(x) if hooks is None or ours else None
+        end = self.ends.find(x)
         made = _Activation(x)
         if held is not None and function.repeatable:
             without = held.uncast_view(x)
             if without is not None:
-                made.uncast, made.places = function(without.clone() if function.inplace else without), held.places
+                made.uncast, made.held = function(without.clone() if function.inplace else without), held
         if end is not None and function.repeatable and not function.inplace:
             made.source = lambda: function(end.cast())
-        if function.is_relu and self.packing and torch.is_grad_enabled():
-            made.signs = ReluSigns()
+        if function.is_relu and ours:
+            made.signs = ReluSigns(self.backend)
             with torch.autograd.graph.saved_tensors_hooks(made.signs.pack, ReluSigns.unpack):
                 made.result = function(x)
         else:
@@ -326,12 +337,12 @@ class CastingRuntime:
         return self._watch if self.call is not None and self.call.learning and not self.muted else None
 
     def _watch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        if func in SOFTMAX_FUNCTIONS:
+        if func in SOFTMAX_FUNCTIONS and (self.packing or _saved_tensor_hooks() is None):
             held = self.tracker.find(args[0] if args else None)
             without = None if held is None else held.uncast_view(args[0])
             if held is not None and without is not None:
                 self.tracker.hold(out, func(without, *args[1:], **kwargs), held.places)
-        elif func not in READOUTS and tensors_in(out):
+        elif tensors_in(out):
             self.tracker.consume((args, kwargs), out)
 
 
@@ -362,6 +373,15 @@ class _Function:
     @property
     def repeatable(self) -> bool:
         return self.func not in RANDOM_FUNCTIONS
+
+
+def _saved_tensor_hooks() -> tuple[Any, Any] | None:
+    """The pack and unpack hooks that are in force now; ``None`` without any, or without gradients."""
+    if not torch.is_grad_enabled():
+        return None
+    query = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not public
+    top: tuple[Any, Any] | None = None if query is None else query(True)
+    return top
 
 
 def _is_redirected(module: nn.Module) -> bool:

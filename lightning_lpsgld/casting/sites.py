@@ -188,11 +188,13 @@ def find_sites(
         if _is_outside(module):
             excluded.update(module.modules())
     plan = SitePlan()
-    covered: set[nn.Module] = set()  # below an attention layer: called by a function, not through hooks
+    covered: set[nn.Module] = set()  # inside a site, or inside attention, which calls no hooks of its parts
     for module, known in names.items():
         reason = _opaque_reason(module)
         if reason is not None and not any(_is_below(known[0], above) for above in plan.opaque):
             plan.opaque[known[0]] = reason
+        if isinstance(module, nn.MultiheadAttention):
+            covered.update(child for child in module.modules() if child is not module)
         if module in excluded:
             plan.excluded.append(known[0])
         elif module in covered or (module is root and not isinstance(module, default)):
@@ -207,15 +209,17 @@ def find_sites(
             f"Activation casting matched no submodule of {type(root).__name__} (sites={sites!r}, exclude={exclude!r}): "
             "nothing would be rounded. Name the layers in `sites`, or turn activation and error rounding off."
         )
-    plan.containers = _containers(names, plan)
+    plan.containers = _containers(names, plan, covered)
     return plan
 
 
-def _containers(names: dict[nn.Module, list[str]], plan: SitePlan) -> list[str]:
+def _containers(names: dict[nn.Module, list[str]], plan: SitePlan, covered: set[nn.Module]) -> list[str]:
     """Modules that are no site themselves and hold a layer."""
     settled = {*plan.sites, *plan.excluded}
     return [
         known[0]
         for module, known in names.items()
-        if known[0] not in settled and any(isinstance(child, LAYER_TYPES) for child in module.modules())
+        if known[0] not in settled
+        and module not in covered
+        and any(isinstance(child, LAYER_TYPES) for child in module.modules())
     ]

@@ -43,4 +43,4 @@ class StorageTag:
 
     def is_whole(self, x: Tensor) -> bool:
         """Whether ``x`` has the geometry of the tagged tensor, rather than that of another view."""
-        return x.size() == self.size and x.stride() == self.stride and x.storage_offset() == self.offset
+        return (x.size(), x.stride(), x.storage_offset()) == (self.size, self.stride, self.offset)
