@@ -25,8 +25,9 @@ from lightning_lpsgld.precision.card import PosteriorCard, describe_sampler
 from lightning_lpsgld.precision.checks import refuse_unsupported, unwrapped
 from lightning_lpsgld.precision.num_data import forget_dataloader_when_resuming, training_examples
 from lightning_lpsgld.precision.presets import preset_options
+from lightning_lpsgld.precision.variance_reduction import check_variance_reduced, variance_reduced_step
 from lightning_lpsgld.random import derive_seed
-from lightning_lpsgld.samplers import SGLD, CyclicalStepSize, LangevinOptimizer, StepSize
+from lightning_lpsgld.samplers import SGLD, SVRG, CyclicalStepSize, LangevinOptimizer, StepSize, VarianceReduced
 from lightning_lpsgld.samplers.updates import saturated
 
 __all__ = ["LowPrecisionSGLD"]
@@ -252,16 +253,26 @@ class LowPrecisionSGLD(Precision):
             self._take_over(optimizer, i, module, trainer, num_data, seed) for i, optimizer in enumerate(optimizers)
         ]
         forget_dataloader_when_resuming(trainer)
+        for sampler in self.samplers:
+            if isinstance(sampler, VarianceReduced):
+                check_variance_reduced(trainer, module, sampler)
         share = self._round_parameters()
         self.card = describe_sampler(
             self.samplers[0],
-            {role: str(fmt) for role, fmt in self.formats.items() if fmt is not None} or {"all": "full precision"},
+            self._formats_in_use() or {"all": "full precision"},
             saturated=share,
             casts=0 if self.casting is None else len(self.casting.describe()),
             world_size=trainer.world_size,
         )
         rank_zero_info(str(self.card))
         return model, list(self.samplers), lr_schedulers
+
+    def _formats_in_use(self) -> dict[str, str]:
+        in_use = {role: str(fmt) for role, fmt in self.formats.items() if fmt is not None}
+        if isinstance(self.samplers[0], VarianceReduced):  # HALP rounds offsets, not weights
+            in_use = {role: fmt for role, fmt in in_use.items() if role in ("activations", "errors")}
+            in_use = {**self.samplers[0].formats, **in_use}
+        return in_use
 
     def _take_over(
         self,
@@ -315,7 +326,7 @@ class LowPrecisionSGLD(Precision):
         """Bring all parameters onto the grid; share of values that lay outside its range."""
         outside, count = 0, 0
         for sampler in self.samplers:
-            if isinstance(sampler, SGLD):
+            if isinstance(sampler, (SGLD, SVRG)):
                 for param in (p for g in sampler.param_groups for p in g["params"]):
                     fmt = sampler.format_of(param)
                     count += param.numel()
@@ -334,6 +345,21 @@ class LowPrecisionSGLD(Precision):
                 seed = trainer.strategy.broadcast(seed)
             self._run_seed = int(seed)
         return self._run_seed
+
+    def optimizer_step(  # type: ignore[override]
+        self, optimizer: Any, model: pl.LightningModule, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        """Step; for SVRG and HALP take a centre where one is due, and evaluate the closure there too."""
+        if not isinstance(optimizer, VarianceReduced):
+            return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
+        return variance_reduced_step(
+            optimizer,
+            model,
+            closure,
+            casting=self.casting,
+            step_context=self.train_step_context,
+            after_closure=functools.partial(self._after_closure, model, optimizer),
+        )
 
     # ---------------------------------------------------------------------------------------------------- saved state
 

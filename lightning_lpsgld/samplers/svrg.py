@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_lpsgld.formats import FormatLike, NumberFormat, check_dtype, parse_format
+from lightning_lpsgld.ops import quantize
 from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.samplers.step_size import StepSize
 from lightning_lpsgld.samplers.updates import langevin_steps_
@@ -106,6 +108,14 @@ class SVRG(VarianceReduced):
         """Role of each rounded quantity and its format, for display."""
         pairs = {"weights": self.weight_format, "gradients": self.gradient_format}
         return {role: str(fmt) for role, fmt in pairs.items() if fmt is not None}
+
+    @torch.no_grad()
+    def round_parameters_(self) -> None:
+        """Bring the parameters onto the grid before the first step, by rounding to nearest; idempotent."""
+        for param in self._indices:
+            fmt = self.format_of(param)
+            if fmt is not None:
+                param.copy_(quantize(param, fmt, rounding="nearest"))
 
     def point_of(self, param: Tensor) -> Tensor:
         """The parameter itself."""
