@@ -23,7 +23,17 @@ from lightning_lpsgld.formats import FixedPoint, FormatLike, NumberFormat, parse
 from lightning_lpsgld.ops.lattice import Rates, walk_law
 from lightning_lpsgld.ops.reference import variance_plan
 
-__all__ = ["finite_grid", "lattice_law", "naive_law", "rounding_law", "vc_law"]
+__all__ = [
+    "Masses",
+    "finite_grid",
+    "lattice_law",
+    "lattice_masses",
+    "naive_law",
+    "naive_masses",
+    "rounding_masses",
+    "vc_law",
+    "vc_masses",
+]
 
 _SQRT_2PI = math.sqrt(2.0 * math.pi)
 
@@ -58,48 +68,61 @@ def _upper_tail(distance: Tensor, sigma: Tensor, order: int) -> Tensor:
     return torch.where(below, (distance**2 + sigma**2) / 2 - far, far)
 
 
-def _above(k: Tensor, mean: Tensor, sigma: Tensor, splines: int) -> Tensor:
-    """Probability that the rounded value is k or more; accurate where it is small."""
-    signs = [(-1) ** j * math.comb(splines - 1, j) for j in range(splines)]
-    terms = [sign * _upper_tail(k - splines / 2 + j - mean, sigma, splines - 1) for j, sign in enumerate(signs)]
-    return torch.stack(terms).sum(0).clamp(0.0, 1.0)
+#: A law out of a Gaussian is followed for this many standard deviations; beyond is less than 1e-20.
+_REACH = 9.5
+
+#: Flat coordinate form of laws: row, index of the code, mass; entries of one pair add up.
+Masses = tuple[Tensor, Tensor, Tensor]
 
 
-def _tail(k: Tensor, mean: Tensor, sigma: Tensor, splines: int) -> Tensor:
-    """As :func:`_above`, from the complement where k is far below the mean."""
-    near = _above(k, mean, sigma, splines)
-    return torch.where(k >= mean, near, 1.0 - _above(1.0 - k, -mean, sigma, splines))
-
-
-def rounding_law(mean: Tensor, variance: Tensor, codes: Tensor, *, splines: int) -> Tensor:
+def rounding_masses(mean: Tensor, variance: Tensor, codes: Tensor, *, splines: int) -> Masses:
     r"""Law of ``round(mean + N(0, variance))`` saturated to ``codes``; everything in units of the gap.
 
     Args:
-        mean: Means s, float64, shape ``(*)``.
+        mean: Means s, float64, shape ``(M,)``.
         variance: Variances t >= 0 that broadcast to ``mean``.
         codes: All codes in increasing order, float64, shape ``(K,)``.
         splines: 1: nearest rounding. 2: stochastic rounding. 3: nearest rounding and then Q^vc's categorical draw.
 
     Returns:
-        Probabilities, float64, shape ``(*, K)``.
-
-    Example:
-        >>> import torch
-        >>> codes = torch.arange(-2.0, 2.0, dtype=torch.float64)
-        >>> rounding_law(torch.tensor(0.25, dtype=torch.float64), torch.tensor(0.0), codes, splines=2)
-        tensor([0.0000, 0.0000, 0.7500, 0.2500], dtype=torch.float64)
+        Masses; what lies beyond the codes is in the first or the last.
     """
-    mean = mean.double()[..., None]
-    sigma = torch.as_tensor(variance, dtype=torch.float64).sqrt().expand(mean.shape[:-1])[..., None].clamp(min=1e-150)
-    middle = codes.expand(*mean.shape[:-1], -1)
+    sigma = torch.as_tensor(variance, dtype=torch.float64).sqrt().expand(mean.shape).clamp(min=1e-150)
+    half = math.ceil(_REACH * float(sigma.max()) + splines / 2) if mean.numel() else 0
+    targets = mean.round()[:, None] + torch.arange(-half, half + 1, dtype=torch.float64)
     # By symmetry every code is computed from the side on which it is in the tail: no cancellation far from the mean.
-    distance = (middle - mean).abs()
+    distance = (targets - mean[:, None]).abs()
     signs = [(-1) ** j * math.comb(splines, j) for j in range(splines + 1)]
-    terms = [sign * _upper_tail(distance - splines / 2 + j, sigma, splines - 1) for j, sign in enumerate(signs)]
-    law = torch.stack(terms).sum(0).clamp(min=0.0)
-    top = _tail(codes[-1:], mean, sigma, splines)
-    bottom = _tail(-codes[:1], -mean, sigma, splines)
-    return torch.cat([bottom, law[..., 1:-1], top], dim=-1)
+    mass = torch.zeros_like(distance)
+    for j, sign in enumerate(signs):
+        mass += sign * _upper_tail(distance - splines / 2 + j, sigma[:, None], splines - 1)
+    return _flat(targets, mass.clamp_(min=0.0), codes)
+
+
+def _flat(targets: Tensor, mass: Tensor, codes: Tensor) -> Masses:
+    """Saturate target codes, shape ``(M, w)``, and flatten."""
+    index = (targets.clamp(float(codes[0]), float(codes[-1])) - codes[0]).long()
+    row = torch.arange(len(targets))[:, None].expand_as(index)
+    return row.flatten(), index.flatten(), mass.flatten()
+
+
+def _dense(masses: Masses, shape: torch.Size, states: int) -> Tensor:
+    row, index, mass = masses
+    out = torch.zeros(math.prod(shape), states, dtype=torch.float64)
+    return out.index_put_((row, index), mass, accumulate=True).reshape(*shape, states)
+
+
+def _joined(choose: Tensor, first: Masses, second: Masses) -> Masses:
+    """Rows of ``first`` where ``choose`` is set, of ``second`` elsewhere."""
+    keep = [(first, choose[first[0]]), (second, ~choose[second[0]])]
+    row, index, mass = (torch.cat([masses[i][mask] for masses, mask in keep]) for i in range(3))
+    return row, index, mass
+
+
+def naive_masses(mean: Tensor, variance: float | Tensor, fmt: FixedPoint, grid: Tensor) -> Masses:
+    """As :func:`naive_law`, flat; ``mean`` of shape ``(M,)``."""
+    spread = torch.as_tensor(variance, dtype=torch.float64) / fmt.gap**2
+    return rounding_masses(mean.double() / fmt.gap, spread, grid / fmt.gap, splines=2)
 
 
 def naive_law(mean: Tensor, variance: float | Tensor, fmt: FormatLike) -> Tensor:
@@ -117,53 +140,61 @@ def naive_law(mean: Tensor, variance: float | Tensor, fmt: FormatLike) -> Tensor
         Zhang, Wilson & De Sa, 2022, arXiv:2206.09909, equation 3.
     """
     number, grid = finite_grid(fmt)
-    spread = torch.as_tensor(variance, dtype=torch.float64) / number.gap**2
-    return rounding_law(mean.double() / number.gap, spread, grid / number.gap, splines=2)
+    spread = torch.as_tensor(variance, dtype=torch.float64).expand(mean.shape).flatten()
+    return _dense(naive_masses(mean.flatten(), spread, number, grid), mean.shape, len(grid))
 
 
-def vc_law(mean: Tensor, variance: float | Tensor, fmt: FormatLike, *, extra_variance: float = 0.0) -> Tensor:
+def vc_masses(
+    mean: Tensor, variance: float | Tensor, fmt: FixedPoint, grid: Tensor, extra_variance: float = 0.0
+) -> Masses:
+    """As :func:`vc_law`, flat; ``mean`` of shape ``(M,)``; ``extra_variance`` counts in the large-variance regime."""
+    codes, plan = grid / fmt.gap, variance_plan(mean.double(), variance, fmt)
+    large = (plan.target - 0.25).clamp(min=0.0) + extra_variance / fmt.gap**2
+    if bool(plan.high.all()):
+        return rounding_masses(plan.scaled, large, codes, splines=3)
+    small = _four_point_masses(plan.scaled, plan.corrective, codes)
+    if not bool(plan.high.any()):
+        return small
+    return _joined(plan.high, rounding_masses(plan.scaled, large, codes, splines=3), small)
+
+
+def vc_law(mean: Tensor, variance: float | Tensor, fmt: FormatLike) -> Tensor:
     r"""Law of :func:`~lightning_lpsgld.ops.quantize_variance_corrected` in both regimes, saturation included.
 
     Args:
         mean: μ, shape ``(*)``, weight units.
         variance: v >= 0 in squared weight units; broadcasts to ``mean``.
         fmt: Fixed-point format of at most 12 bits.
-        extra_variance: Variance of a Gaussian that is added to the mean before, such as η²σ² of gradient noise. Only
-            for means in the large-variance regime, where it has a closed form.
 
     Returns:
         Probability of every code in increasing order, float64, shape ``(*, 2**W)``.
-
-    Raises:
-        ValueError: If ``extra_variance`` is given and a mean is in the small-variance regime.
 
     Reference:
         Zhang, Wilson & De Sa, 2022, arXiv:2206.09909, algorithm 1.
     """
     number, grid = finite_grid(fmt)
-    codes, plan = grid / number.gap, variance_plan(mean.double(), variance, number)
-    if extra_variance and not bool(plan.high.all()):
-        raise ValueError(
-            "vc_law: `extra_variance` has a closed form in the large-variance regime only; average the laws."
-        )
-    if bool(plan.high.all()):
-        return rounding_law(plan.scaled, plan.target - 0.25 + extra_variance / number.gap**2, codes, splines=3)
-    small = _four_point_law(plan.scaled, plan.corrective, codes)
-    if not bool(plan.high.any()):
-        return small
-    large = rounding_law(plan.scaled, (plan.target - 0.25).clamp(min=0.0), codes, splines=3)
-    return torch.where(plan.high[..., None], large, small)
+    spread = torch.as_tensor(variance, dtype=torch.float64).expand(mean.shape).flatten()
+    return _dense(vc_masses(mean.flatten(), spread, number, grid), mean.shape, len(grid))
 
 
-def _four_point_law(scaled: Tensor, corrective: Tensor, codes: Tensor) -> Tensor:
+def _four_point_masses(scaled: Tensor, corrective: Tensor, codes: Tensor) -> Masses:
     """Stochastic rounding and the categorical draw of variance ``corrective``: mass on four neighbours, saturated."""
     lower = scaled.floor()
     p, side = scaled - lower, corrective / 2
     rest = 1.0 - 2.0 * side
     masses = torch.stack([(1 - p) * side, (1 - p) * rest + p * side, p * rest + (1 - p) * side, p * side], dim=-1)
-    targets = lower[..., None] + torch.arange(-1.0, 3.0, dtype=torch.float64)
-    index = (targets.clamp(float(codes[0]), float(codes[-1])) - codes[0]).long()
-    return torch.zeros(*scaled.shape, len(codes), dtype=torch.float64).scatter_add_(-1, index, masses)
+    return _flat(lower[..., None] + torch.arange(-1.0, 3.0, dtype=torch.float64), masses, codes)
+
+
+def lattice_masses(
+    theta: Tensor, drift: Tensor, variance: float, fmt: FixedPoint, grid: Tensor, rates: Rates, curvature: float
+) -> Masses:
+    """As :func:`lattice_law`, flat."""
+    codes, masses, plan = walk_law(theta.double(), drift, variance, fmt, rates=rates, curvature=curvature)
+    walked = _flat(codes, masses, grid / fmt.gap)
+    if not bool(plan.ballistic.any()):
+        return walked
+    return _joined(plan.ballistic, vc_masses(theta.double() + drift, variance, fmt, grid), walked)
 
 
 def lattice_law(
@@ -189,9 +220,5 @@ def lattice_law(
         Probability of every code in increasing order, float64, shape ``(M, 2**W)``.
     """
     number, grid = finite_grid(fmt)
-    codes, masses, plan = walk_law(theta.double(), drift, variance, number, rates=rates, curvature=curvature)
-    index = (codes - grid[0] / number.gap).long()
-    walked = torch.zeros(len(theta), len(grid), dtype=torch.float64).scatter_add_(-1, index, masses)
-    if not bool(plan.ballistic.any()):
-        return walked
-    return torch.where(plan.ballistic[..., None], vc_law(theta.double() + drift, variance, number), walked)
+    masses = lattice_masses(theta, drift, variance, number, grid, rates, curvature)
+    return _dense(masses, theta.shape, len(grid))

@@ -14,7 +14,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.analysis.onestep import finite_grid, lattice_law, naive_law, rounding_law, vc_law
+from lightning_lpsgld.analysis.onestep import (
+    Masses,
+    finite_grid,
+    lattice_masses,
+    naive_masses,
+    rounding_masses,
+    vc_masses,
+)
 from lightning_lpsgld.formats import FixedPoint, FormatLike
 from lightning_lpsgld.ops.lattice import Rates
 
@@ -26,6 +33,8 @@ Gradient = Callable[[Tensor], Tensor]
 #: Gradient noise is averaged over this many points per standard deviation, out to 8.5 of them (midpoint rule).
 _NODES_PER_STD = 32
 _REACH = 8.5
+#: Codes of the rounded gradient that are less likely are left out.
+_NEGLIGIBLE = 1e-20
 
 
 def _check(update: str, lr: float, temperature: float, gradient_std: float) -> None:
@@ -44,9 +53,10 @@ def _gradient_nodes(exact: Tensor, std: float, fmt: FixedPoint | None) -> tuple[
     states = len(exact)
     if fmt is not None:
         _, grid = finite_grid(fmt)
-        law = rounding_law(exact / fmt.gap, torch.tensor(std**2 / fmt.gap**2), grid / fmt.gap, splines=2)
-        index, code = (law > 1e-30).nonzero(as_tuple=True)
-        return index, grid[code], law[index, code]
+        spread = torch.tensor(std**2 / fmt.gap**2)
+        index, code, weight = rounding_masses(exact / fmt.gap, spread, grid / fmt.gap, splines=2)
+        likely = weight > _NEGLIGIBLE
+        return index[likely], grid[code[likely]], weight[likely]
     if std == 0:
         return torch.arange(states), exact, torch.ones(states, dtype=torch.float64)
     count = 2 * int(_REACH * _NODES_PER_STD)
@@ -104,30 +114,28 @@ def transition_matrix(
     rounded = None if gradient_format is None else finite_grid(gradient_format)[0]
     exact, variance = grad(grid).double().expand(grid.shape), 2.0 * lr * temperature
     extra = 0.0 if rounded is not None else (lr * gradient_std) ** 2
-    if update == "naive":
-        nodes = _gradient_nodes(exact, gradient_std if rounded else 0.0, rounded)
-        return _mixture(nodes, grid, lambda at, g: naive_law(grid[at] - lr * g, variance + extra, number))
-    if update == "vc" and variance > number.gap**2 / 4:
-        nodes = _gradient_nodes(exact, gradient_std if rounded else 0.0, rounded)
-        return _mixture(nodes, grid, lambda at, g: vc_law(grid[at] - lr * g, variance, number, extra_variance=extra))
-    nodes = _gradient_nodes(exact, gradient_std, rounded)
-    if update == "vc":
-        return _mixture(nodes, grid, lambda at, g: vc_law(grid[at] - lr * g, variance, number))
-    return _mixture(
-        nodes,
-        grid,
-        lambda at, g: lattice_law(grid[at], -lr * g, variance, number, rates=rates, curvature=lr * curvature),
-    )
+    closed = update == "naive" or (update == "vc" and variance > number.gap**2 / 4)
+    nodes = _gradient_nodes(exact, 0.0 if closed and rounded is None else gradient_std, rounded)
+
+    def law(at: Tensor, g: Tensor) -> Masses:
+        if update == "naive":
+            return naive_masses(grid[at] - lr * g, variance + extra, number, grid)
+        if update == "vc":
+            return vc_masses(grid[at] - lr * g, variance, number, grid, extra if closed else 0.0)
+        return lattice_masses(grid[at], -lr * g, variance, number, grid, rates, lr * curvature)
+
+    return _mixture(nodes, len(grid), law)
 
 
 def _mixture(
-    nodes: tuple[Tensor, Tensor, Tensor], grid: Tensor, law: Callable[[Tensor, Tensor], Tensor], chunk: int = 8192
+    nodes: tuple[Tensor, Tensor, Tensor], states: int, law: Callable[[Tensor, Tensor], Masses], chunk: int = 4096
 ) -> Tensor:
     """Average the one-step laws over the values of the gradient, in chunks that bound the memory."""
     index, gradient, weight = nodes
-    matrix = torch.zeros(len(grid), len(grid), dtype=torch.float64)
+    matrix = torch.zeros(states, states, dtype=torch.float64)
     for at, g, w in zip(index.split(chunk), gradient.split(chunk), weight.split(chunk)):
-        matrix.index_add_(0, at, w[:, None] * law(at, g))
+        row, code, mass = law(at, g)
+        matrix.index_put_((at[row], code), w[row] * mass, accumulate=True)
     return matrix / matrix.sum(1, keepdim=True)
 
 

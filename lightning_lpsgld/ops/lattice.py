@@ -16,7 +16,7 @@ rates              f(±1, y)                    law on the grid for a slope that
 ``"exponential"``  exp(±y)                     exp(−U), exactly; mean step (v/Δ) sinh(y), more than m
 ``"bernoulli"``    ±2y / (1 − exp(∓2y))        exp(−U) averaged over a cell (up to curvature); mean step m, exactly
 ``"linear"``       max(0, 1 ± y), 2|y| beyond  second moment max(v, Δ|m|): what Q^vc does; mean step m, exactly
-``"heat-bath"``    2 / (1 + exp(∓2y))          exp(−U) cosh(y): too wide by a factor 1 + Δ²/4T; never above 1
+``"heat-bath"``    2 / (1 + exp(∓2y))          exp(−U) cosh(y): the variance is larger by Δ²/4; never above 1
 =================  ==========================  ====================================================================
 
 ``"exponential"`` is the walk for exact gradients. ``"bernoulli"`` (exponential fitting, Scharfetter-Gummel) is linear
@@ -314,5 +314,5 @@ def walk_law(
             inside = (target >= fmt.code_min) & (target <= fmt.code_max)
             codes.append(torch.where(inside, target, plan.codes))
             masses.append(torch.where(inside, mass, 0.0))
-    stay = 1.0 - torch.stack(masses, dim=-1).sum(-1)
+    stay = (1.0 - torch.stack(masses, dim=-1).sum(-1)).clamp(min=0.0)
     return torch.stack([*codes, plan.codes], dim=-1), torch.stack([*masses, stay], dim=-1), plan
