@@ -3,6 +3,7 @@
 from lightning_lpsgld.predictive.average import (
     EnsembleResult,
     SampleResult,
+    SampleSource,
     bayesian_model_average,
     default_metrics,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "EnsembleResult",
     "PosteriorPredictive",
     "SampleResult",
+    "SampleSource",
     "bayesian_model_average",
     "default_inputs",
     "default_logits",

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_lpsgld.bank import SampleBank, SampleInfo
+from lightning_lpsgld.bank import SampleInfo
 from lightning_lpsgld.metrics import BrierScore, CalibrationError, CategoricalNLL
 from lightning_lpsgld.predictive.batch_norm import refresh_batch_norm as refresh
 from lightning_lpsgld.predictive.batches import default_logits, default_targets, device_of, to_device
 from lightning_lpsgld.predictive.ensemble import PosteriorPredictive, probabilities_of
 from lightning_lpsgld.predictive.swap import swapped_weights
 
-__all__ = ["EnsembleResult", "SampleResult", "bayesian_model_average", "default_metrics"]
+__all__ = ["EnsembleResult", "SampleResult", "SampleSource", "bayesian_model_average", "default_metrics"]
 
 Metrics = Callable[[int], MetricCollection]
+
+
+class SampleSource(Protocol):
+    """What an average is taken over: a :class:`~lightning_lpsgld.bank.SampleBank`, or a part of one."""
+
+    @property
+    def infos(self) -> list[SampleInfo]:
+        """Metadata of all samples, in the order of their index."""
+
+    def __len__(self) -> int: ...
+
+    def load_into(self, module: nn.Module, index: int) -> None:
+        """Write sample number ``index`` into the tensors of ``module``."""
 
 
 def default_metrics(num_classes: int) -> MetricCollection:
@@ -93,6 +106,11 @@ class _Scorer:
             self.metrics = self.build(probabilities.shape[1])
         self.metrics.to(probabilities.device).update(probabilities, targets)
 
+    def update_all(self, predictive: PosteriorPredictive) -> None:
+        if self.build is not None:
+            for probabilities, targets in predictive.batches():
+                self.update(probabilities, targets)
+
     def finish(self) -> dict[str, float]:
         """Scores since the last call; with ``torch.distributed`` initialized, of all ranks together."""
         if self.metrics is None:
@@ -103,7 +121,7 @@ class _Scorer:
 
 
 def bayesian_model_average(
-    bank: SampleBank,
+    bank: SampleSource,
     module: nn.Module,
     batches: Iterable[Any],
     *,
@@ -126,7 +144,8 @@ def bayesian_model_average(
     buffers and modes are put back bit for bit, also when something in the loop raises.
 
     Args:
-        bank: The samples; at least one.
+        bank: The samples; at least one. A :class:`~lightning_lpsgld.bank.SampleBank`, or anything with its ``infos``,
+            ``load_into`` and length.
         module: Module of the same names, shapes and dtypes.
         batches: Test batches; iterated once per sample, so not a generator, and not shuffled.
         logits: Called as ``logits(module, batch)``, returns shape ``(n, classes)``. By default ``module(inputs)`` with
@@ -153,6 +172,7 @@ def bayesian_model_average(
 
     Example:
         >>> import torch
+        >>> from lightning_lpsgld.bank import SampleBank
         >>> module, bank = torch.nn.Linear(2, 3), SampleBank()
         >>> for step in range(2):
         ...     _ = torch.nn.init.normal_(module.weight)
@@ -174,8 +194,7 @@ def bayesian_model_average(
             if refresh_batch_norm is not None:
                 refresh(module, refresh_batch_norm, forward=logits, device=target)
             _pass_over(batches, module, logits, targets, target, predictive, single)
-            for probabilities, truth in predictive.batches():
-                ensemble.update(probabilities, truth)
+            ensemble.update_all(predictive)
             history.append(SampleResult(index, info, single.finish(), ensemble.finish()))
             if on_sample is not None:
                 on_sample(history[-1])
