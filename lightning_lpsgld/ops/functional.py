@@ -7,7 +7,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import FormatLike, NumberFormat, check_dtype, code_dtype, parse_format
+from lightning_lpsgld.formats import (
+    BlockFloatingPoint,
+    FormatLike,
+    NumberFormat,
+    check_dtype,
+    code_dtype,
+    parse_format,
+)
+from lightning_lpsgld.ops import library
 from lightning_lpsgld.ops.dispatch import BackendName, choose
 from lightning_lpsgld.ops.encoded import Encoded
 from lightning_lpsgld.random import DrawKey
@@ -79,6 +87,9 @@ def quantize(
     """
     number = _checked(x, fmt)
     _check_rounding(rounding, key)
+    if torch.compiler.is_compiling():
+        node: Tensor = library.quantize(x.detach(), str(number), rounding, *library.key_fields(key), backend)
+        return node
     out: Tensor = choose(backend, "quantize", x, number).quantize(x.detach(), number, rounding, key)
     return out
 
@@ -134,6 +145,11 @@ def quantize_variance_corrected(
     """
     number = _checked(mean, fmt)
     _check_rounding("stochastic", key)
+    if torch.compiler.is_compiling():  # a tensor of variances is then not checked: its values are not known
+        many, one = (variance.detach(), 0.0) if isinstance(variance, Tensor) else (None, float(variance))
+        fields = library.key_fields(key)
+        node: Tensor = library.quantize_variance_corrected(mean.detach(), many, one, str(number), *fields, backend)
+        return node
     bad = (variance < 0).logical_or(variance.isnan()).any() if isinstance(variance, Tensor) else not variance >= 0
     if bad:
         raise ValueError(f"`variance` must be >= 0 everywhere, got {variance}.")
@@ -174,6 +190,9 @@ def encode(
     """
     number = _checked(x, fmt)
     _check_rounding(rounding, key)
+    if torch.compiler.is_compiling():
+        codes, exponents = library.encode(x.detach(), str(number), rounding, *library.key_fields(key), backend)
+        return Encoded(codes, exponents if isinstance(number, BlockFloatingPoint) else None, number)
     out: Encoded = choose(backend, "encode", x, number).encode(x.detach(), number, rounding, key)
     return out
 
@@ -202,5 +221,8 @@ def decode(encoded: Encoded, dtype: torch.dtype = torch.float32, *, backend: Bac
         raise ValueError(
             f"decode: codes of {encoded.format} are {code_dtype(encoded.format)}, got {encoded.codes.dtype}."
         )
+    if torch.compiler.is_compiling():
+        node: Tensor = library.decode(encoded.codes, encoded.exponents, str(encoded.format), dtype, backend)
+        return node
     out: Tensor = choose(backend, "decode", encoded.codes, encoded.format).decode(encoded, dtype)
     return out

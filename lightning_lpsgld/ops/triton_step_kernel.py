@@ -1,0 +1,130 @@
+# ruff: noqa: ANN001, ANN201, ANN202, PLR0915, SIM102, SIM108, SIM300
+# mypy: disallow_untyped_defs=False
+# (device code: types are Triton's, and `if` on a compile-time value must stay a statement)
+"""Triton kernel of the sampler's step; tiles and format numbers as in :mod:`.triton_device`."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lightning_lpsgld.ops.triton_device import (
+    NONE,
+    draw_normals,
+    draw_words,
+    locate,
+    outside,
+    round_codes,
+    row_key,
+    to_gap,
+    values,
+    vc_codes,
+)
+from lightning_lpsgld.ops.triton_kernels import noise_exponent, place, shared_exponent, variance_in_gaps
+from lightning_lpsgld.random import Role, stream_id
+
+#: Columns of the table: addresses of weight, gradient, accumulator; rows, row length, stream, offset, first long row,
+#: chunks of a row.
+COLUMNS = tl.constexpr(9)
+_GRADIENT_MAX = tl.constexpr(1)
+_WEIGHT_MAX = tl.constexpr(2)
+_GRADIENT_STREAM = tl.constexpr(stream_id(Role.GRADIENT, 0))
+
+
+@triton.jit
+def _at(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = address.to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _in(x, DTYPE: tl.constexpr):
+    """float32 rounded to the tensor's dtype, as after every operation of the composed step."""
+    if DTYPE == tl.bfloat16:  # on the bits: Triton's interpreter truncates where the hardware rounds to nearest
+        bits = x.to(tl.uint32, bitcast=True)
+        even = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        out = tl.where(x == x, even, x)
+    else:
+        out = x.to(DTYPE).to(tl.float32)
+    return out
+
+
+@triton.jit
+def _keep_key(keys, row, x):
+    key = tl.max(row_key(x), axis=2)
+    tl.atomic_max(keys + row + tl.zeros_like(key).to(tl.int64), key.to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["seed", "step", "sigma_bits", "lr", "decay"])
+def step_kernel(table, program_map, counts, gradient_keys, weight_keys, seed: tl.int64, step: tl.int64,
+                sigma_bits: tl.int64, lr, decay,
+                W_KIND: tl.constexpr, W_OFFSET: tl.constexpr, W_LOW: tl.constexpr, W_HIGH: tl.constexpr,
+                W_CMIN: tl.constexpr, W_CMAX: tl.constexpr, W_SHARED: tl.constexpr,
+                G_KIND: tl.constexpr, G_OFFSET: tl.constexpr, G_LOW: tl.constexpr, G_HIGH: tl.constexpr,
+                G_CMIN: tl.constexpr, G_CMAX: tl.constexpr, G_SHARED: tl.constexpr,
+                VC: tl.constexpr, FULL: tl.constexpr, PHASE: tl.constexpr,
+                DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, T_DTYPE: tl.constexpr,
+                SHARED: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+    """Gradient rounding, decay, drift, noise, weight rounding and the count of saturated values of one tile."""
+    program = tl.program_id(0).to(tl.int64)
+    which = tl.load(program_map + program * 2).to(tl.int64)
+    local = tl.load(program_map + program * 2 + 1).to(tl.int64)
+    record = table + which * COLUMNS
+    rows, length = tl.load(record + 3), tl.load(record + 4)
+    stream, offset = tl.load(record + 5), tl.load(record + 6)
+    first_key, chunks = tl.load(record + 7), tl.load(record + 8)
+    row, chunk = place(local, chunks, R, SHARED)
+    quads, element, mask = locate(row, chunk, rows, length, offset, R, Q, ALIGNED)
+    sigma64 = sigma_bits.to(tl.int64).to(tl.float64, bitcast=True)
+    sigma = sigma64.to(tl.float32)
+
+    grad = tl.load(_at(tl.load(record + 1), G_DTYPE, ALIGNED) + element, mask=mask, other=0.0).to(tl.float32)
+    if PHASE == _GRADIENT_MAX:
+        _keep_key(gradient_keys + first_key, row, grad)
+    else:
+        if G_KIND != NONE:
+            words = draw_words(quads, stream + _GRADIENT_STREAM, step, seed)
+            gap = shared_exponent(grad, gradient_keys + first_key, row, G_SHARED, G_KIND, G_LOW, G_HIGH) + G_OFFSET
+            grad = values(round_codes(to_gap(grad, gap, G_KIND), words, True), gap, G_KIND, G_CMIN, G_CMAX)
+        param = _at(tl.load(record), DTYPE, ALIGNED) + element
+        if FULL:
+            theta_at = _at(tl.load(record + 2), T_DTYPE, ALIGNED) + element
+        else:
+            theta_at = param
+        theta = tl.load(theta_at, mask=mask, other=0.0).to(tl.float32)
+        grad = _in(grad, T_DTYPE)
+        pull = tl.where(decay != 0, _in(grad + _in(decay * theta, T_DTYPE), T_DTYPE), grad)
+        value = _in(theta - _in(lr * pull, T_DTYPE), T_DTYPE)
+        if not VC:
+            if sigma > 0:
+                noise = _in(sigma * draw_normals(quads, stream, step, seed), T_DTYPE)
+                value = _in(value + tl.where(mask, noise, 0.0), T_DTYPE)
+        if PHASE == _WEIGHT_MAX:
+            _keep_key(weight_keys + first_key, row, _in(value, DTYPE))
+        else:
+            if FULL:
+                tl.store(theta_at, value.to(T_DTYPE), mask=mask)
+            value = _in(value, DTYPE)
+            if W_KIND != NONE:
+                keys = weight_keys + first_key
+                words = draw_words(quads, stream, step, seed)
+                if VC:
+                    raised, own = noise_exponent(
+                        value, keys, row, sigma64, W_KIND, W_OFFSET, W_LOW, W_HIGH, W_CMAX, W_SHARED
+                    )
+                    gap = raised + W_OFFSET
+                    target = variance_in_gaps(sigma64, gap)
+                    codes = vc_codes(
+                        to_gap(value, gap, W_KIND), target, words, quads, stream, step, seed, W_KIND, W_OFFSET
+                    )
+                else:
+                    own = shared_exponent(value, keys, row, W_SHARED, W_KIND, W_LOW, W_HIGH)
+                    gap = own + W_OFFSET
+                    codes = round_codes(to_gap(value, gap, W_KIND), words, True)
+                out = outside(value, own + W_OFFSET, W_KIND, W_CMIN, W_CMAX) & mask
+                lost = tl.sum(tl.sum(tl.sum(out.to(tl.int32), axis=2), axis=1), axis=0)
+                tl.atomic_add(counts + which, lost.to(tl.int64), mask=lost > 0)
+                value = values(codes, gap, W_KIND, W_CMIN, W_CMAX)
+            tl.store(param, value.to(DTYPE), mask=mask)
