@@ -1,4 +1,4 @@
-"""The comparison of ``digits.py`` on real image data sets: Fashion-MNIST, CIFAR-10, CIFAR-100, by a small net or ResNet-18.
+"""The comparison of ``digits.py`` on Fashion-MNIST, CIFAR-10 and CIFAR-100, by a small net or ResNet-18.
 
 ::
 
@@ -41,7 +41,10 @@ def idx_folder(root: Path, train: bool) -> TensorDataset | None:
     """Fashion-MNIST from the plain archives in ``root``, or ``None`` if they are not there."""
     stem = "train" if train else "t10k"
     files = [
-        next((root / f"{stem}-{kind}{suffix}" for suffix in ("", ".gz") if (root / f"{stem}-{kind}{suffix}").exists()), None)
+        next(
+            (root / f"{stem}-{kind}{suffix}" for suffix in ("", ".gz") if (root / f"{stem}-{kind}{suffix}").exists()),
+            None,
+        )
         for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
     ]
     if None in files:
@@ -80,7 +83,14 @@ class Images(L.LightningDataModule):
     """Train and test images of one of :data:`DATA`; crop and flip as in the paper for CIFAR."""
 
     def __init__(
-        self, name: str, root: Path, *, batch_size: int, download: bool = False, limit: int | None = None, workers: int = 0
+        self,
+        name: str,
+        root: Path,
+        *,
+        batch_size: int,
+        download: bool = False,
+        limit: int | None = None,
+        workers: int = 0,
     ) -> None:
         super().__init__()
         self.name, self.root, self.batch_size = name, root, batch_size
@@ -163,7 +173,9 @@ def arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=DATA, required=True)
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="torchvision root, or a folder of idx archives")
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("data"), help="torchvision root, or a folder of idx archives"
+    )
     parser.add_argument("--download", action="store_true", help="let torchvision download the data")
     parser.add_argument("--net", choices=NETS, default="small")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")

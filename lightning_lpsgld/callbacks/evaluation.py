@@ -12,7 +12,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import MetricCollection
 
 from lightning_lpsgld.bank import BankError, SampleBank, SampleInfo
@@ -24,6 +23,7 @@ from lightning_lpsgld.callbacks.passes import (
     logits_of,
     stage_loaders,
     targets_of,
+    untouched_random_state,
 )
 from lightning_lpsgld.metrics import CalibrationError, ReliabilityBins
 from lightning_lpsgld.predictive import (
@@ -158,7 +158,7 @@ class EnsembleEvaluation(Callback):
             return
         self.curve, self.scores, self.reliability = [], {}, []
         loaders = stage_loaders(trainer)
-        with isolate_rng():  # dataloaders draw seeds: training must not depend on whether it is watched
+        with untouched_random_state():  # dataloaders draw seeds: training must not depend on whether it is watched
             for number, (loader, limit) in enumerate(loaders):
                 batches = EvaluationBatches(trainer, loader, limit, number, self.logits)
                 suffix = f"/dataloader_idx_{number}" if len(loaders) > 1 else ""
@@ -279,6 +279,7 @@ def _reliability(predictive: PosteriorPredictive, num_bins: int) -> ReliabilityB
     """Confidence and accuracy per bin over all test points of all ranks."""
     calibration = CalibrationError(num_bins=num_bins)
     for probabilities, truth in predictive.batches():
+        assert truth is not None
         calibration.to(probabilities.device).update(probabilities, truth)
     with calibration.sync_context():
         return calibration.reliability()

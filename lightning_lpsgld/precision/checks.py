@@ -51,7 +51,7 @@ def refuse_unsupported(
             f"{type(module).__name__}.configure_optimizers returned no optimizer, so there is no step to replace. "
             "Return one, e.g. torch.optim.SGD(self.parameters(), lr=0.1)."
         )
-    for callback in trainer.callbacks:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if accumulator == "full" and isinstance(callback, _AVERAGING):
             raise RuntimeError(
                 f"{type(callback).__name__} averages `parameters()`, which with accumulator='full' is only the rounded "

@@ -100,7 +100,7 @@ class LangevinOptimizer(Optimizer):
             group.setdefault("weight_decay", 0.0)
             for name in kept:  # the sampler's own options win over equally named ones of the optimizer
                 group.pop(name, None)
-        sampler = cls(groups, lr, **options)
+        sampler = cls(groups, lr, **options)  # type: ignore[arg-type]  # every sampler takes (params, lr, ...)
         sampler.param_groups = groups
         sampler.source = optimizer
         sampler._report_ignored(optimizer)

@@ -76,7 +76,7 @@ def step_bars() -> None:
 
     for kind, fmt, bar in (("bfp8", "bfp8", 100.0), ("fixed8", "fixed8.8", 60.0)):
         lr, temperature, n = 0.5, 1e-3, 50_000
-        params, grads = model_tensors()
+        params, _ = model_tensors()
         ours = SGLD(
             params, lr, num_data=n, temperature=temperature, weight_decay=5e-4, weight_format=fmt, gradient_format=fmt
         )
@@ -234,7 +234,9 @@ def memory_bars() -> None:
     bank.add(net, step=1, formats={name: "bfp8" for name, _ in net.named_parameters()})
     fp32 = sum(t.numel() * t.element_size() for t in net.state_dict().values())
     ratio = bank.nbytes / fp32
-    report("sample of ResNet-18, bank / fp32 state_dict", ratio, "<= 0.27", ratio <= 0.27, f"{bank.nbytes / 1e6:.2f} MB")
+    report(
+        "sample of ResNet-18, bank / fp32 state_dict", ratio, "<= 0.27", ratio <= 0.27, f"{bank.nbytes / 1e6:.2f} MB"
+    )
 
 
 def import_bars() -> None:
@@ -246,7 +248,9 @@ def import_bars() -> None:
 
     names = "import lightning_lpsgld as m; [getattr(m, n) for n in m.__all__]"
     ours, host = seconds(names), seconds("import lightning")
-    report("import, seconds beyond lightning's", ours - host, "<= 0.3", ours - host <= 0.3, f"{ours:.2f} s / {host:.2f} s")
+    report(
+        "import, seconds beyond lightning's", ours - host, "<= 0.3", ours - host <= 0.3, f"{ours:.2f} s / {host:.2f} s"
+    )
 
 
 GROUPS = {

@@ -259,7 +259,7 @@ def test_bad_arguments_are_refused_by_name(options, match):
 
 
 def test_format_wider_than_the_parameter_is_refused():
-    with pytest.raises(ValueError, match="wider than torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"wider than torch\.bfloat16"):
         SGLD([nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))], lr=0.1, num_data=10, weight_format="fixed16.8")
 
 
