@@ -165,7 +165,8 @@ class SampleCollector(Callback):
         """Note the step size before schedulers change it."""
         optimizer = _optimizer(trainer)
         group = optimizer.param_groups[0]
-        self._lr = float(optimizer.step_size(group) if isinstance(optimizer, LangevinOptimizer) else group["lr"])
+        lr = optimizer.step_size(group) if isinstance(optimizer, LangevinOptimizer) else group.get("lr")
+        self._lr = None if lr is None else float(lr)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -230,16 +231,24 @@ class SampleCollector(Callback):
     # ----------------------------------------------------------------------------------------------------- starting
 
     def _start_anew(self, trainer: pl.Trainer) -> None:
-        if self._bank is None and self._writes:
-            self._bank = self._open()
-            self._refuse_foreign_samples()
-        elif self._seen is not None and trainer.global_step < self._seen:
+        if self._seen is not None and trainer.global_step < self._seen:
             raise BankError(
                 f"SampleCollector has seen {self._seen} steps of another run, and this one starts at step "
                 f"{trainer.global_step}. Use a new SampleCollector for a new run, or resume with `ckpt_path`."
             )
+        problem: BankError | None = None
+        if self._bank is None and self._writes:
+            try:
+                self._bank = self._open()
+                self._refuse_foreign_samples()
+            except BankError as error:
+                problem = error
+        # the writer's fate is everyone's: a rank that went on alone would wait for the others for ever
+        self._label, message = trainer.strategy.broadcast((self._label, None if problem is None else str(problem)))
+        if message is not None:
+            self._bank = None
+            raise problem or BankError(message)
         self._seen = trainer.global_step
-        self._label = int(trainer.strategy.broadcast(self._label))
 
     def _open(self) -> SampleBank:
         path = None if self._dry else self.path

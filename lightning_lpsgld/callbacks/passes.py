@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
@@ -17,7 +18,16 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_lpsgld.predictive import default_logits, default_targets
 
-__all__ = ["EvaluationBatches", "Item", "LogitsRule", "TrainingBatches", "logits_of", "stage_loaders", "targets_of"]
+__all__ = [
+    "EvaluationBatches",
+    "Item",
+    "LogitsRule",
+    "TrainingBatches",
+    "logits_of",
+    "stage_loaders",
+    "targets_of",
+    "untouched_random_state",
+]
 
 #: ``"forward"``: ``module(inputs)`` of ``(inputs, targets)``; ``"predict_step"``; or ``function(module, batch)``
 #: that returns ``(logits, targets)``.
@@ -45,6 +55,17 @@ class Item:
     room: int | None = None
     targets: Tensor | None = None
     size: int = 0
+
+
+@contextlib.contextmanager
+def untouched_random_state() -> Iterator[None]:
+    """Put the states of all global generators back afterwards, also when the block raises (`isolate_rng` does not)."""
+    isolation = isolate_rng()
+    isolation.__enter__()
+    try:
+        yield
+    finally:
+        isolation.__exit__(None, None, None)
 
 
 def _step_context(trainer: pl.Trainer, rule: LogitsRule) -> contextlib.AbstractContextManager[Any]:

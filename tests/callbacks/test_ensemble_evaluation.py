@@ -1,6 +1,7 @@
 """Ensemble scores against their definition, and a trainer that is left as it was."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -293,6 +294,28 @@ def test_watching_the_ensemble_does_not_change_the_chain():
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters()))
     for a, b in zip(bank, same):
         assert all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_at_most_two_samples_beyond_the_module_are_in_memory(where, tmp_path):
+    """Bytes of the tensors alive in a forward pass, above those before: the module's own copy and a stored sample."""
+    module = Classifier(torch.nn.Sequential(torch.nn.Linear(6, 20_000), torch.nn.Linear(20_000, 3)))
+    bank = perturbed_bank(module, samples=6, path=tmp_path / "bank" if where == "disk" else None)
+    alive = []
+
+    def live_bytes():
+        gc.collect()
+        tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    def logits(module, batch):
+        alive.append(live_bytes())
+        return module(batch[0]), batch[1]
+
+    before = live_bytes()
+    evaluate(EnsembleEvaluation(bank, logits=logits), module, SyntheticData(batch_size=37))
+    size = sum(p.nbytes for p in module.parameters())
+    assert size <= max(alive) - before <= 2 * size + 10_000  # and one small batch with its sums
 
 
 # ---------------------------------------------------------------------------------------------- where samples come from
