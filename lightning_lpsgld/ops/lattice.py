@@ -126,9 +126,9 @@ def _cell(y: Tensor, bend: Tensor) -> Tensor:
     straight = torch.where(y > 1e-8, -torch.expm1(-2.0 * y) / (2.0 * y).clamp(min=1e-300), torch.ones_like(y))
     root = bend.clamp(min=1e-8).sqrt()
     low, high = y / root - root / 2, y / root + root / 2
-    inside = torch.exp(low.square().clamp(max=_LOG_MAX) - bend / 4) * (torch.erf(high) + torch.erf(-low))
+    inside = torch.exp((y * y / root**2 - y).clamp(-_LOG_MAX, 0.0)) * (torch.erf(high) + torch.erf(-low))
     tail = torch.special.erfcx(low.clamp(min=0.0)) - torch.exp(-2.0 * y) * torch.special.erfcx(high)
-    bent = torch.pi**0.5 / 2 / root * torch.where(low < 0, inside, torch.exp(-bend / 4) * tail)
+    bent = torch.pi**0.5 / 2 / root * torch.where(low < 0, inside, torch.exp(-(bend / 4).clamp(max=_LOG_MAX)) * tail)
     return torch.where(bend > 1e-8, bent, straight)
 
 
