@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
@@ -53,7 +54,7 @@ class ActivationCasting:
 
     Where it stops: the first forward finds the last layer and holds a few more tensors than later ones. An in-place
     activation *module* rounds what it returns, not the tensor that it overwrote. Scripted and compiled submodules are
-    named in a warning. A call of ``self.forward(x)`` instead of ``self(x)`` passes hooks by.
+    named in a warning. A call of ``self.forward(x)`` instead of ``self(x)`` passes hooks by, and is warned of.
 
     Args:
         module: Any module; kept by weak reference.
@@ -158,6 +159,8 @@ class ActivationCasting:
             return self
         for name, reason in self._plan.opaque.items():
             warnings.warn(f"Activation casting cannot see all of {name or 'the module'!r}: {reason}.", stacklevel=2)
+        if "torch._dynamo" in sys.modules:  # imported by whoever compiles; importing it takes seconds
+            self._runtime.shield()
         for name, scope in self._scopes().items():
             submodule = module.get_submodule(name)
             submodule.register_forward_pre_hook(EnterHook(self._runtime, name, scope), prepend=True, with_kwargs=True)

@@ -1,8 +1,9 @@
 """Which casts give the network's output: found from what the outermost forward returns, not from names or order.
 
 The first forward of each outermost module casts everything and holds, beside each result that nothing has used before
-the next cast, the tensor that would stand there without the cast. What is among the module's outputs at the end is replaced by it, and
-the places are remembered: later forwards do not cast there. Results and draws are the same from the first forward on.
+the next cast, the tensor that would stand there without the cast. What is among the module's outputs at the end is
+replaced by it, and the places are remembered: later forwards do not cast there. Results and draws are the same from the
+first forward on.
 """
 
 from __future__ import annotations

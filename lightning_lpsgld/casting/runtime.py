@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -134,6 +136,11 @@ class CastingRuntime:
         self.tracker.load_state_dict(outputs)
         self.reset()
 
+    def shield(self) -> None:
+        """Keep torch.compile out of the hooks: a compiled forward breaks its graph there and runs them as they are."""
+        for name in ("enter", "leave", "on_activation", "_watch"):
+            setattr(self, name, torch.compiler.disable(getattr(self, name)))
+
     # ---------------------------------------------------------------- hooks
 
     def enter(self, name: str, scope: Scope, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -187,6 +194,8 @@ class CastingRuntime:
         training = (self.root() or module).training and torch.is_grad_enabled()
         self.call = self.last = ForwardCall(frame.name, training, self.counter.open(training))
         self.call.learning = (frame.name, training) not in self.tracker.learned
+        if self.call.learning and self.in_context and not any(other.name == "" for other in self.stack):
+            _warn_if_bypassed(self.root(), module)
         self.muted = True
         try:
             joined = replace_tensors((args, kwargs), self.ends.joined)
@@ -382,6 +391,22 @@ def _saved_tensor_hooks() -> tuple[Any, Any] | None:
     query = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not public
     top: tuple[Any, Any] | None = None if query is None else query(True)
     return top
+
+
+def _warn_if_bypassed(root: nn.Module | None, module: nn.Module) -> None:
+    """Say so if ``root.forward`` is running although ``root`` was not called: its hooks were passed by."""
+    code = getattr(getattr(type(root), "forward", None), "__code__", None)
+    frame = sys._getframe(1)
+    while root is not None and root is not module and code is not None and frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is code:
+            warnings.warn(
+                f"`self.forward(...)` of {type(root).__name__} was called directly, which passes hooks by: activations "
+                "that it calls as functions are rounded only where they go into a submodule at once, and each "
+                "submodule counts as a network of its own. Call `self(...)` instead.",
+                stacklevel=2,
+            )
+            return
 
 
 def _is_redirected(module: nn.Module) -> bool:

@@ -142,12 +142,8 @@ def _opaque_reason(module: nn.Module) -> str | None:
     if name in ("RecursiveScriptModule", "TopLevelTracedModule", "ScriptModule", "TracedModule"):
         return "it is scripted: nothing inside it is cast"
     if name == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
-        return "it is compiled: functional activations inside it are not cast"
+        return "it is compiled: its graph breaks at every cast, and functional activations inside it may not be cast"
     return None
-
-
-def _is_below(name: str, above: str) -> bool:
-    return not above or name.startswith(above + ".")
 
 
 def _kind(module: nn.Module) -> Kind:
@@ -180,29 +176,24 @@ def find_sites(
         ['0', '1']
     """
     names = _names_of(root)
-    default = LAYER_TYPES + ACTIVATION_TYPES
     wanted = None if sites is None else _selected("sites", sites, names, below=False)
-    explicit = () if sites is None else tuple(rule for rule in sites if isinstance(rule, type))
+    types = LAYER_TYPES + ACTIVATION_TYPES + tuple(rule for rule in sites or () if isinstance(rule, type))
     excluded = _selected("exclude", exclude, names, below=True)
-    for module in names:
-        if _is_outside(module):
-            excluded.update(module.modules())
-    plan = SitePlan()
+    for module in filter(_is_outside, names):
+        excluded.update(module.modules())
+    plan = SitePlan(opaque=_opaque(names))
     covered: set[nn.Module] = set()  # inside a site, or inside attention, which calls no hooks of its parts
     for module, known in names.items():
-        reason = _opaque_reason(module)
-        if reason is not None and not any(_is_below(known[0], above) for above in plan.opaque):
-            plan.opaque[known[0]] = reason
         if isinstance(module, nn.MultiheadAttention):
-            covered.update(child for child in module.modules() if child is not module)
+            covered.update(_below(module))
         if module in excluded:
             plan.excluded.append(known[0])
-        elif module in covered or (module is root and not isinstance(module, default)):
+        elif module in covered or not isinstance(module, types):
             continue
-        elif isinstance(module, default + explicit) and (wanted is None or module in wanted):
+        elif wanted is None or module in wanted:
             plan.sites[known[0]] = Site(known[0], _kind(module), type(module).__name__)
-            covered.update(child for child in module.modules() if child is not module)
-        elif isinstance(module, default):
+            covered.update(_below(module))
+        else:
             plan.excluded.append(known[0])  # not selected by `sites`: the function inside it is no site either
     if not plan.sites:
         raise ValueError(
@@ -211,6 +202,20 @@ def find_sites(
         )
     plan.containers = _containers(names, plan, covered)
     return plan
+
+
+def _below(module: nn.Module) -> set[nn.Module]:
+    return {child for child in module.modules() if child is not module}
+
+
+def _opaque(names: dict[nn.Module, list[str]]) -> dict[str, str]:
+    """Outermost modules that cannot be looked into, with the reason."""
+    found: dict[str, str] = {}
+    for module, known in names.items():
+        reason = _opaque_reason(module)
+        if reason is not None and not any(not above or known[0].startswith(above + ".") for above in found):
+            found[known[0]] = reason
+    return found
 
 
 def _containers(names: dict[nn.Module, list[str]], plan: SitePlan, covered: set[nn.Module]) -> list[str]:

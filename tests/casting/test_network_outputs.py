@@ -37,7 +37,11 @@ class _Recurrent(nn.Module):
 
 NETWORKS = {
     "resnet18": (lambda: torchvision.models.resnet18(num_classes=3), (2, 3, 32, 32), "fc"),
-    "mobilenet": (lambda: torchvision.models.mobilenet_v3_small(num_classes=3), (2, 3, 32, 32), "classifier.3"),
+    "mobilenet": (
+        lambda: torchvision.models.mobilenet_v3_small(num_classes=3, width_mult=0.25),
+        (2, 3, 32, 32),
+        "classifier.3",
+    ),
     "transformer": (_Transformer, (2, 5, 4), "head"),
     "lstm": (_Recurrent, (2, 5, 4), "head"),
 }
@@ -188,6 +192,18 @@ def test_a_lightning_module_may_call_its_network_in_any_way(how, redirected):
     assert all(not _on_grid(logits) for logits in module.logits)
     assert all(_on_grid(hidden) for hidden in inputs)
     assert len(inputs) == 2
+    casting.remove()
+
+
+def test_calling_forward_directly_is_warned_of():
+    module = _Lit("forward")
+    module.training_step = lambda batch, index: module.forward(batch[0])
+    casting = ActivationCasting(module, seed=1).attach()
+    with (
+        casting.forward_context(),
+        pytest.warns(UserWarning, match=r"`self.forward\(...\)` of _Lit was called directly"),
+    ):
+        module.training_step((torch.randn(2, 4),), 0)
     casting.remove()
 
 

@@ -42,7 +42,10 @@ class _Views(nn.Module):
 
 NETWORKS = {
     "resnet": (lambda: SmallResNet(4), (2, 3, 32, 32)),
-    "mobilenet": (lambda: torchvision.models.mobilenet_v3_small(num_classes=3, dropout=0.0), (2, 3, 32, 32)),
+    "mobilenet": (
+        lambda: torchvision.models.mobilenet_v3_small(num_classes=3, dropout=0.0, width_mult=0.25),
+        (2, 3, 32, 32),
+    ),
     "transformer": (_Transformer, (3, 5, 4)),
     "lstm": (lambda: nn.Sequential(nn.LSTM(4, 8, batch_first=True), _Last(), nn.ReLU(), nn.Linear(8, 3)), (3, 5, 4)),
     "views": (_Views, (3, 5, 4)),
@@ -77,15 +80,15 @@ def _equal(first: list[Tensor], second: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [*((name, "contiguous") for name in NETWORKS), ("resnet", "channels_last"), ("mobilenet", "channels_last")],
+)
 def test_gradients_are_bit_identical(name, layout):
     build, shape = NETWORKS[name]
     torch.manual_seed(0)
     net, x = build(), torch.randn(shape)
     if layout == "channels_last":
-        if x.ndim != 4:
-            pytest.skip("needs images")
         net, x = net.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     full, _ = _run(net, x, "full", "bfp8")
     codes, _ = _run(net, x, "codes", "bfp8")
