@@ -14,8 +14,6 @@ from torch import Tensor
 
 from lightning_lpsgld.callbacks.noise_budget import Case, LayerNoise, overall, remedies
 from lightning_lpsgld.formats import NumberFormat
-from lightning_lpsgld.ops import quantize
-from lightning_lpsgld.random import DrawKey
 from lightning_lpsgld.samplers import SGLD
 from lightning_lpsgld.samplers.updates import descend
 
@@ -209,17 +207,18 @@ def _cases(trainer: pl.Trainer, layers: Mapping[str, LayerNoise]) -> list[Case]:
                 layer, mode = layers.get(sampler.name_of(param)), sampler.accumulation(param)
                 if layer is None or param.grad is None or mode not in ("vc", "naive"):
                     continue
-                mean = _mean_of_step(sampler, param, layer.lr, float(group["weight_decay"]))
+                mean = _mean_of_step(param, layer.lr, float(group["weight_decay"]))
                 cases.append(Case(mean, param.numel(), layer.lr, sampler.num_data, mode == "vc"))
     return cases
 
 
-def _mean_of_step(sampler: SGLD, param: Tensor, lr: float, weight_decay: float) -> Tensor:
-    """θ - η(Q_G(g) + λθ) of the first rows of a parameter, gathered on the CPU."""
+def _mean_of_step(param: Tensor, lr: float, weight_decay: float) -> Tensor:
+    """θ - η(g + λθ) of the first rows of a parameter, on the CPU.
+
+    The gradient is not rounded: on a coarse grid of its own it would, for round numbers of lr, land on exactly the grid
+    that is being tried, and advice would not survive another lr.
+    """
     assert param.grad is not None
     rows = max(1, _TRIAL_ELEMENTS * max(1, len(param)) // max(1, param.numel())) if param.ndim else None
     theta, grad = (t[:rows].cpu() if rows is not None else t.cpu() for t in (param.detach(), param.grad))
-    if sampler.gradient_format is not None:
-        # its own draw: which of the two neighbours a gradient goes to matters here only on average
-        grad = quantize(grad, sampler.gradient_format, key=DrawKey(seed=0, step=sampler.steps))
     return descend(theta, grad.to(theta.dtype), lr=lr, weight_decay=weight_decay)

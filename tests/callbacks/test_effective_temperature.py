@@ -118,6 +118,14 @@ def test_verdict_and_its_advice():
     assert one_step("fixed8.8", 1e-3, 0.05, accumulator="full").message is None
 
 
+def test_advice_does_not_rest_on_a_coincidence_of_grids():
+    """At lr 0.5, gradients on the grid of 1/256 move weights by multiples of 1/512: fixed9.9 would fit by accident."""
+    with pytest.warns(UserWarning, match="behaves like") as seen:
+        one_step("fixed8.8", 1e-3, 0.5, gradients="fixed8.8")
+    (verdict,) = (str(w.message) for w in seen if "behaves like" in str(w.message))
+    assert int(re.search(r"fixed(\d+)", verdict.split("times:")[1])[1]) > 10
+
+
 def test_naive_rounding_is_told_of_variance_correction():
     with pytest.warns(UserWarning, match=r"behaves like.*variance_corrected=True"):
         callback = one_step("fixed8.6", 1.0, 0.05, variance_corrected=False)

@@ -300,7 +300,7 @@ def test_watching_the_ensemble_does_not_change_the_chain():
 def test_at_most_two_samples_beyond_the_module_are_in_memory(where, tmp_path):
     """Bytes of the tensors alive in a forward pass, above those before: the module's own copy and a stored sample."""
     module = Classifier(torch.nn.Sequential(torch.nn.Linear(6, 20_000), torch.nn.Linear(20_000, 3)))
-    bank = perturbed_bank(module, samples=6, path=tmp_path / "bank" if where == "disk" else None)
+    bank = perturbed_bank(module, samples=3, path=tmp_path / "bank" if where == "disk" else None)
     alive = []
 
     def live_bytes():
