@@ -22,6 +22,7 @@ LEVELS = {
     "metrics": 1,
     "analysis": 2,
     "casting": 2,
+    "distributed": 2,
     "samplers": 2,
     "bank": 2,
     "predictive": 3,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch import callbacks as pl_callbacks
@@ -10,13 +11,41 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_lpsgld.formats import NumberFormat, check_dtype
+from lightning_lpsgld.ops.dispatch import BACKENDS
 
-__all__ = ["refuse_unsupported", "unwrapped"]
+__all__ = ["check_arguments", "refuse_unsupported", "unwrapped"]
 
 #: Callbacks that average ``parameters()``; WeightAveraging and its EMA came with Lightning 2.6.
 _AVERAGING = tuple(
     vars(pl_callbacks)[name] for name in ("StochasticWeightAveraging", "WeightAveraging") if name in vars(pl_callbacks)
 )
+
+
+def check_arguments(plugin: Any) -> None:
+    """Arguments of the plugin that are wrong whatever the run.
+
+    Raises:
+        ValueError: Naming the argument, the rule and the value.
+    """
+    choices = {
+        "accumulator": (plugin.accumulator, ("low", "full")),
+        "backend": (plugin.backend, ("auto", *BACKENDS)),
+        "saved_activations": (plugin.saved_activations, ("full", "codes")),
+        "compute": (plugin.compute, ("32-true", "bf16-mixed")),
+    }
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            hint = " fp16 would need a GradScaler, which a sampler cannot use." * (name == "compute")
+            raise ValueError(f"LowPrecisionSGLD: `{name}` must be one of {allowed}, got {value!r}.{hint}")
+    if not plugin.temperature >= 0:
+        raise ValueError(f"LowPrecisionSGLD: `temperature` must be >= 0, got {plugin.temperature}.")
+    if plugin.num_data != "auto" and (not isinstance(plugin.num_data, int) or plugin.num_data < 1):
+        raise ValueError(f"LowPrecisionSGLD: `num_data` must be 'auto' or an int >= 1, got {plugin.num_data!r}.")
+    every = plugin.check_replicas
+    if isinstance(every, bool) or not isinstance(every, int) or every < 0:
+        raise ValueError(f"LowPrecisionSGLD: `check_replicas` must be an int >= 0, got {every!r}.")
+    if plugin.cycles is not None and (plugin.cycles < 1 or plugin.schedule is not None):
+        raise ValueError("LowPrecisionSGLD: `cycles` must be >= 1 and excludes `schedule`.")
 
 
 def unwrapped(model: Module) -> pl.LightningModule:

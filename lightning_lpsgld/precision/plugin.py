@@ -20,11 +20,12 @@ from torch.optim import Optimizer
 
 from lightning_lpsgld.casting import ActivationCasting, matching_modules
 from lightning_lpsgld.formats import FormatLike, NumberFormat, parse_format
-from lightning_lpsgld.ops.dispatch import BACKENDS, BackendName
+from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.precision.card import PosteriorCard, describe_sampler
-from lightning_lpsgld.precision.checks import refuse_unsupported, unwrapped
+from lightning_lpsgld.precision.checks import check_arguments, refuse_unsupported, unwrapped
 from lightning_lpsgld.precision.num_data import forget_dataloader_when_resuming, training_examples
 from lightning_lpsgld.precision.presets import preset_options
+from lightning_lpsgld.precision.replicas import ReplicaGuard
 from lightning_lpsgld.precision.variance_reduction import check_variance_reduced, variance_reduced_step
 from lightning_lpsgld.random import derive_seed
 from lightning_lpsgld.samplers import SGLD, SVRG, CyclicalStepSize, LangevinOptimizer, StepSize, VarianceReduced
@@ -73,6 +74,8 @@ class LowPrecisionSGLD(Precision):
         saved_activations: ``"codes"``: what autograd keeps of rounded activations is 8-bit codes; gradients are
             bit-identical. ``"full"``: as PyTorch does.
         compute: Dtype of the forward pass: ``"32-true"`` or ``"bf16-mixed"`` (autocast).
+        check_replicas: Under DDP, compare a checksum of all weights over the ranks every that many steps (and seeds and
+            weights before the first), and stop a run whose replicas have forked; 0: never.
 
     Raises:
         ValueError: If an argument is out of range; the message names it, the rule and the value.
@@ -108,6 +111,7 @@ class LowPrecisionSGLD(Precision):
         cycles: int | None = None,
         saved_activations: Literal["full", "codes"] = "full",
         compute: Literal["32-true", "bf16-mixed"] = "32-true",
+        check_replicas: int = 50,
     ) -> None:
         super().__init__()
         self.formats: dict[str, NumberFormat | None] = {
@@ -129,31 +133,15 @@ class LowPrecisionSGLD(Precision):
         self.cycles = cycles
         self.saved_activations = saved_activations
         self.compute = compute
-        self._check_arguments()
+        self.check_replicas = check_replicas
+        check_arguments(self)
+        self._guard = ReplicaGuard(check_replicas)
         self.card: PosteriorCard | None = None
         self.samplers: list[LangevinOptimizer] = []
         self.casting: ActivationCasting | None = None
         self._run_seed: int | None = None
         self._casting_state: dict[str, Any] | None = None
         self._unstepped = 0
-
-    def _check_arguments(self) -> None:
-        choices = {
-            "accumulator": (self.accumulator, ("low", "full")),
-            "backend": (self.backend, ("auto", *BACKENDS)),
-            "saved_activations": (self.saved_activations, ("full", "codes")),
-            "compute": (self.compute, ("32-true", "bf16-mixed")),
-        }
-        for name, (value, allowed) in choices.items():
-            if value not in allowed:
-                hint = " fp16 would need a GradScaler, which a sampler cannot use." * (name == "compute")
-                raise ValueError(f"LowPrecisionSGLD: `{name}` must be one of {allowed}, got {value!r}.{hint}")
-        if not self.temperature >= 0:
-            raise ValueError(f"LowPrecisionSGLD: `temperature` must be >= 0, got {self.temperature}.")
-        if self.num_data != "auto" and (not isinstance(self.num_data, int) or self.num_data < 1):
-            raise ValueError(f"LowPrecisionSGLD: `num_data` must be 'auto' or an int >= 1, got {self.num_data!r}.")
-        if self.cycles is not None and (self.cycles < 1 or self.schedule is not None):
-            raise ValueError("LowPrecisionSGLD: `cycles` must be >= 1 and excludes `schedule`.")
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> LowPrecisionSGLD:
@@ -248,6 +236,7 @@ class LowPrecisionSGLD(Precision):
         refuse_unsupported(trainer, module, optimizers, self.accumulator, self.formats)
         num_data = training_examples(trainer) if self.num_data == "auto" else self.num_data
         seed = self._resolve_seed(trainer)
+        self._guard.restart()
         self._unstepped = 0 if module.automatic_optimization else -(trainer.accumulate_grad_batches - 1)
         self.samplers = [
             self._take_over(optimizer, i, module, trainer, num_data, seed) for i, optimizer in enumerate(optimizers)
@@ -350,16 +339,22 @@ class LowPrecisionSGLD(Precision):
         self, optimizer: Any, model: pl.LightningModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
         """Step; for SVRG and HALP take a centre where one is due, and evaluate the closure there too."""
-        if not isinstance(optimizer, VarianceReduced):
-            return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
-        return variance_reduced_step(
-            optimizer,
-            model,
-            closure,
-            casting=self.casting,
-            step_context=self.train_step_context,
-            after_closure=functools.partial(self._after_closure, model, optimizer),
-        )
+        if isinstance(optimizer, LangevinOptimizer):
+            self._guard.before_step(model.trainer, optimizer)
+        if isinstance(optimizer, VarianceReduced):
+            value = variance_reduced_step(
+                optimizer,
+                model,
+                closure,
+                casting=self.casting,
+                step_context=self.train_step_context,
+                after_closure=functools.partial(self._after_closure, model, optimizer),
+            )
+        else:
+            value = super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
+        if isinstance(optimizer, LangevinOptimizer):
+            self._guard.after_step(model.trainer, optimizer)
+        return value
 
     # ---------------------------------------------------------------------------------------------------- saved state
 
