@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,13 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_lpsgld.casting.call import ActivationFunction, ForwardCall
 from lightning_lpsgld.casting.draws import CallDraws, ForwardCounter
-from lightning_lpsgld.casting.functional import (
-    RANDOM_FUNCTIONS,
-    RELU_FUNCTIONS,
-    SOFTMAX_FUNCTIONS,
-    is_inplace,
-)
+from lightning_lpsgld.casting.functional import SOFTMAX_FUNCTIONS
 from lightning_lpsgld.casting.hooks import Frame, Scope
 from lightning_lpsgld.casting.outputs import Held, OpenEnds, OutputTracker, Place, replace_tensors, tensors_in
 from lightning_lpsgld.casting.saved import CodeStore, ReluSigns
@@ -28,41 +24,7 @@ from lightning_lpsgld.ops import quantize
 from lightning_lpsgld.ops.autograd import Rounder, cast_with
 from lightning_lpsgld.ops.dispatch import BackendName
 
-__all__ = ["CastingRuntime", "ForwardCall"]
-
-
-@dataclass
-class ForwardCall:
-    """One call of an outermost module.
-
-    Attributes:
-        owner: Name of the module.
-        training: Whether it draws from the training stream.
-        draws: Its keys.
-        index: Number of the next cast.
-        learning: Whether the places of the network's output are still to be found.
-        replay: Whether this repeats an earlier call, during backward.
-        reached: How often each site was reached.
-    """
-
-    owner: str
-    training: bool
-    draws: CallDraws
-    index: int = 0
-    learning: bool = False
-    replay: bool = False
-    reached: dict[str, int] = field(default_factory=dict)
-
-    def place(self, site: str) -> Place:
-        """This visit of a site."""
-        times = self.reached.get(site, 0)
-        self.reached[site] = times + 1
-        return (self.owner, site, times)
-
-    def next_index(self) -> int:
-        """Number of this cast."""
-        self.index += 1
-        return self.index - 1
+__all__ = ["CastingRuntime"]
 
 
 @dataclass
@@ -291,7 +253,9 @@ class CastingRuntime:
         scope = self.stack[-1].scope if self.stack else None
         if self.muted or not self.active or not torch.is_tensor(x) or scope in ("layer", "excluded"):
             return func(*args, **kwargs)
-        function = _Function(func, args[1:], {name: value for name, value in kwargs.items() if name != "input"})
+        function = ActivationFunction(
+            func, args[1:], {name: value for name, value in kwargs.items() if name != "input"}
+        )
         if self.call is None:
             return self._loose_activation(function, x)
         frame = self.stack[-1]
@@ -310,7 +274,7 @@ class CastingRuntime:
             self.store.alias(out, x)
         return x
 
-    def _run(self, function: _Function, x: Tensor) -> _Activation:
+    def _run(self, function: ActivationFunction, x: Tensor) -> _Activation:
         """Run an activation function whose result will be cast."""
         hooks = _saved_tensor_hooks()
         ours = hooks is not None and self.packing and self.store is not None and hooks[0] == self.store.pack
@@ -332,7 +296,7 @@ class CastingRuntime:
             made.result = function(x)
         return made
 
-    def _loose_activation(self, function: _Function, x: Tensor) -> Tensor:
+    def _loose_activation(self, function: ActivationFunction, x: Tensor) -> Tensor:
         """An activation function outside of any module: a hidden layer only if its result goes into a module."""
         end, last = self.ends.find(x), self.last
         result = function(x)
@@ -353,35 +317,6 @@ class CastingRuntime:
                 self.tracker.hold(out, func(without, *args[1:], **kwargs), held.places)
         elif tensors_in(out):
             self.tracker.consume((args, kwargs), out)
-
-
-@dataclass(frozen=True)
-class _Function:
-    """An activation function with everything but its first argument."""
-
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        out: Tensor = self.func(x, *self.args, **self.kwargs)
-        return out
-
-    @property
-    def name(self) -> str:
-        return str(self.func.__name__).rstrip("_")
-
-    @property
-    def inplace(self) -> bool:
-        return is_inplace(self.func, (None, *self.args), self.kwargs)
-
-    @property
-    def is_relu(self) -> bool:
-        return self.func in RELU_FUNCTIONS
-
-    @property
-    def repeatable(self) -> bool:
-        return self.func not in RANDOM_FUNCTIONS
 
 
 def _saved_tensor_hooks() -> tuple[Any, Any] | None:

@@ -1,0 +1,81 @@
+"""One forward call, and one call of an activation function within it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lightning_lpsgld.casting.draws import CallDraws
+from lightning_lpsgld.casting.functional import RANDOM_FUNCTIONS, RELU_FUNCTIONS, is_inplace
+from lightning_lpsgld.casting.outputs import Place
+
+__all__ = ["ActivationFunction", "ForwardCall"]
+
+
+@dataclass
+class ForwardCall:
+    """One call of an outermost module.
+
+    Attributes:
+        owner: Name of the module.
+        training: Whether it draws from the training stream.
+        draws: Its keys.
+        index: Number of the next cast.
+        learning: Whether the places of the network's output are still to be found.
+        replay: Whether this repeats an earlier call, during backward.
+        reached: How often each site was reached.
+    """
+
+    owner: str
+    training: bool
+    draws: CallDraws
+    index: int = 0
+    learning: bool = False
+    replay: bool = False
+    reached: dict[str, int] = field(default_factory=dict)
+
+    def place(self, site: str) -> Place:
+        """This visit of a site."""
+        times = self.reached.get(site, 0)
+        self.reached[site] = times + 1
+        return (self.owner, site, times)
+
+    def next_index(self) -> int:
+        """Number of this cast."""
+        self.index += 1
+        return self.index - 1
+
+
+@dataclass(frozen=True)
+class ActivationFunction:
+    """An activation function with everything but its first argument."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = self.func(x, *self.args, **self.kwargs)
+        return out
+
+    @property
+    def name(self) -> str:
+        """Name of the function, without the underscore of an in-place form."""
+        return str(self.func.__name__).rstrip("_")
+
+    @property
+    def inplace(self) -> bool:
+        """Whether the call overwrites its argument."""
+        return is_inplace(self.func, (None, *self.args), self.kwargs)
+
+    @property
+    def is_relu(self) -> bool:
+        """Whether backward asks only for signs."""
+        return self.func in RELU_FUNCTIONS
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether a second call gives the same; else it is never made."""
+        return self.func not in RANDOM_FUNCTIONS
