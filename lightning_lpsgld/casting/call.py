@@ -57,6 +57,7 @@ class ActivationFunction:
     kwargs: dict[str, Any]
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Call the function on ``x``."""
         out: Tensor = self.func(x, *self.args, **self.kwargs)
         return out
 
