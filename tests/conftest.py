@@ -24,6 +24,10 @@ _ENVIRONMENT_THAT_MAY_CHANGE = (
 )
 
 
+# Tiny tensors: a second thread costs more than it gives, and much more where several test processes share two cores.
+torch.set_num_threads(1)
+
+
 def _environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(_ENVIRONMENT_THAT_MAY_CHANGE)}
 

@@ -238,9 +238,13 @@ class LowPrecisionSGLD(Precision):
         seed = self._resolve_seed(trainer)
         self._guard.restart()
         self._unstepped = 0 if module.automatic_optimization else -(trainer.accumulate_grad_batches - 1)
+        done = [sampler.steps for sampler in self.samplers] if trainer.global_step > 0 else []
         self.samplers = [
             self._take_over(optimizer, i, module, trainer, num_data, seed) for i, optimizer in enumerate(optimizers)
         ]
+        for sampler, steps in zip(self.samplers, done):  # a second `fit` goes on: no draw is made twice
+            for group in sampler.param_groups:
+                group["step"] = steps
         forget_dataloader_when_resuming(trainer)
         for sampler in self.samplers:
             if isinstance(sampler, VarianceReduced):
@@ -276,7 +280,8 @@ class LowPrecisionSGLD(Precision):
         if isinstance(inner, LangevinOptimizer):
             inner.name_parameters(module.named_parameters())
             return inner
-        factory, extra = self.sampler, {}
+        factory: Any = self.sampler
+        extra: dict[str, Any] = {}
         if isinstance(factory, functools.partial):
             factory, extra = factory.func, factory.keywords
         options: dict[str, Any] = {
@@ -291,7 +296,7 @@ class LowPrecisionSGLD(Precision):
             "schedule": self._schedule(trainer),
             "full_precision": self._full_precision(module),
         }
-        sampler: LangevinOptimizer = factory.from_optimizer(inner, **{**options, **extra})  # type: ignore[attr-defined]
+        sampler: LangevinOptimizer = factory.from_optimizer(inner, **{**options, **extra})
         sampler.name_parameters(module.named_parameters())
         return sampler
 

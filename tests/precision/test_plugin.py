@@ -137,7 +137,9 @@ def test_resume_equals_uninterrupted_bitwise(tmp_path, preset, stop):
     def run(module, max_steps, **options):
         plugin = LowPrecisionSGLD.preset(preset, **({} if options.get("ckpt") else {"seed": 9}), **cycles)
         saver = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=stop, save_top_k=-1)
-        made = trainer(tmp_path, plugin, max_epochs=-1, max_steps=max_steps, callbacks=[saver], enable_checkpointing=True)
+        made = trainer(
+            tmp_path, plugin, max_epochs=-1, max_steps=max_steps, callbacks=[saver], enable_checkpointing=True
+        )
         made.fit(module, ResumableLoader(), ckpt_path=options.get("ckpt"))
         return made
 
@@ -164,3 +166,12 @@ def test_backends_give_the_same_chain_up_to_float_rounding(tmp_path):
     different = (weights["reference"] != weights["auto"]).double().mean()
     assert different <= 0.01
     assert torch.equal(quantize(weights["auto"], "bfp8", rounding="nearest"), weights["auto"])
+
+
+def test_a_second_fit_goes_on_and_repeats_no_draw(tmp_path):
+    plugin, module = LowPrecisionSGLD(seed=0), Module()
+    run = fit(tmp_path, module, plugin)
+    assert run.optimizers[0].steps == run.global_step == 6
+    run.fit_loop.max_epochs = 4
+    run.fit(module, loader(), loader())
+    assert run.optimizers[0].steps == run.global_step == 12
