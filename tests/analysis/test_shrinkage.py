@@ -174,10 +174,10 @@ def test_contraction_by_the_shrinkage_that_quantization_causes(fmt, scale):
 
 def test_floor_is_linear_in_the_quantization_noise_and_below_the_bound():
     """P3: at fixed q the stationary variance of x' = (1 − μqh)x − μ(qξ + ε) is μ(q²M + σ_ε²)/(qh(2 − μqh))."""
-    lr, q, h, m, chains = 0.2, 0.5, 1.0, 0.3, 40_000
+    lr, q, h, m, chains = 0.2, 0.5, 1.0, 0.3, 60_000
     for noise in (0.0, 0.4, 0.8):
         exact = lr * (q**2 * m + noise) / (q * h * (2 - lr * q * h))
-        reach = 7 * exact**0.5  # of 40,000 normal draws one lies beyond with probability 1e-7
+        reach = 7 * exact**0.5  # of 60,000 normal draws one lies beyond with probability 1e-7
         assert draws_for_moments(exact, reach=reach, fourth_moment=3 * exact**2, detect=0.1) <= chains
         x = exact**0.5 * normals((chains,), DrawKey(74))
         for k in range(30):
