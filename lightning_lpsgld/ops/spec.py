@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_lpsgld.formats import NumberFormat
+from lightning_lpsgld.ops.lattice import Rates
 
 __all__ = ["Accumulation", "StepSpec"]
 
 #: ``"float"``: the weight is not rounded; ``"full"``: a full-precision accumulator beside the rounded weight;
-#: ``"naive"``: Gaussian noise, then stochastic rounding; ``"vc"``: the variance-corrected quantizer.
-Accumulation = Literal["float", "full", "naive", "vc"]
+#: ``"naive"``: Gaussian noise, then stochastic rounding; ``"vc"``: the variance-corrected quantizer; ``"lattice"``: the
+#: walk between neighbouring grid points, which no fused kernel takes.
+Accumulation = Literal["float", "full", "naive", "vc", "lattice"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class StepSpec:
         weight_format: Grid of the weight; ``None`` only with ``accumulation="float"``.
         gradient_format: Grid of the gradient; stochastic rounding, stream ``Role.GRADIENT``. ``None``: not rounded.
         accumulation: Where the sum is kept, and how it is rounded; see :data:`Accumulation`.
+        rates: Jump odds of ``accumulation="lattice"``; nothing else reads them.
     """
 
     lr: float
@@ -33,3 +36,4 @@ class StepSpec:
     weight_format: NumberFormat | None
     gradient_format: NumberFormat | None
     accumulation: Accumulation
+    rates: Rates = "bernoulli"

@@ -11,7 +11,8 @@ from torch import Tensor
 from lightning_lpsgld.formats import BlockFloatingPoint, NumberFormat
 from lightning_lpsgld.ops.blocks import block_count
 from lightning_lpsgld.ops.reference import power_of_two, variance_plan
-from lightning_lpsgld.samplers import SGLD, LangevinOptimizer
+from lightning_lpsgld.samplers import LangevinOptimizer
+from lightning_lpsgld.samplers.grid import GridSampler
 
 __all__ = ["PosteriorCard", "describe_sampler", "stored_bits"]
 
@@ -102,7 +103,7 @@ class PosteriorCard:
         return text
 
 
-def _reach(sampler: SGLD) -> tuple[float | None, float | None]:
+def _reach(sampler: GridSampler) -> tuple[float | None, float | None]:
     """Share of weights with v > gap**2/4, and the median gradient limit of the rest."""
     always, count, limits = 0.0, 0, []
     for group in sampler.param_groups:
@@ -141,11 +142,11 @@ def describe_sampler(
     params: list[Tensor] = [p for g in sampler.param_groups for p in g["params"]]
     groups = sampler.param_groups
     reach: tuple[float | None, float | None] = (None, None)
-    fmt_of = sampler.format_of if isinstance(sampler, SGLD) else (lambda p: None)
+    fmt_of = sampler.format_of if isinstance(sampler, GridSampler) else (lambda p: None)
     name = type(sampler).__name__
-    if isinstance(sampler, SGLD):
+    if isinstance(sampler, GridSampler):
         reach = _reach(sampler)
-        name = _variant(sampler)
+        name = sampler.description
     bits = sum(stored_bits(p.shape, fmt_of(p), p.dtype) for p in params)
     weights = sum(p.numel() for p in params)
     decay = tuple(float(g["weight_decay"]) for g in groups)
@@ -169,14 +170,3 @@ def describe_sampler(
         casts=casts,
         world_size=world_size,
     )
-
-
-def _variant(sampler: SGLD) -> str:
-    kind = "SGD" if all(float(g["temperature"]) == 0 for g in sampler.param_groups) else "SGLD"
-    if sampler.weight_format is None:
-        return f"{kind} (weights not rounded)"
-    if sampler.accumulator == "full":
-        return f"{kind}LP-F (full-precision accumulator)"
-    if kind == "SGD":
-        return "SGDLP-L"
-    return ("VC " if sampler.variance_corrected else "naive ") + "SGLDLP-L (low-precision accumulator)"

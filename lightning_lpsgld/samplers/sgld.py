@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import FormatLike, NumberFormat, check_dtype, parse_format
-from lightning_lpsgld.ops import StepSpec, quantize
+from lightning_lpsgld.formats import FloatingPoint, FormatLike
+from lightning_lpsgld.ops import StepSpec
 from lightning_lpsgld.ops.dispatch import BackendName
+from lightning_lpsgld.ops.lattice import RATES, Rates
 from lightning_lpsgld.ops.spec import Accumulation
-from lightning_lpsgld.random import DrawKey
-from lightning_lpsgld.samplers.base import LangevinOptimizer
+from lightning_lpsgld.samplers.grid import GridSampler
 from lightning_lpsgld.samplers.statistics import StepStatistics, step_statistics
 from lightning_lpsgld.samplers.step_size import StepSize
 from lightning_lpsgld.samplers.updates import langevin_steps_
@@ -21,7 +21,7 @@ from lightning_lpsgld.samplers.updates import langevin_steps_
 __all__ = ["SGLD"]
 
 
-class SGLD(LangevinOptimizer):
+class SGLD(GridSampler):
     r"""Stochastic gradient Langevin dynamics in low precision.
 
     The loss is a batch **mean**; the target is :math:`p(\theta \mid D)^{1/T}` and one step injects noise of variance
@@ -33,6 +33,7 @@ class SGLD(LangevinOptimizer):
     SGDLP-L                ``weight_format=..., accumulator="low", temperature=0``
     naive SGLDLP-L         ``weight_format=..., accumulator="low", variance_corrected=False``
     VC SGLDLP-L            ``weight_format=..., accumulator="low"`` (``variance_corrected=True``)
+    lattice                ``weight_format=..., variant="lattice"``: not of the paper
     =====================  =============================================================================
 
     The "SGD" rows are those with ``temperature=0``; each row is cyclical with
@@ -54,12 +55,19 @@ class SGLD(LangevinOptimizer):
         schedule: Factor on ``lr`` and gate of the noise, per step; see :mod:`.step_size`.
         full_precision: Parameters that are never rounded although there is a ``weight_format``.
         check_finite: Refuse a step whose loss or gradient is NaN or infinite.
+        variant: ``"auto"``: the table above. ``"lattice"``: the walk between neighbouring grid points of
+            :mod:`lightning_lpsgld.ops.lattice`, which has the right law where rounding alone has more variance than v.
+            It needs T > 0, a fixed-point or block ``weight_format`` and a low accumulator; it has no fused kernels, so
+            ``backend`` holds for the gradient's rounding only.
+        rates: Jump odds of the walk. ``"bernoulli"`` survives the noise of minibatches, ``"exponential"`` is exact
+            with exact gradients; see there.
 
     State (all in ``state_dict``): per group ``step``, ``seed``, ``temperature``, ``lr``, ``weight_decay``; per
     parameter ``accumulator`` (only with ``accumulator="full"``).
 
     Raises:
-        ValueError: If an argument is out of range, or ``weight_format`` is wider than a parameter's dtype.
+        ValueError: If an argument is out of range, ``weight_format`` is wider than a parameter's dtype, or
+            ``variant="lattice"`` is given what it cannot walk on.
 
     Note:
         The temperature's default is the textbook's 1: this class promises the posterior. The Lightning plugin's default
@@ -100,41 +108,77 @@ class SGLD(LangevinOptimizer):
         schedule: StepSize | None = None,
         full_precision: Iterable[Tensor] = (),
         check_finite: bool = True,
+        variant: Literal["auto", "lattice"] = "auto",
+        rates: Rates = "bernoulli",
     ) -> None:
-        if accumulator not in ("full", "low"):
-            raise ValueError(f"`accumulator` must be 'full' or 'low', got {accumulator!r}.")
-        self.weight_format: NumberFormat | None = None if weight_format is None else parse_format(weight_format)
-        self.gradient_format: NumberFormat | None = None if gradient_format is None else parse_format(gradient_format)
-        self.accumulator = accumulator
-        self.variance_corrected = variance_corrected
-        self.backend = backend
-        self.full_precision = set(full_precision)
-        self.saturated: list[tuple[list[Tensor], Tensor]] = []
+        if variant not in ("auto", "lattice"):
+            raise ValueError(f"`variant` must be 'auto' or 'lattice', got {variant!r}.")
+        if rates not in RATES:
+            raise ValueError(f"`rates` must be one of {RATES}, got {rates!r}.")
+        self.variant = variant
+        self.rates: Rates = rates
         self._measure_next: int | None = None
         self.measured: list[StepStatistics] = []
-        defaults = {"lr": lr, "weight_decay": weight_decay, "temperature": temperature, "seed": int(seed)}
-        super().__init__(params, defaults, num_data=num_data, schedule=schedule, check_finite=check_finite)
-        self._check_dtypes()
+        super().__init__(
+            params,
+            {},
+            lr=lr,
+            num_data=num_data,
+            temperature=temperature,
+            weight_decay=weight_decay,
+            weight_format=weight_format,
+            gradient_format=gradient_format,
+            accumulator=accumulator,
+            variance_corrected=variance_corrected,
+            seed=seed,
+            backend=backend,
+            schedule=schedule,
+            full_precision=full_precision,
+            check_finite=check_finite,
+        )
 
-    def _check_dtypes(self) -> None:
-        for param in self._indices:
-            for fmt in (self.weight_format, self.gradient_format):
-                if fmt is not None and param not in self.full_precision:
-                    check_dtype(fmt, param.dtype)
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As :meth:`LangevinOptimizer.add_param_group`.
+
+        Raises:
+            ValueError: Also if ``variant="lattice"`` cannot walk with the group's temperature or the formats.
+        """
+        super().add_param_group(param_group)
+        if self.variant == "lattice":
+            self._check_lattice(float(self.param_groups[-1]["temperature"]))
+
+    def _check_lattice(self, temperature: float) -> None:
+        if self.weight_format is None or isinstance(self.weight_format, FloatingPoint) or self.accumulator == "full":
+            raise ValueError(
+                "`variant='lattice'` walks on the grid of the weights: it needs a fixed-point or block `weight_format` "
+                f"and accumulator='low', got {self.weight_format} and {self.accumulator!r}."
+            )
+        if temperature == 0:
+            raise ValueError(
+                "`variant='lattice'` needs `temperature` > 0, got 0: the odds of its jumps are those of a target "
+                "p(theta | D)^(1/T). Use variant='auto' for low-precision SGD."
+            )
 
     # --------------------------------------------------------------------------------------------------------- facts
 
     def accumulation(self, param: Tensor) -> Accumulation:
         """How the steps of a parameter are summed and rounded."""
-        if self.weight_format is None or param in self.full_precision:
-            return "float"
-        if self.accumulator == "full":
-            return "full"
-        return "vc" if self.variance_corrected else "naive"
+        mode = super().accumulation(param)
+        return "lattice" if self.variant == "lattice" and mode in ("vc", "naive") else mode
 
-    def format_of(self, param: Tensor) -> NumberFormat | None:
-        """Grid on which a parameter lies, ``None`` where it is not rounded."""
-        return None if param in self.full_precision else self.weight_format
+    @property
+    def description(self) -> str:
+        """Name of the variant, for display."""
+        kind = "SGD" if all(float(g["temperature"]) == 0 for g in self.param_groups) else "SGLD"
+        if self.weight_format is None:
+            return f"{kind} (weights not rounded)"
+        if self.variant == "lattice":
+            return f"lattice SGLDLP-L ({self.rates} rates)"
+        if self.accumulator == "full":
+            return f"{kind}LP-F (full-precision accumulator)"
+        if kind == "SGD":
+            return "SGDLP-L"
+        return ("VC " if self.variance_corrected else "naive ") + "SGLDLP-L (low-precision accumulator)"
 
     def spec(self, group: dict[str, Any], accumulation: Accumulation) -> StepSpec:
         """What the current step does to the parameters of a group that share an accumulation."""
@@ -146,33 +190,10 @@ class SGLD(LangevinOptimizer):
             weight_format=None if accumulation == "float" else self.weight_format,
             gradient_format=None if exempt else self.gradient_format,
             accumulation=accumulation,
+            rates=self.rates,
         )
 
     # ------------------------------------------------------------------------------------------------------ stepping
-
-    @torch.no_grad()
-    def round_parameters_(self) -> None:
-        """Bring the parameters onto the grid before the first step, by rounding to nearest; idempotent.
-
-        With a full accumulator the unrounded values become the accumulators. Without this call the first forward pass
-        sees unrounded weights, as in the published code.
-        """
-        for param in self._indices:
-            accumulation = self.accumulation(param)
-            if accumulation == "float":
-                continue
-            if accumulation == "full":
-                self._accumulator(param)
-            assert self.weight_format is not None
-            param.copy_(quantize(param, self.weight_format, rounding="nearest"))
-
-    def _accumulator(self, param: Tensor) -> Tensor:
-        state = self.state[param]
-        if "accumulator" not in state:
-            wide = torch.promote_types(param.dtype, torch.float32)
-            state["accumulator"] = param.detach().to(wide, copy=True, memory_format=torch.preserve_format)
-        accumulator: Tensor = state["accumulator"]
-        return accumulator
 
     def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         """Move the parameters of a group; see :func:`.updates.langevin_step_` for the equations."""
@@ -192,13 +213,9 @@ class SGLD(LangevinOptimizer):
             )
             self.saturated.append((some, counts))
 
-    def _draw_key(self, group: dict[str, Any], param: Tensor) -> DrawKey:
-        return self.key(group)
-
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """See :meth:`LangevinOptimizer.step`."""
-        self.saturated = []
         if self._measure_next is not None:
             self.measured = []
         loss = super().step(closure)
@@ -226,11 +243,3 @@ class SGLD(LangevinOptimizer):
                     self.index_of(param), self._measure_next,
                 )
             )  # fmt: skip
-
-    def saturation_counts(self) -> dict[str, int]:
-        """Values outside the range of the weight format in the last step, by parameter name (synchronizes)."""
-        return {
-            self.name_of(param): int(count)
-            for params, counts in self.saturated
-            for param, count in zip(params, counts.tolist())
-        }

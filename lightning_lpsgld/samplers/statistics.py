@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_lpsgld.formats import BlockFloatingPoint, NumberFormat
 from lightning_lpsgld.ops import StepSpec, quantize
+from lightning_lpsgld.ops.lattice import jump_odds, lattice_step, walk_plan
 from lightning_lpsgld.ops.reference import power_of_two, quantize_variance_corrected, variance_plan
 from lightning_lpsgld.random import DrawKey, Role, normals, stream_id
 from lightning_lpsgld.samplers.updates import descend, saturated
@@ -92,6 +93,8 @@ def step_statistics(
         gradient_rounding = spec.lr**2 * float(_rounding_variance(grad, spec.gradient_format).mean())
         grad = quantize(grad, spec.gradient_format, key=key.at(stream=stream_id(Role.GRADIENT, index)))
     mean = descend(theta, grad.to(theta.dtype), lr=spec.lr, weight_decay=spec.weight_decay)
+    if spec.accumulation == "lattice":
+        return _describe_walk(name, theta, mean, spec, key.at(stream=stream_id(Role.WEIGHT, index)), gradient_rounding)
     return _describe(name, theta, mean, spec, key.at(stream=stream_id(Role.WEIGHT, index)), gradient_rounding)
 
 
@@ -122,4 +125,36 @@ def _describe(
     return StepStatistics(
         name, theta.numel(), mean.numel(), v, achieved, gradient_rounding, view,
         high, low, unreachable, clipped, unchanged,
+    )  # fmt: skip
+
+
+def _walk_variance(theta: Tensor, drift: Tensor, spec: StepSpec) -> tuple[Tensor, Tensor]:
+    """Variance of the lattice walk's step per element, squared weight units, and the gap; float64."""
+    assert spec.weight_format is not None
+    plan = walk_plan(theta, drift, spec.noise_variance, spec.weight_format, rates=spec.rates)
+    first, second = torch.zeros_like(plan.codes), torch.zeros_like(plan.codes)
+    for j in range(1, int(plan.reach.max()) + 1):
+        length = torch.full_like(plan.codes, j)
+        up, down = (torch.where(length <= plan.reach, odds, 0.0) / plan.reach for odds in jump_odds(plan, length))
+        first, second = first + j * (up - down), second + j * j * (up + down)
+    gap = power_of_two(plan.gap_exponents).expand(theta.shape)
+    leap = variance_plan(theta + drift, spec.noise_variance, spec.weight_format)  # a ballistic element takes Q^vc
+    leap_variance = leap.achieved * power_of_two(leap.gap_exponents) ** 2
+    return torch.where(plan.ballistic, leap_variance, (second - first**2) * gap**2), gap
+
+
+def _describe_walk(
+    name: str, theta: Tensor, mean: Tensor, spec: StepSpec, key: DrawKey, gradient_rounding: float
+) -> StepStatistics:
+    """As :func:`_describe`; ``unreachable`` are the elements where the walk has more variance than v."""
+    v, fmt = spec.noise_variance, spec.weight_format
+    assert fmt is not None
+    drift = mean - theta
+    variance, gap = _walk_variance(theta, drift, spec)
+    high, more = v > gap**2 / 4, variance > v * (1 + 1e-6)
+    new = lattice_step(theta, drift, v, fmt, key=key, rates=spec.rates)
+    return StepStatistics(
+        name, theta.numel(), mean.numel(), v, float(variance.mean()), gradient_rounding, 0.0,
+        float(high.double().mean()), float((~high & ~more).double().mean()), float((~high & more).double().mean()),
+        float(saturated(mean, fmt)) / max(mean.numel(), 1), float((new == theta).double().mean()),
     )  # fmt: skip

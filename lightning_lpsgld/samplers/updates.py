@@ -9,9 +9,10 @@ variance-corrected quantizer.
 ``"full"``       a ← a − η(Q_G(g) + λa) + √v ξ;  θ ← Q_W(a)          (SGLDLP-F)
 ``"naive"``      θ ← Q_W(θ − η(Q_G(g) + λθ) + √v ξ)                  (naive SGLDLP-L)
 ``"vc"``         θ ← Q^vc(θ − η(Q_G(g) + λθ), v)                     (VC SGLDLP-L)
+``"lattice"``    θ ← walk(θ, −η(Q_G(g) + λθ), v)                     (:mod:`lightning_lpsgld.ops.lattice`)
 ===============  ==========================================================================
 
-With v = 0 these are SGD, SGDLP-F, SGDLP-L and again SGDLP-L.
+With v = 0 these are SGD, SGDLP-F and SGDLP-L.
 
 Reference: Zhang, Wilson & De Sa, 2022, arXiv:2206.09909, equations 2 to 4 and algorithm 1.
 """
@@ -26,6 +27,7 @@ from torch import Tensor
 from lightning_lpsgld.formats import FixedPoint, FloatingPoint, NumberFormat
 from lightning_lpsgld.ops import StepSpec, quantize, quantize_variance_corrected
 from lightning_lpsgld.ops.dispatch import BackendName, choose_step
+from lightning_lpsgld.ops.lattice import lattice_step
 from lightning_lpsgld.ops.reference import code_limits
 from lightning_lpsgld.random import DrawKey, Role, normals, stream_id
 
@@ -80,6 +82,11 @@ def langevin_step_(
     theta = param if accumulator is None else accumulator
     mean = descend(theta, grad.to(theta.dtype), lr=spec.lr, weight_decay=spec.weight_decay)
     fmt = spec.weight_format
+    if spec.accumulation == "lattice":
+        assert fmt is not None
+        drift = -spec.lr * (grad.to(theta.dtype) + spec.weight_decay * theta)
+        param.copy_(lattice_step(theta, drift, spec.noise_variance, fmt, key=weight_key, rates=spec.rates))
+        return saturated(mean, fmt)
     if spec.accumulation == "vc":
         assert fmt is not None
         vc_backend: BackendName = "auto" if backend == "qtorch" else backend  # QPyTorch has no such op
@@ -123,7 +130,7 @@ def langevin_steps_(
     if not params:
         return torch.zeros(0, dtype=torch.int64)
     formats = [fmt for fmt in (spec.weight_format, spec.gradient_format) if fmt is not None]
-    fused = choose_step(backend, params, *formats)
+    fused = None if spec.accumulation == "lattice" else choose_step(backend, params, *formats)
     if fused is not None:
         counts: Tensor = fused.langevin_step_(params, grads, accumulators, spec, keys, indices)
         return counts

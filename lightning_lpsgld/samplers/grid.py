@@ -1,0 +1,146 @@
+"""What samplers with weights on a grid share: formats, accumulators, the first rounding, counts of saturation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_lpsgld.formats import FormatLike, NumberFormat, check_dtype, parse_format
+from lightning_lpsgld.ops import quantize
+from lightning_lpsgld.ops.dispatch import BackendName
+from lightning_lpsgld.ops.spec import Accumulation
+from lightning_lpsgld.random import DrawKey
+from lightning_lpsgld.samplers.base import LangevinOptimizer
+from lightning_lpsgld.samplers.step_size import StepSize
+
+__all__ = ["GridSampler"]
+
+
+class GridSampler(LangevinOptimizer):
+    """Base of SGLD, SGHMC and preconditioned SGLD; their arguments of the same name are documented in :class:`SGLD`.
+
+    Args:
+        params: As :class:`LangevinOptimizer`.
+        options: Further options of a group, beside lr, weight decay, temperature and seed.
+        lr: η.
+        num_data: N.
+        temperature: T.
+        weight_decay: λ.
+        weight_format: Grid of the weights.
+        gradient_format: Grid of the gradients.
+        accumulator: Where steps are summed.
+        variance_corrected: Round with Q^vc where the sum is kept on the grid.
+        seed: Seed of the draws.
+        backend: For the ops.
+        schedule: Factor on ``lr`` and gate of the noise.
+        full_precision: Parameters that are never rounded.
+        check_finite: Refuse NaN and infinity.
+
+    Raises:
+        ValueError: If an argument is out of range, or a format is wider than a parameter's dtype.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        options: dict[str, Any],
+        *,
+        lr: float,
+        num_data: int,
+        temperature: float,
+        weight_decay: float,
+        weight_format: FormatLike | None,
+        gradient_format: FormatLike | None,
+        accumulator: Literal["full", "low"],
+        variance_corrected: bool,
+        seed: int,
+        backend: BackendName,
+        schedule: StepSize | None,
+        full_precision: Iterable[Tensor],
+        check_finite: bool,
+    ) -> None:
+        if accumulator not in ("full", "low"):
+            raise ValueError(f"`accumulator` must be 'full' or 'low', got {accumulator!r}.")
+        self.weight_format: NumberFormat | None = None if weight_format is None else parse_format(weight_format)
+        self.gradient_format: NumberFormat | None = None if gradient_format is None else parse_format(gradient_format)
+        self.accumulator = accumulator
+        self.variance_corrected = variance_corrected
+        self.backend = backend
+        self.full_precision = set(full_precision)
+        self.saturated: list[tuple[list[Tensor], Tensor]] = []
+        defaults = {"lr": lr, "weight_decay": weight_decay, "temperature": temperature, "seed": int(seed), **options}
+        super().__init__(params, defaults, num_data=num_data, schedule=schedule, check_finite=check_finite)
+        for param in set(self._indices) - self.full_precision:
+            for fmt in (self.weight_format, self.gradient_format):
+                if fmt is not None:
+                    check_dtype(fmt, param.dtype)
+
+    # --------------------------------------------------------------------------------------------------------- facts
+
+    def accumulation(self, param: Tensor) -> Accumulation:
+        """How the steps of a parameter are summed and rounded."""
+        if self.weight_format is None or param in self.full_precision:
+            return "float"
+        if self.accumulator == "full":
+            return "full"
+        return "vc" if self.variance_corrected else "naive"
+
+    def format_of(self, param: Tensor) -> NumberFormat | None:
+        """Grid on which a parameter lies, ``None`` where it is not rounded."""
+        return None if param in self.full_precision else self.weight_format
+
+    def gradient_format_of(self, param: Tensor) -> NumberFormat | None:
+        """Grid of a parameter's gradient, ``None`` where it is not rounded; parameters exempt by name are exempt."""
+        exempt = param in self.full_precision and self.weight_format is not None
+        return None if exempt else self.gradient_format
+
+    @property
+    def description(self) -> str:
+        """Name of the variant, for display."""
+        return type(self).__name__
+
+    # ------------------------------------------------------------------------------------------------------ stepping
+
+    @torch.no_grad()
+    def round_parameters_(self) -> None:
+        """Bring the parameters onto the grid before the first step, by rounding to nearest; idempotent.
+
+        With a full accumulator the unrounded values become the accumulators. Without this call the first forward pass
+        sees unrounded weights, as in the published code.
+        """
+        for param in self._indices:
+            accumulation = self.accumulation(param)
+            if accumulation == "float":
+                continue
+            if accumulation == "full":
+                self._accumulator(param)
+            assert self.weight_format is not None
+            param.copy_(quantize(param, self.weight_format, rounding="nearest"))
+
+    def _accumulator(self, param: Tensor) -> Tensor:
+        state = self.state[param]
+        if "accumulator" not in state:
+            wide = torch.promote_types(param.dtype, torch.float32)
+            state["accumulator"] = param.detach().to(wide, copy=True, memory_format=torch.preserve_format)
+        accumulator: Tensor = state["accumulator"]
+        return accumulator
+
+    def _draw_key(self, group: dict[str, Any], param: Tensor) -> DrawKey:
+        return self.key(group)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """See :meth:`LangevinOptimizer.step`."""
+        self.saturated = []
+        return super().step(closure)
+
+    def saturation_counts(self) -> dict[str, int]:
+        """Values outside the range of the weight format in the last step, by parameter name (synchronizes)."""
+        return {
+            self.name_of(param): int(count)
+            for params, counts in self.saturated
+            for param, count in zip(params, counts.tolist())
+        }
