@@ -1,0 +1,571 @@
+// Epochs of SVRG for linear models, with 8-bit data and offsets (HALP) and with float32 ones: the same algorithm twice.
+//
+// Plain C++17 behind a C interface, loaded with ctypes by kernels.py; fallback.py is the definition in numpy.
+// With margins m_i = x_i.u cached at the centre, both need of every row one dot product with the offset z and one
+// accumulation into the gradient; what differs is the bytes read. Words: the *outer* pass moves the centre and takes the
+// full gradient, the *inner* one goes through mini-batches (*blocks* of consecutive rows) in a given order.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define HAVE_X86 1
+#define TARGET(x) __attribute__((target(x)))
+#else
+#define HAVE_X86 0
+#endif
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace {
+
+// Mirror of the ctypes structure in kernels.py. `d` is a multiple of 64; padding columns are zero.
+struct Problem {
+  const void* x;       // (n, d) int8 codes or float32
+  const float* y;      // targets; for logistic loss -1 or 1
+  double* margin;      // (n,) x_i.u at the centre
+  float* odds;         // (n,) exp(y_i margin_i), for the logistic loss
+  double* residual;    // (n,) derivative of the loss at the centre, as far as it is in `full` (see outer_low)
+  double* full;        // (d,) sum of residual_i x_i
+  void* offset;        // (d,) int8 codes or float32
+  const float* drift;  // (d,) (lr full/n + a centre) / gap, a = lr * penalty: constant in an epoch
+  const float* shrink; // (d,) 1 / (1 + a)
+  const int32_t* order;  // (blocks,) of the epoch
+  int64_t n, d, batch, blocks, first_step;
+  uint64_t seed;
+  double gap, unit, lr;  // value of one offset code, of one data code
+  int32_t loss;          // 0: (m - y)^2 / 2, 1: log(1 + exp(-y m))
+  int32_t draws;         // 0 rounds to nearest: only to time the draws
+  int32_t threads, level;  // level 0: portable, 1: AVX2, 2: AVX-512 with VNNI
+};
+
+// ------------------------------------------------------------------------------------------------------- pieces
+
+class Barrier {
+ public:
+  explicit Barrier(int count) : count_(count) {}
+  void wait() {
+    if (count_ == 1) return;
+    const int phase = phase_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      phase_.store(phase + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins)
+      if (spins > 2000) std::this_thread::yield();
+  }
+
+ private:
+  std::atomic<int> arrived_{0}, phase_{0};
+  const int count_;
+};
+
+// Words of Philox4x32-10 for counters (first + k, 0, stream, step): out[4 * 16 * j + 16 * w + lane], 64 words a turn.
+inline void philox(uint32_t* out, int64_t count, uint32_t step, uint32_t stream, uint64_t seed) {
+  for (int64_t j = 0; j < count; j += 64) {
+    uint32_t c0[16], c1[16], c2[16], c3[16];
+    for (int l = 0; l < 16; ++l) c0[l] = uint32_t(j / 4 + l), c1[l] = 0, c2[l] = stream, c3[l] = step;
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+      for (int l = 0; l < 16; ++l) {
+        const uint64_t p0 = uint64_t(c0[l]) * 0xD2511F53u, p1 = uint64_t(c2[l]) * 0xCD9E8D57u;
+        c0[l] = uint32_t(p1 >> 32) ^ c1[l] ^ k0;
+        c1[l] = uint32_t(p1);
+        c2[l] = uint32_t(p0 >> 32) ^ c3[l] ^ k1;
+        c3[l] = uint32_t(p0);
+      }
+      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    std::memcpy(out + j, c0, 64), std::memcpy(out + j + 16, c1, 64);
+    std::memcpy(out + j + 32, c2, 64), std::memcpy(out + j + 48, c3, 64);
+  }
+}
+
+inline float round_up_if(float value, float uniform) {
+  const float lower = std::floor(value);
+  return lower + (uniform < value - lower ? 1.0f : 0.0f);
+}
+
+inline double derivative(int32_t loss, double m, double y) {
+  return loss == 0 ? m - y : -y / (1.0 + std::exp(y * m));
+}
+
+// ------------------------------------------------------------------------ dot products and accumulation, portable
+
+inline void dots_int8_plain(const int8_t* x, int64_t rows, int64_t d, const int8_t* z, int32_t* out) {
+  for (int64_t i = 0; i < rows; ++i) {
+    int32_t sum = 0;
+    for (int64_t j = 0; j < d; ++j) sum += int32_t(x[i * d + j]) * z[j];
+    out[i] = sum;
+  }
+}
+
+inline void sums_int8_plain(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int32_t* out) {
+  std::memset(out, 0, d * sizeof(int32_t));
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < d; ++j) out[j] += int32_t(x[i * d + j]) * q[i];
+}
+
+inline void dots_float_plain(const float* x, int64_t rows, int64_t d, const float* z, float* out) {
+  for (int64_t i = 0; i < rows; ++i) {
+    float lane[32] = {};
+    for (int64_t j = 0; j < d; j += 32)
+      for (int l = 0; l < 32; ++l) lane[l] += x[i * d + j + l] * z[j + l];
+    float sum = 0;
+    for (float part : lane) sum += part;
+    out[i] = sum;
+  }
+}
+
+inline void sums_float_plain(const float* x, int64_t rows, int64_t d, const float* q, float* out) {
+  for (int64_t j = 0; j < d; j += 64) {
+    float lane[64] = {};
+    for (int64_t i = 0; i < rows; ++i)
+      for (int l = 0; l < 64; ++l) lane[l] += x[i * d + j + l] * q[i];
+    std::memcpy(out + j, lane, sizeof lane);
+  }
+}
+
+#if HAVE_X86
+// ------------------------------------------------------------------------------------------------------- AVX2
+
+TARGET("avx2,fma") inline int32_t hsum256(__m256i v) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+
+TARGET("avx2,fma") void dots_int8_avx2(const int8_t* x, int64_t rows, int64_t d, const int8_t* z, int32_t* out) {
+  for (int64_t i = 0; i < rows; ++i) {
+    __m256i a = _mm256_setzero_si256(), b = a;
+    for (int64_t j = 0; j < d; j += 32) {
+      const __m128i* p = reinterpret_cast<const __m128i*>(x + i * d + j);
+      const __m128i* r = reinterpret_cast<const __m128i*>(z + j);
+      a = _mm256_add_epi32(a, _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128(p)),
+                                                _mm256_cvtepi8_epi16(_mm_loadu_si128(r))));
+      b = _mm256_add_epi32(b, _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128(p + 1)),
+                                                _mm256_cvtepi8_epi16(_mm_loadu_si128(r + 1))));
+    }
+    out[i] = hsum256(_mm256_add_epi32(a, b));
+  }
+}
+
+// Two rows at a time: (x_i, x_i+1) in neighbouring int16 lanes against (q_i, q_i+1).
+TARGET("avx2,fma") void sums_int8_avx2(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int32_t* out) {
+  for (int64_t j = 0; j < d; j += 16) {
+    __m256i low = _mm256_setzero_si256(), high = low;
+    for (int64_t i = 0; i < rows; i += 2) {
+      const bool pair = i + 1 < rows;
+      const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i * d + j));
+      const __m128i b = pair ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + (i + 1) * d + j)) : _mm_setzero_si128();
+      const __m256i w = _mm256_set1_epi32((int32_t(pair ? q[i + 1] : 0) << 16) | (int32_t(q[i]) & 0xffff));
+      low = _mm256_add_epi32(low, _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b)), w));
+      high = _mm256_add_epi32(high, _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b)), w));
+    }
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j), low);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j + 8), high);
+  }
+}
+
+TARGET("avx2,fma") void dots_float_avx2(const float* x, int64_t rows, int64_t d, const float* z, float* out) {
+  for (int64_t i = 0; i < rows; ++i) {
+    __m256 s[4] = {};
+    for (int64_t j = 0; j < d; j += 32)
+      for (int k = 0; k < 4; ++k)
+        s[k] = _mm256_fmadd_ps(_mm256_loadu_ps(x + i * d + j + 8 * k), _mm256_loadu_ps(z + j + 8 * k), s[k]);
+    float lane[8];
+    _mm256_storeu_ps(lane, _mm256_add_ps(_mm256_add_ps(s[0], s[1]), _mm256_add_ps(s[2], s[3])));
+    out[i] = lane[0] + lane[1] + lane[2] + lane[3] + lane[4] + lane[5] + lane[6] + lane[7];
+  }
+}
+
+TARGET("avx2,fma") void sums_float_avx2(const float* x, int64_t rows, int64_t d, const float* q, float* out) {
+  for (int64_t j = 0; j < d; j += 64) {
+    __m256 s[8] = {};
+    for (int64_t i = 0; i < rows; ++i) {
+      const __m256 w = _mm256_set1_ps(q[i]);
+      for (int k = 0; k < 8; ++k) s[k] = _mm256_fmadd_ps(_mm256_loadu_ps(x + i * d + j + 8 * k), w, s[k]);
+    }
+    for (int k = 0; k < 8; ++k) _mm256_storeu_ps(out + j + 8 * k, s[k]);
+  }
+}
+
+// ------------------------------------------------------------------------------------------- AVX-512 with VNNI
+#define AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma"
+
+// vpdpbusd takes unsigned by signed bytes: x ^ 0x80 is x + 128, and 128 * sum(z) is taken off again.
+TARGET(AVX512) void dots_int8_avx512(const int8_t* x, int64_t rows, int64_t d, const int8_t* z, int32_t* out) {
+  const __m512i flip = _mm512_set1_epi8(int8_t(0x80));
+  int32_t bias = 0;
+  for (int64_t j = 0; j < d; ++j) bias += z[j];
+  bias *= 128;
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) {
+    __m512i s[4] = {};
+    const int8_t* p = x + i * d;
+    for (int64_t j = 0; j < d; j += 64) {
+      const __m512i w = _mm512_loadu_si512(z + j);
+      for (int k = 0; k < 4; ++k) {
+        _mm_prefetch(reinterpret_cast<const char*>(p + (k + 4) * d + j), _MM_HINT_T0);
+        s[k] = _mm512_dpbusd_epi32(s[k], _mm512_xor_si512(_mm512_loadu_si512(p + k * d + j), flip), w);
+      }
+    }
+    for (int k = 0; k < 4; ++k) out[i + k] = _mm512_reduce_add_epi32(s[k]) - bias;
+  }
+  for (; i < rows; ++i) {
+    __m512i s = _mm512_setzero_si512();
+    for (int64_t j = 0; j < d; j += 64)
+      s = _mm512_dpbusd_epi32(s, _mm512_xor_si512(_mm512_loadu_si512(x + i * d + j), flip), _mm512_loadu_si512(z + j));
+    out[i] = _mm512_reduce_add_epi32(s) - bias;
+  }
+}
+
+// Four rows at a time: their bytes of one column side by side in a 32-bit lane, against (q_i .. q_i+3). `Digits` sums
+// share the loads: out[k * d + j] belongs to the codes at q + k * stride.
+template <int Digits>
+TARGET(AVX512) inline void sums_avx512(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int64_t stride,
+                                       int32_t* out) {
+  const __m512i flip = _mm512_set1_epi8(int8_t(0x80));
+  int32_t bias[Digits] = {};
+  for (int k = 0; k < Digits; ++k)
+    for (int64_t i = 0; i < rows; ++i) bias[k] += q[k * stride + i];
+  for (int64_t j = 0; j < d; j += 64) {
+    __m512i s[Digits][4];
+    for (int k = 0; k < Digits; ++k)
+      for (auto& part : s[k]) part = _mm512_set1_epi32(-128 * bias[k]);
+    for (int64_t i = 0; i < rows; i += 4) {
+      __m512i r[4];
+      const int64_t left = rows - i < 4 ? rows - i : 4;
+      for (int64_t k = 0; k < 4; ++k) {
+        const int8_t* from = x + (i + (k < left ? k : 0)) * d + j;
+        _mm_prefetch(reinterpret_cast<const char*>(from + 64), _MM_HINT_T0);
+        r[k] = _mm512_xor_si512(_mm512_loadu_si512(from), flip);
+      }
+      const __m512i a = _mm512_unpacklo_epi8(r[0], r[1]), b = _mm512_unpacklo_epi8(r[2], r[3]);
+      const __m512i c = _mm512_unpackhi_epi8(r[0], r[1]), e = _mm512_unpackhi_epi8(r[2], r[3]);
+      const __m512i t0 = _mm512_unpacklo_epi16(a, b), t1 = _mm512_unpackhi_epi16(a, b);
+      const __m512i t2 = _mm512_unpacklo_epi16(c, e), t3 = _mm512_unpackhi_epi16(c, e);
+      for (int k = 0; k < Digits; ++k) {
+        int32_t packed = 0;
+        if (left == 4) std::memcpy(&packed, q + k * stride + i, 4);
+        else std::memcpy(&packed, q + k * stride + i, left);
+        const __m512i w = _mm512_set1_epi32(packed);
+        s[k][0] = _mm512_dpbusd_epi32(s[k][0], t0, w), s[k][1] = _mm512_dpbusd_epi32(s[k][1], t1, w);
+        s[k][2] = _mm512_dpbusd_epi32(s[k][2], t2, w), s[k][3] = _mm512_dpbusd_epi32(s[k][3], t3, w);
+      }
+    }
+    // Unpacking works within 128-bit lanes: lane L of s[k] holds columns 16 L + 4 k .. 16 L + 4 k + 3.
+    for (int digit = 0; digit < Digits; ++digit)
+      for (int k = 0; k < 4; ++k) {
+        __m128i* to = reinterpret_cast<__m128i*>(out + digit * d + j + 4 * k);
+        _mm_storeu_si128(to, _mm512_extracti32x4_epi32(s[digit][k], 0));
+        _mm_storeu_si128(to + 4, _mm512_extracti32x4_epi32(s[digit][k], 1));
+        _mm_storeu_si128(to + 8, _mm512_extracti32x4_epi32(s[digit][k], 2));
+        _mm_storeu_si128(to + 12, _mm512_extracti32x4_epi32(s[digit][k], 3));
+      }
+  }
+}
+
+TARGET(AVX512) void sums_int8_avx512(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int32_t* out) {
+  sums_avx512<1>(x, rows, d, q, 0, out);
+}
+
+TARGET(AVX512) void dots_float_avx512(const float* x, int64_t rows, int64_t d, const float* z, float* out) {
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) {
+    __m512 s[4] = {};
+    const float* p = x + i * d;
+    for (int64_t j = 0; j < d; j += 16) {
+      const __m512 w = _mm512_loadu_ps(z + j);
+      for (int k = 0; k < 4; ++k) {
+        _mm_prefetch(reinterpret_cast<const char*>(p + (k + 4) * d + j), _MM_HINT_T0);
+        s[k] = _mm512_fmadd_ps(_mm512_loadu_ps(p + k * d + j), w, s[k]);
+      }
+    }
+    for (int k = 0; k < 4; ++k) out[i + k] = _mm512_reduce_add_ps(s[k]);
+  }
+  for (; i < rows; ++i) {
+    __m512 s = _mm512_setzero_ps();
+    for (int64_t j = 0; j < d; j += 16) s = _mm512_fmadd_ps(_mm512_loadu_ps(x + i * d + j), _mm512_loadu_ps(z + j), s);
+    out[i] = _mm512_reduce_add_ps(s);
+  }
+}
+
+TARGET(AVX512) void sums_float_avx512(const float* x, int64_t rows, int64_t d, const float* q, float* out) {
+  for (int64_t j = 0; j < d; j += 64) {
+    __m512 s[4] = {};
+    for (int64_t i = 0; i < rows; ++i) {
+      const __m512 w = _mm512_set1_ps(q[i]);
+      for (int k = 0; k < 4; ++k) s[k] = _mm512_fmadd_ps(_mm512_loadu_ps(x + i * d + j + 16 * k), w, s[k]);
+    }
+    for (int k = 0; k < 4; ++k) _mm512_storeu_ps(out + j + 16 * k, s[k]);
+  }
+}
+
+TARGET(AVX512) void philox_avx512(uint32_t* out, int64_t count, uint32_t step, uint32_t stream, uint64_t seed) {
+  const __m512i m0 = _mm512_set1_epi64(0xD2511F53u), m1 = _mm512_set1_epi64(0xCD9E8D57u);
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int64_t j = 0; j < count; j += 64) {
+    __m512i c0 = _mm512_add_epi32(lane, _mm512_set1_epi32(int32_t(j / 4))), c1 = _mm512_setzero_si512();
+    __m512i c2 = _mm512_set1_epi32(int32_t(stream)), c3 = _mm512_set1_epi32(int32_t(step));
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+      const __m512i e0 = _mm512_mul_epu32(c0, m0), o0 = _mm512_mul_epu32(_mm512_srli_epi64(c0, 32), m0);
+      const __m512i e1 = _mm512_mul_epu32(c2, m1), o1 = _mm512_mul_epu32(_mm512_srli_epi64(c2, 32), m1);
+      const __m512i h0 = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(e0, 32), o0);
+      const __m512i h1 = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(e1, 32), o1);
+      const __m512i l0 = _mm512_mask_blend_epi32(0xaaaa, e0, _mm512_slli_epi64(o0, 32));
+      const __m512i l1 = _mm512_mask_blend_epi32(0xaaaa, e1, _mm512_slli_epi64(o1, 32));
+      c0 = _mm512_xor_si512(_mm512_xor_si512(h1, c1), _mm512_set1_epi32(int32_t(k0)));
+      c1 = l1;
+      c2 = _mm512_xor_si512(_mm512_xor_si512(h0, c3), _mm512_set1_epi32(int32_t(k1)));
+      c3 = l0;
+      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    _mm512_storeu_si512(out + j, c0), _mm512_storeu_si512(out + j + 16, c1);
+    _mm512_storeu_si512(out + j + 32, c2), _mm512_storeu_si512(out + j + 48, c3);
+  }
+}
+
+// One step of 16 offsets at a time; see `move_low`.
+TARGET(AVX512) int64_t move_low_avx512(int8_t* z, const float* g, const float* drift, const float* shrink,
+                                       const uint32_t* words, int64_t begin, int64_t end) {
+  int64_t outside = 0;
+  const __m512 top = _mm512_set1_ps(127.0f), bottom = _mm512_set1_ps(-127.0f), unit = _mm512_set1_ps(1.0f / 16777216);
+  for (int64_t j = begin; j < end; j += 16) {
+    const __m512 old = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<__m128i*>(z + j))));
+    __m512 t = _mm512_sub_ps(_mm512_sub_ps(old, _mm512_loadu_ps(g + j)), _mm512_loadu_ps(drift + j));
+    t = _mm512_mul_ps(t, _mm512_loadu_ps(shrink + j));
+    const __m512 lower = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    const __m512 u = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(_mm512_loadu_si512(words + j), 8)), unit);
+    const __mmask16 up = _mm512_cmp_ps_mask(u, _mm512_sub_ps(t, lower), _CMP_LT_OQ);
+    const __m512 value = _mm512_mask_add_ps(lower, up, lower, _mm512_set1_ps(1.0f));
+    outside += __builtin_popcount(_mm512_cmp_ps_mask(_mm512_abs_ps(value), top, _CMP_GT_OQ));
+    const __m512i code = _mm512_cvtps_epi32(_mm512_max_ps(bottom, _mm512_min_ps(top, value)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(z + j), _mm512_cvtepi32_epi8(code));
+  }
+  return outside;
+}
+#endif  // HAVE_X86
+
+// ----------------------------------------------------------------------------------------------------- dispatch
+
+int detected() {
+#if HAVE_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    return 2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+  return 0;
+}
+
+#if HAVE_X86
+#define DISPATCH(name, ...)                                    \
+  (p.level == 2   ? name##_avx512(__VA_ARGS__)                 \
+   : p.level == 1 ? name##_avx2(__VA_ARGS__)                   \
+                  : name##_plain(__VA_ARGS__))
+#else
+#define DISPATCH(name, ...) name##_plain(__VA_ARGS__)
+#endif
+
+inline void words(const Problem& p, uint32_t* out, int64_t count, uint32_t step, uint32_t stream) {
+  if (!p.draws) {
+    for (int64_t j = 0; j < count; ++j) out[j] = 0x80000000u;
+    return;
+  }
+#if HAVE_X86
+  if (p.level == 2) return philox_avx512(out, count, step, stream, p.seed);
+#endif
+  philox(out, count, step, stream, p.seed);
+}
+
+// Both digits of 16-bit codes: out[j] for those at q, out[d + j] for those at q + stride.
+inline void sums_two(const Problem& p, const int8_t* x, int64_t rows, const int8_t* q, int64_t stride, int32_t* out) {
+#if HAVE_X86
+  if (p.level == 2) return sums_avx512<2>(x, rows, p.d, q, stride, out);
+#endif
+  DISPATCH(sums_int8, x, rows, p.d, q, out);
+  DISPATCH(sums_int8, x, rows, p.d, q + stride, out + p.d);
+}
+
+// z <- Q((z - lr g / gap - drift) * shrink): the step and the implicit penalty, in units of the gap.
+int64_t move_low(const Problem& p, const float* g, const uint32_t* bits, int64_t begin, int64_t end) {
+  int8_t* z = static_cast<int8_t*>(p.offset);
+#if HAVE_X86
+  if (p.level == 2) return move_low_avx512(z, g, p.drift, p.shrink, bits, begin, end);
+#endif
+  int64_t outside = 0;
+  for (int64_t j = begin; j < end; ++j) {
+    const float value = round_up_if((z[j] - g[j] - p.drift[j]) * p.shrink[j], float(bits[j] >> 8) / 16777216.0f);
+    outside += std::fabs(value) > 127.0f;
+    z[j] = int8_t(value > 127.0f ? 127.0f : value < -127.0f ? -127.0f : value);
+  }
+  return outside;
+}
+
+struct Scratch {
+  std::vector<int32_t> dots, sums;
+  std::vector<float> floats, weights, partial;
+  std::vector<int8_t> codes;
+  std::vector<uint32_t> bits;
+  Scratch(int64_t rows, int64_t d)
+      : dots(rows), sums(d), floats(rows), weights(rows), partial(d), codes(rows + 4), bits(((rows + 63) / 64) * 64) {}
+};
+
+template <class Body>
+void parallel(int threads, Body body) {
+  std::vector<std::thread> pool;
+  for (int t = 1; t < threads; ++t) pool.emplace_back(body, t);
+  body(0);
+  for (auto& thread : pool) thread.join();
+}
+
+// Change of the derivative when the margin of row i moves by `change`; no cancellation however small that is.
+// Logistic, with E = exp(y m) cached at the centre: y (1/(1+E) - 1/(1+Ee)), e = exp(y change).
+inline float response(const Problem& p, int64_t i, float change) {
+  if (p.loss == 0) return change;
+  const float y = p.y[i], odds = p.odds[i];
+  const float less = std::expm1(std::fmax(-60.0f, std::fmin(60.0f, y * change)));
+  return y * (odds / (1.0f + odds)) * (less / (1.0f + odds * (1.0f + less)));
+}
+
+// One thread's share of a mini-batch: partial[j] = sum over its rows of response_i x_ij, scaled by `factor`.
+void share_low(const Problem& p, Scratch& s, int64_t begin, int64_t rows, int64_t step, float factor) {
+  const int8_t* x = static_cast<const int8_t*>(p.x) + begin * p.d;
+  DISPATCH(dots_int8, x, rows, p.d, static_cast<const int8_t*>(p.offset), s.dots.data());
+  float largest = 0;
+  const float unit = float(p.unit * p.gap);
+  for (int64_t i = 0; i < rows; ++i) {
+    s.weights[i] = response(p, begin + i, unit * s.dots[i]);
+    largest = std::fmax(largest, std::fabs(s.weights[i]));
+  }
+  if (largest == 0) {
+    std::fill(s.partial.begin(), s.partial.end(), 0.0f);
+    return;
+  }
+  const float inverse = 127.0f / largest;
+  words(p, s.bits.data(), s.bits.size(), uint32_t(step), uint32_t(begin) | 0x80000000u);
+  for (int64_t i = 0; i < rows; ++i)
+    s.codes[i] = int8_t(round_up_if(s.weights[i] * inverse, float(s.bits[i] >> 8) / 16777216.0f));
+  DISPATCH(sums_int8, x, rows, p.d, s.codes.data(), s.sums.data());
+  const float scale = factor * largest / 127.0f;
+  for (int64_t j = 0; j < p.d; ++j) s.partial[j] = scale * s.sums[j];
+}
+
+void share_full(const Problem& p, Scratch& s, int64_t begin, int64_t rows, float factor) {
+  const float* x = static_cast<const float*>(p.x) + begin * p.d;
+  DISPATCH(dots_float, x, rows, p.d, static_cast<const float*>(p.offset), s.floats.data());
+  for (int64_t i = 0; i < rows; ++i) s.weights[i] = factor * response(p, begin + i, s.floats[i]);
+  DISPATCH(sums_float, x, rows, p.d, s.weights.data(), s.partial.data());
+}
+
+// Rows of block b that are thread t's: about equal shares, in multiples of 4.
+inline void my_rows(const Problem& p, int64_t block, int t, int64_t& begin, int64_t& rows) {
+  const int64_t first = block * p.batch, last = std::min(p.n, first + p.batch);
+  const int64_t part = ((last - first + p.threads - 1) / p.threads + 3) / 4 * 4;
+  begin = std::min(last, first + t * part);
+  rows = std::min(last, begin + part) - begin;
+}
+
+}  // namespace
+
+EXPORT int32_t lpsgld_linear_level() { return detected(); }
+
+// Mini-batches of one epoch. Returns the number of offsets that left the range (low precision only).
+EXPORT int64_t lpsgld_linear_inner(const Problem* problem, int32_t low) {
+  const Problem& p = *problem;
+  Barrier barrier(p.threads);
+  std::vector<Scratch> scratch(p.threads, Scratch(p.batch, p.d));
+  std::vector<int64_t> outside(p.threads * 8);
+  parallel(p.threads, [&](int t) {
+    const int64_t strips = p.d / 64, from = strips * t / p.threads * 64, to = strips * (t + 1) / p.threads * 64;
+    std::vector<float> g(p.d);
+    std::vector<uint32_t> bits(p.d);
+    for (int64_t k = 0; k < p.blocks; ++k) {
+      const int64_t step = p.first_step + k, first = int64_t(p.order[k]) * p.batch;
+      const float count = float(std::min(p.n, first + p.batch) - first);
+      int64_t begin, rows;
+      my_rows(p, p.order[k], t, begin, rows);
+      if (low) {
+        share_low(p, scratch[t], begin, rows, step, float(p.lr * p.unit / p.gap) / count);
+        words(p, bits.data(), p.d, uint32_t(step), 0);
+      } else {
+        share_full(p, scratch[t], begin, rows, float(p.lr) / count);
+      }
+      barrier.wait();
+      for (int64_t j = from; j < to; ++j) g[j] = scratch[0].partial[j];
+      for (int other = 1; other < p.threads; ++other)
+        for (int64_t j = from; j < to; ++j) g[j] += scratch[other].partial[j];
+      if (low) {
+        outside[t * 8] += move_low(p, g.data(), bits.data(), from, to);
+      } else {
+        float* z = static_cast<float*>(p.offset);
+        for (int64_t j = from; j < to; ++j) z[j] = (z[j] - g[j] - p.drift[j]) * p.shrink[j];
+      }
+      barrier.wait();
+    }
+  });
+  int64_t total = 0;
+  for (int t = 0; t < p.threads; ++t) total += outside[t * 8];
+  return total;
+}
+
+// Move the margins by the offset and bring `full` up to date. Low precision: what is missing in `full`, the difference
+// of each derivative and what of it was added so far, is rounded to 16 bits per 256 rows, and *what was added* is kept:
+// the error shrinks with the differences, so `full` converges to the exact sum though no float touches the data.
+EXPORT void lpsgld_linear_outer(const Problem* problem, int32_t low) {
+  const Problem& p = *problem;
+  const int64_t chunk = 256, chunks = (p.n + chunk - 1) / chunk;
+  std::vector<std::vector<double>> sums(p.threads, std::vector<double>(p.d));
+  parallel(p.threads, [&](int t) {
+    Scratch s(chunk, p.d);
+    std::vector<int8_t> digits(2 * chunk);
+    std::vector<int32_t> counts(2 * p.d);
+    double* sum = sums[t].data();
+    for (int64_t c = chunks * t / p.threads; c < chunks * (t + 1) / p.threads; ++c) {
+      const int64_t begin = c * chunk, rows = std::min(chunk, p.n - begin);
+      double largest = 0;
+      std::vector<double> missing(rows);
+      const int8_t* x8 = static_cast<const int8_t*>(p.x) + begin * p.d;
+      const float* x32 = static_cast<const float*>(p.x) + begin * p.d;
+      if (low) DISPATCH(dots_int8, x8, rows, p.d, static_cast<const int8_t*>(p.offset), s.dots.data());
+      else DISPATCH(dots_float, x32, rows, p.d, static_cast<const float*>(p.offset), s.floats.data());
+      for (int64_t i = 0; i < rows; ++i) {
+        double& m = p.margin[begin + i];
+        m += low ? p.unit * p.gap * s.dots[i] : double(s.floats[i]);
+        if (p.loss == 1) p.odds[begin + i] = float(std::exp(std::fmax(-40.0, std::fmin(40.0, p.y[begin + i] * m))));
+        missing[i] = derivative(p.loss, m, p.y[begin + i]) - p.residual[begin + i];
+        largest = std::fmax(largest, std::fabs(missing[i]));
+      }
+      if (largest == 0) continue;
+      if (!low) {
+        for (int64_t i = 0; i < rows; ++i) p.residual[begin + i] += (s.weights[i] = float(missing[i]));
+        DISPATCH(sums_float, x32, rows, p.d, s.weights.data(), s.partial.data());
+        for (int64_t j = 0; j < p.d; ++j) sum[j] += s.partial[j];
+        continue;
+      }
+      const double scale = largest / 32639.0;
+      for (int64_t i = 0; i < rows; ++i) {
+        const int32_t q = int32_t(std::lrint(missing[i] / scale));
+        digits[i] = int8_t(q & 0xff);
+        digits[chunk + i] = int8_t((q - digits[i]) / 256);
+        p.residual[begin + i] += q * scale;
+      }
+      sums_two(p, x8, rows, digits.data(), chunk, counts.data());
+      for (int64_t j = 0; j < p.d; ++j) sum[j] += scale * p.unit * (counts[j] + 256.0 * counts[p.d + j]);
+    }
+  });
+  for (const auto& part : sums)
+    for (int64_t j = 0; j < p.d; ++j) p.full[j] += part[j];
+}

@@ -1,0 +1,103 @@
+"""The compiled epochs (``kernels.cpp``), loaded with ctypes; built with the package where a compiler is present."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_lpsgld.linear.state import LOSSES, LinearState
+
+__all__ = ["inner", "instruction_set", "outer", "unavailable"]
+
+_LEVELS = ("baseline", "avx2", "avx512-vnni")
+_POINTERS = ("x", "y", "margin", "odds", "residual", "full", "offset", "drift", "shrink", "order")
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int64) for name in ("n", "d", "batch", "blocks", "first_step")),
+        ("seed", ctypes.c_uint64),
+        *((name, ctypes.c_double) for name in ("gap", "unit", "lr")),
+        *((name, ctypes.c_int32) for name in ("loss", "draws", "threads", "level")),
+    ]
+
+
+@cache
+def _library() -> tuple[Any, str | None]:
+    if os.environ.get("LIGHTNING_LPSGLD_CPU") == "0":
+        return None, "it is turned off by LIGHTNING_LPSGLD_CPU=0."
+    spec = importlib.util.find_spec("lightning_lpsgld.linear._kernels")
+    if spec is None or spec.origin is None:
+        return None, "the package was installed without a C++ compiler."
+    try:
+        library = ctypes.CDLL(spec.origin)
+    except OSError as error:
+        return None, f"its library does not load: {error}."
+    library.lpsgld_linear_inner.restype = ctypes.c_int64
+    return library, None
+
+
+def unavailable() -> str | None:
+    """Reason why the compiled kernels cannot run here, or ``None`` if they can."""
+    return _library()[1]
+
+
+def _level() -> int:
+    limit = {"baseline": 0, "avx2": 1}.get(os.environ.get("LIGHTNING_LPSGLD_CPU", ""), 2)
+    return min(int(_library()[0].lpsgld_linear_level()), limit)
+
+
+def instruction_set() -> str:
+    """``"avx512-vnni"``, ``"avx2"`` or ``"baseline"``; ``LIGHTNING_LPSGLD_CPU`` limits it."""
+    return _LEVELS[_level()]
+
+
+def _problem(state: LinearState, threads: int, **arrays: NDArray[np.generic]) -> _Problem:
+    n, d = state.x.shape
+    fields = {name: getattr(state, name) for name in ("x", "y", "margin", "odds", "residual", "full", "offset")}
+    pointers = {name: array.ctypes.data for name, array in {**fields, **arrays}.items()}
+    for name, array in fields.items():
+        assert array.flags.c_contiguous, name
+    return _Problem(
+        **pointers,
+        n=n,
+        d=d,
+        gap=state.gap,
+        unit=state.unit,
+        loss=LOSSES[state.loss][0],
+        threads=threads,
+        level=_level(),
+    )
+
+
+def outer(state: LinearState, threads: int = 1) -> None:
+    """See :func:`.fallback.outer`."""
+    problem = _problem(state, threads)
+    _library()[0].lpsgld_linear_outer(ctypes.byref(problem), ctypes.c_int32(state.low))
+
+
+def inner(
+    state: LinearState,
+    *,
+    order: NDArray[np.int32],
+    batch: int,
+    lr: float,
+    drift: NDArray[np.float32],
+    shrink: NDArray[np.float32],
+    seed: int,
+    first_step: int,
+    draws: bool = True,
+    threads: int = 1,
+) -> int:
+    """See :func:`.fallback.inner`; draws are Philox4x32-10 words. Equal for equal ``threads``."""
+    problem = _problem(state, threads, drift=drift, shrink=shrink, order=order)
+    problem.batch, problem.blocks, problem.first_step = batch, len(order), first_step
+    problem.seed, problem.lr, problem.draws = seed % 2**64, lr, int(draws)
+    return int(_library()[0].lpsgld_linear_inner(ctypes.byref(problem), ctypes.c_int32(state.low)))
