@@ -154,7 +154,7 @@ class FileStore:
         """Write a sample file, whole or not at all."""
         self._check_single_writer()
         header = {"format": "lightning_lpsgld.sample", "version": "1", "info": json.dumps(info.to_json())}
-        data = safetensors.torch.save(tensors, {**header, "module": json.dumps(spec.to_json())})
+        data = _sorted_header(safetensors.torch.save(tensors, {**header, "module": json.dumps(spec.to_json())}))
         record = Record(info, sample_name(info, checksum(data)), len(data))
         self.folder.write(record.file, data)
         if self._named is not None:
@@ -230,6 +230,19 @@ class FileStore:
                 yield _self_description(name, self.folder)
             except BankError:
                 continue
+
+
+def _sorted_header(data: bytes) -> bytes:
+    """The same file with its metadata in order: safetensors writes them in one that changes from process to process.
+
+    Then equal samples are equal files with equal names, and a resumed run leaves the bytes of an uninterrupted one.
+    """
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    metadata = dict(sorted(header.pop("__metadata__").items()))
+    text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def parse_sample(data: bytes, spec: ModuleSpec, where: str) -> dict[str, Tensor]:

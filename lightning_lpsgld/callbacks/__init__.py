@@ -4,5 +4,6 @@ from lightning_lpsgld.callbacks.collector import SampleCollector
 from lightning_lpsgld.callbacks.effective_temperature import EffectiveTemperature
 from lightning_lpsgld.callbacks.evaluation import EnsembleEvaluation
 from lightning_lpsgld.callbacks.schedule import CollectionSchedule
+from lightning_lpsgld.callbacks.step_seeding import StepSeeding
 
-__all__ = ["CollectionSchedule", "EffectiveTemperature", "EnsembleEvaluation", "SampleCollector"]
+__all__ = ["CollectionSchedule", "EffectiveTemperature", "EnsembleEvaluation", "SampleCollector", "StepSeeding"]

@@ -1,0 +1,218 @@
+"""`kill -9` at any moment, then ``fit(ckpt_path="last")``: the weights and the bank of a run that was never killed."""
+
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.loaders import ResumableLoader
+from helpers.models import Classifier, make_trainer, synthetic_classes
+from helpers.processes import free_port, rank_environment, start
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import nn
+
+from lightning_lpsgld import LowPrecisionSGLD, SampleBank, SampleCollector
+from lightning_lpsgld.bank import BankError
+from lightning_lpsgld.callbacks.step_seeding import StepSeeding
+
+STEPS = 60
+
+
+class Marker(Callback):
+    """Leaves a file when training starts, and one at every step, so that a killer knows when to strike."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def on_train_start(self, trainer, module):
+        if trainer.is_global_zero:
+            (self.folder / "started").touch()
+
+    def on_train_batch_end(self, trainer, module, *args):
+        if trainer.is_global_zero:
+            (self.folder / "step").write_text(str(trainer.global_step))
+
+
+def life(folder, world):
+    """One life of a run: from the last checkpoint, if there is one, to the end, if it is not killed."""
+    rank = int(os.environ.get("RANK", 0))
+    torch.manual_seed(0)
+    body = [nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3)]
+    module = Classifier(nn.Sequential(*body))
+    folder = Path(folder)
+    callbacks = [
+        SampleCollector(folder / "bank", start=5, every=3),
+        StepSeeding(seed=3),
+        ModelCheckpoint(dirpath=folder / "checkpoints", every_n_train_steps=4, save_last=True),
+        Marker(folder),
+    ]
+    options = {"devices": world, "strategy": "ddp"} if world > 1 else {}
+    trainer = make_trainer(
+        max_epochs=-1, max_steps=STEPS, plugins=[LowPrecisionSGLD(seed=7)], callbacks=callbacks,
+        enable_checkpointing=True, limit_val_batches=0, **options,
+    )  # fmt: skip
+    data = ResumableLoader(synthetic_classes(200, (6,), 3, seed=0), 8, rank, world)
+    trainer.fit(module, data, ckpt_path="last")
+    sampler = trainer.optimizers[0]
+    return {
+        "weights": {k: v for k, v in module.state_dict().items() if rank == 0 or "running" not in k},
+        "groups": [{k: v for k, v in group.items() if k != "params"} for group in sampler.param_groups],
+        "steps": trainer.global_step,
+    }
+
+
+class Run:
+    """A run over several lives, of one or two ranks."""
+
+    def __init__(self, folder, world=1):
+        self.folder, self.world = Path(folder), world
+        self.folder.mkdir()
+        self.results = [self.folder / f"rank{rank}.pt" for rank in range(world)]
+        self.kills, self.training_time = [], 0.0
+
+    def begin(self):
+        for marker in ("started", "step"):
+            (self.folder / marker).unlink(missing_ok=True)
+        port = free_port()
+        return [
+            start(life, str(self.folder), self.world, result=result, environment=environment)
+            for result, environment in zip(self.results, self._environments(port))
+        ]
+
+    def _environments(self, port):
+        return [rank_environment(rank, self.world, port) if self.world > 1 else {} for rank in range(self.world)]
+
+    def finish(self):
+        processes = self.begin()
+        self._wait_for_training(processes)
+        began = time.monotonic()
+        for process in processes:
+            process.join(120)
+            process.kill()
+        self.training_time = time.monotonic() - began
+        outcomes = [torch.load(result, weights_only=False) if result.exists() else None for result in self.results]
+        assert all(o is not None and o[0] == "returned" for o in outcomes), outcomes
+        return [value for _, value in outcomes]
+
+    def _wait_for_training(self, processes):
+        end = time.monotonic() + 120
+        while not (self.folder / "started").exists() and processes[0].is_alive() and time.monotonic() < end:
+            time.sleep(0.001)
+
+    def strike(self, delay):
+        """Live until ``delay`` seconds into training, then `kill -9` every rank; whether it was still alive."""
+        processes = self.begin()
+        self._wait_for_training(processes)
+        time.sleep(delay)
+        random.shuffle(processes)
+        alive = [process.is_alive() for process in processes]
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+        step = self.folder / "step"
+        self.kills.append(step.read_text() if step.exists() else "0")
+        return all(alive) and not any(result.exists() for result in self.results)
+
+
+def contents(bank):
+    return {path.name: path.read_bytes() for path in sorted(Path(bank).iterdir())}
+
+
+def assert_same(run, outcome, reference, expected):
+    for mine, theirs in zip(outcome, expected):
+        assert mine["steps"] == theirs["steps"] == STEPS
+        assert mine["groups"] == theirs["groups"], run.kills
+        for name, value in theirs["weights"].items():
+            assert torch.equal(mine["weights"][name], value), (name, run.kills)
+    ours, whole = contents(run.folder / "bank"), contents(reference.folder / "bank")
+    assert sorted(ours) == sorted(whole), run.kills
+    assert ours == whole, run.kills
+    bank = SampleBank.open(run.folder / "bank")
+    assert bank.steps == list(range(8, STEPS + 1, 3))
+    assert not bank.damaged
+
+
+def kill_and_compare(folder, world, kills, rng):
+    """Kill one run after another, up to three times each, until there were ``kills``; compare each with the whole."""
+    reference = Run(folder / "whole", world)
+    expected = reference.finish()
+    done, number = 0, 0
+    while done < kills:
+        run = Run(folder / f"killed{number}", world)
+        for _ in range(min(3, kills - done)):
+            if not run.strike(rng.random() * reference.training_time * 0.8):
+                break
+            done += 1
+        assert_same(run, run.finish(), reference, expected)
+        shutil.rmtree(run.folder)
+        number += 1
+
+
+def test_killed_runs_become_the_uninterrupted_one(tmp_path):
+    kill_and_compare(tmp_path, 1, 3, random.Random())
+
+
+@pytest.mark.slow
+def test_killed_at_fifty_points(tmp_path):
+    kill_and_compare(tmp_path, 1, 50, random.Random())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_two_ranks_killed(tmp_path):
+    kill_and_compare(tmp_path, 2, 10, random.Random())
+
+
+# ------------------------------------------------------------------------------------------------------- torn banks
+
+
+def build_bank(path):
+    module = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    bank = SampleBank(path)
+    for step in range(1, 7):
+        torch.manual_seed(step)
+        for param in module.parameters():
+            nn.init.normal_(param)
+        bank.add(module, step=step, temperature=1e-3, lr=0.1)
+    return {sample.step: (sample.info, dict(sample.tensors)) for sample in SampleBank.open(path)}
+
+
+def hurt(path, rng):
+    """Truncate a random file of the bank or flip one of its bits; its name."""
+    victim = rng.choice(sorted(path.iterdir()))
+    data = bytearray(victim.read_bytes())
+    if rng.random() < 0.5:
+        data = data[: rng.randrange(len(data))]
+    else:
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    victim.write_bytes(data)
+    return victim.name
+
+
+def test_two_hundred_hurt_files_lose_nothing_silently(tmp_path):
+    """Every sample that is accepted is bitwise the one written, with its metadata; every one that is not, is named."""
+    pristine = build_bank(tmp_path / "bank")
+    rng = random.Random(0)
+    for number in range(200):
+        path = tmp_path / f"copy{number}"
+        shutil.copytree(tmp_path / "bank", path)
+        name = hurt(path, rng)
+        if name == "manifest.json":
+            with pytest.raises(BankError):
+                SampleBank.open(path)
+            assert len(SampleBank.recover(path)) == len(pristine)
+        bank = SampleBank.open(path)
+        accepted = {sample.step: sample for sample in bank}
+        for step, sample in accepted.items():
+            info, tensors = pristine[step]
+            assert sample.info == info, name
+            assert all(torch.equal(sample.tensors[k], v) for k, v in tensors.items()), name
+        lost = pristine.keys() - accepted.keys()
+        assert lost == {damage.info.step for damage in bank.damaged}, name
+        assert all(damage.file == name for damage in bank.damaged)
+        assert name == "manifest.json" or len(lost) == 1, name
+        shutil.rmtree(path)
