@@ -39,7 +39,7 @@ def test_zero_gradients_make_no_nan():
         gradient_shrinkage(zero, zero[:3])
 
 
-#: PAPERS: (format, rounding) -> (norm ratio, projection, residual) at gradient std 0.01, as printed from 1e5 entries.
+#: (format, rounding) -> (norm ratio, projection, residual) at gradient std 0.01, as printed from 1e5 entries.
 PUBLISHED = {
     ("fixed8.6", "nearest"): (1.10, 1.00, 0.45),
     ("fixed8.6", "stochastic"): (1.19, 1.00, 0.64),
@@ -89,7 +89,7 @@ def test_real_quantizer_has_the_expected_projection_and_norm(case):
 
 
 def test_integers_scaled_to_the_largest_entry():
-    """int8 hardly changes a gradient, int4 adds a sixth of it as noise; stochastic rounding more (table W1)."""
+    """int8 hardly changes a gradient, int4 adds a sixth of it as noise; stochastic rounding more."""
     g = normals((100_000,), DrawKey(68))
     found = {}
     for bits in (8, 4):
