@@ -3,7 +3,8 @@
 from lightning_lpsgld.analysis.budget import VarianceBudget, rounding_variance_after_noise, variance_budget
 from lightning_lpsgld.analysis.distance import best_on_grid, gibbs_on_grid, moments, variance_ratio, wasserstein2
 from lightning_lpsgld.analysis.onestep import lattice_law, naive_law, vc_law
-from lightning_lpsgld.analysis.planner import LayerPlan, Plan, fraction_length_for, plan
+from lightning_lpsgld.analysis.plan_report import LayerPlan, Plan
+from lightning_lpsgld.analysis.planner import fraction_length_for, plan
 from lightning_lpsgld.analysis.shrinkage import (
     ConvergenceModel,
     Shrinkage,
