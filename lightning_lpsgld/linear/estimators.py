@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from abc import ABC, abstractmethod
 from functools import lru_cache
@@ -50,7 +49,7 @@ class _HALPLinear(ABC):
         mu: float | None = None,
         fit_intercept: bool = True,
         random_state: int = 0,
-        n_threads: int | None = None,
+        n_threads: int = 1,
         compiled: bool | None = None,
     ) -> None:
         self.alpha = alpha
@@ -94,6 +93,7 @@ class _HALPLinear(ABC):
             ("batch_size", "in [1, 65536]", 1 <= self.batch_size <= 65536),
             ("max_iter", ">= 1", self.max_iter >= 1),
             ("tol", ">= 0", self.tol >= 0),
+            ("n_threads", "in [1, 256]", 1 <= self.n_threads <= 256),
             ("lr", "None or > 0", self.lr is None or self.lr > 0),
             ("mu", "None or > 0", self.mu is None or self.mu > 0),
             ("solver", "'halp8' or 'svrg'", self.solver in ("halp8", "svrg")),
@@ -119,10 +119,9 @@ class _HALPLinear(ABC):
         state = LinearState(packed, y[rows], self._loss, penalty, unit=1 / 127 if low else 1.0)
         if kernels.unavailable() and self.compiled is None:
             _say_once(str(kernels.unavailable()))
-        threads = self.n_threads or (os.cpu_count() or 1)
         report = solve(
             state, batch=self.batch_size, max_iter=self.max_iter, tol=self.tol, lr=self.lr, mu=self.mu,
-            seed=self.random_state, threads=threads, compiled=self.compiled,
+            seed=self.random_state, threads=self.n_threads, compiled=self.compiled,
         )  # fmt: skip
         self._finish(report)
         return state.centre[:features] / scale, float(state.centre[features]) if self.fit_intercept else 0.0
@@ -168,7 +167,8 @@ class HALPRegressor(_HALPLinear):
         mu: Strong convexity for the paper's box of the offsets; ``None``: the box follows the offsets themselves.
         fit_intercept: Fit b.
         random_state: Seed of row order, mini-batches and draws.
-        n_threads: Threads; ``None``: one per processor. Results are bitwise the same only for the same number.
+        n_threads: Threads of the compiled kernels. They meet twice per mini-batch, which pays only on processors that are
+            free, with large mini-batches. Results are bitwise the same only for the same number.
         compiled: Use the compiled kernels; ``None``: where there are any, else numpy.
 
     Attributes:

@@ -482,6 +482,13 @@ inline void my_rows(const Problem& p, int64_t block, int t, int64_t& begin, int6
 
 EXPORT int32_t lpsgld_linear_level() { return detected(); }
 
+// The words of one step, for tests and for timing the draws alone; `count` is a multiple of 64.
+EXPORT void lpsgld_linear_words(uint32_t* out, int64_t count, uint32_t step, uint32_t stream, uint64_t seed, int32_t level) {
+  Problem p{};
+  p.draws = 1, p.seed = seed, p.level = level;
+  words(p, out, count, step, stream);
+}
+
 // Mini-batches of one epoch. Returns the number of offsets that left the range (low precision only).
 EXPORT int64_t lpsgld_linear_inner(const Problem* problem, int32_t low) {
   const Problem& p = *problem;

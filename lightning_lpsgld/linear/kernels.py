@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lightning_lpsgld.linear.state import LOSSES, LinearState
 
-__all__ = ["inner", "instruction_set", "outer", "unavailable"]
+__all__ = ["draw_words", "inner", "instruction_set", "outer", "unavailable"]
 
 _LEVELS = ("baseline", "avx2", "avx512-vnni")
 _POINTERS = ("x", "y", "margin", "odds", "residual", "full", "offset", "drift", "shrink", "order")
@@ -75,6 +75,25 @@ def _problem(state: LinearState, threads: int, **arrays: NDArray[np.generic]) ->
         threads=threads,
         level=_level(),
     )
+
+
+def draw_words(count: int, *, step: int, stream: int, seed: int) -> NDArray[np.uint32]:
+    """Words of Philox4x32-10 as an inner step draws them: word w of counter 16 g + l is at 64 g + 16 w + l.
+
+    Args:
+        count: A multiple of 64.
+        step: Counter of mini-batches.
+        stream: 0 for offsets.
+        seed: Key.
+    """
+    if count % 64:
+        raise ValueError(f"`count` must be a multiple of 64, got {count}.")
+    out = np.empty(count, dtype=np.uint32)
+    _library()[0].lpsgld_linear_words(
+        ctypes.c_void_p(out.ctypes.data), ctypes.c_int64(count), ctypes.c_uint32(step), ctypes.c_uint32(stream),
+        ctypes.c_uint64(seed % 2**64), ctypes.c_int32(_level()),
+    )  # fmt: skip
+    return out
 
 
 def outer(state: LinearState, threads: int = 1) -> None:

@@ -74,10 +74,11 @@ def step_size(x: NDArray[np.generic], *, unit: float, loss: str, batch: int, see
     draw = np.random.default_rng(seed)
     rows = np.sort(draw.choice(len(x), min(len(x), 2048), replace=False))
     sample = x[rows].astype(np.float32) * np.float32(unit)
-    v: NDArray[Any] = draw.standard_normal(x.shape[1]).astype(np.float32)
+    v: NDArray[Any] = draw.standard_normal(x.shape[1], dtype=np.float32)
     top = 0.0
     for _ in range(20):
-        v = sample.T @ (sample @ (v / max(float(np.linalg.norm(v)), 1e-30))) / len(sample)
+        length = max(float(np.linalg.norm(v)), 1e-30)
+        v = np.asarray(sample.T @ (sample @ (v / length)) / len(sample))
         top = float(np.linalg.norm(v))
     row = float((sample.astype(np.float64) ** 2).sum(1).mean())
     return 0.5 / (LOSSES[loss][1] * (top + 2.0 * row / batch) + 1e-30)

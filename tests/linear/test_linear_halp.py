@@ -8,10 +8,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from lightning_lpsgld.linear import HALPClassifier, HALPRegressor, fallback, kernels
 from lightning_lpsgld.linear.solver import pack_rows, solve
 from lightning_lpsgld.linear.state import LinearState
+from lightning_lpsgld.random import philox4x32
 
 ENGINES = [pytest.param(False, id="numpy")]
 if kernels.unavailable() is None:
@@ -122,6 +124,16 @@ def test_one_inner_step_equals_numpy_up_to_the_rounding_of_one_code(loss, thread
     assert (z[0] != z[1]).mean() < 0.1 or not low
 
 
+def test_draws_are_philox():
+    needs_kernels()
+    index = torch.arange(48, dtype=torch.int64)
+    zero = torch.zeros_like(index)
+    seed = 2**40 + 3
+    words = philox4x32((index, zero, zero + 5, zero + 9), (seed & 0xFFFFFFFF, seed >> 32))
+    expected = torch.stack(words).view(4, 3, 16).permute(1, 0, 2).flatten().numpy()
+    assert (kernels.draw_words(192, step=9, stream=5, seed=seed) == expected).all()
+
+
 def test_instruction_sets_agree_bitwise():
     """Integer arithmetic is exact, so all levels give the same 8-bit solve; each runs in its own process."""
     needs_kernels()
@@ -129,7 +141,7 @@ def test_instruction_sets_agree_bitwise():
         "import numpy as np\n"
         "from lightning_lpsgld.linear import HALPRegressor, instruction_set\n"
         "draw = np.random.default_rng(0)\n"
-        "X = draw.standard_normal((1001, 77)); y = X @ draw.standard_normal(77)\n"
+        "X = draw.standard_normal((301, 77)); y = X @ draw.standard_normal(77)\n"
         "model = HALPRegressor(n_threads=1, max_iter=4, tol=0, batch_size=50).fit(X, y)\n"
         "print(instruction_set(), model.coef_.tobytes().hex())\n"
     )
