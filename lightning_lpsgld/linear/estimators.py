@@ -167,8 +167,8 @@ class HALPRegressor(_HALPLinear):
         mu: Strong convexity for the paper's box of the offsets; ``None``: the box follows the offsets themselves.
         fit_intercept: Fit b.
         random_state: Seed of row order, mini-batches and draws.
-        n_threads: Threads of the compiled kernels. They meet twice per mini-batch, which pays only on processors that are
-            free, with large mini-batches. Results are bitwise the same only for the same number.
+        n_threads: Threads of the compiled kernels. They meet twice per mini-batch, which pays only on free processors
+            with large mini-batches. Results are bitwise the same only for the same number.
         compiled: Use the compiled kernels; ``None``: where there are any, else numpy.
 
     Attributes:

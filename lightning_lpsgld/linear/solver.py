@@ -74,7 +74,7 @@ def step_size(x: NDArray[np.generic], *, unit: float, loss: str, batch: int, see
     draw = np.random.default_rng(seed)
     rows = np.sort(draw.choice(len(x), min(len(x), 2048), replace=False))
     sample = x[rows].astype(np.float32) * np.float32(unit)
-    v: NDArray[Any] = draw.standard_normal(x.shape[1], dtype=np.float32)
+    v: NDArray[Any] = draw.standard_normal((int(x.shape[1]),), dtype=np.float32)
     top = 0.0
     for _ in range(20):
         length = max(float(np.linalg.norm(v)), 1e-30)
