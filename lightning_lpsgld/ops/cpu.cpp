@@ -34,6 +34,9 @@
 #if !defined(_WIN32)
 #include <pthread.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 #if defined(_WIN32)
@@ -257,8 +260,8 @@ static std::atomic<Pool *> the_pool{nullptr};
 static Pool &pool() {
   Pool *existing = the_pool.load();
   if (existing) return *existing;
-  static std::once_flag once;
 #if !defined(_WIN32)  // a forked child has no workers: it starts with a new pool (the old one is left behind)
+  static std::once_flag once;
   std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr); }); });
 #endif
   Pool *fresh = new Pool;  // never destroyed: workers sleep in it until the process ends
@@ -324,7 +327,7 @@ static void merge_peak(std::atomic<uint32_t> &peak, uint32_t value) {
 }
 
 static void run_item(void *context, int64_t i) {
-  Gradual mode;
+  [[maybe_unused]] Gradual gradual;
   Plan &plan = *static_cast<Plan *>(context);
   const Job &job = *plan.job;
   const Item &item = (*plan.items)[size_t(i)];
@@ -406,6 +409,18 @@ struct VarianceTable {
   }
 };
 
+// A large result is fresh memory: with ordinary pages its page faults cost several times what the kernel does.
+static void expect_large(void *out, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t(1) << 21;
+  uintptr_t first = (reinterpret_cast<uintptr_t>(out) + page - 1) / page * page;
+  uintptr_t last = (reinterpret_cast<uintptr_t>(out) + uintptr_t(bytes)) / page * page;
+  if (last > first + page) madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)out, (void)bytes;
+#endif
+}
+
 static void fill_task(Task &t, const void *x, void *out, const Shape &shape, const Key &key) {
   t.x = x, t.out = out, t.numel = shape.numel, t.inner = shape.inner;
   t.channels = shape.channels, t.pixels = shape.pixels, t.key = key;
@@ -430,11 +445,12 @@ EXPORT const char *lpsgld_target() { return kernels().name; }
 
 EXPORT void lpsgld_quantize(const Format *format, const Shape *shape, int dtype, const void *x, void *out, int mode,
                             double variance, const Key *key, int threads) {
-  Gradual gradual;
+  [[maybe_unused]] Gradual gradual;
   Job job{};
   VarianceTable table;
   job.format = *format, job.mode = Mode(mode), job.sink = VALUES, job.dtype = Dtype(dtype);
   if (mode == VC) table.fill(job, variance);
+  expect_large(out, shape->numel * (dtype == F32 ? 4 : 2));
   Task task{};
   fill_task(task, x, out, *shape, *key);
   execute(job, &task, 1, threads);
@@ -443,10 +459,11 @@ EXPORT void lpsgld_quantize(const Format *format, const Shape *shape, int dtype,
 // Returns the number of NaN; their codes are 0 (fixed, block) or the NaN pattern (floating point).
 EXPORT int64_t lpsgld_encode(const Format *format, const Shape *shape, int dtype, const void *x, void *codes, int width,
                              int8_t *exponents, int mode, const Key *key, int threads) {
-  Gradual gradual;
+  [[maybe_unused]] Gradual gradual;
   Job job{};
   job.format = *format, job.mode = Mode(mode), job.dtype = Dtype(dtype);
   job.sink = width == 1 ? CODES8 : width == 2 ? CODES16 : CODES32;
+  expect_large(codes, shape->numel * width);
   Task task{};
   fill_task(task, x, codes, *shape, *key);
   task.exponents = exponents;
@@ -463,7 +480,7 @@ struct Decoding {
   int width, offset;
 };
 static void decode_item(void *context, int64_t item) {
-  Gradual gradual;
+  [[maybe_unused]] Gradual gradual;
   const Decoding &d = *static_cast<Decoding *>(context);
   int64_t start = item * ITEM, end = start + ITEM < d.numel ? start + ITEM : d.numel;
   while (start < end) {
@@ -484,12 +501,13 @@ static void decode_item(void *context, int64_t item) {
 // table: value of every pattern of floating point (codes of 1 or 2 bytes), else null.
 EXPORT void lpsgld_decode(const void *codes, int width, const int8_t *exponents, int offset, const float *table,
                           float *out, int64_t numel, int64_t inner, int threads) {
+  expect_large(out, numel * 4);
   Decoding d{static_cast<const char *>(codes), exponents, table, out, numel, inner, width, offset};
   pool().run(numel < ITEM ? 1 : threads, (numel + ITEM - 1) / ITEM, decode_item, &d);
 }
 
 EXPORT void lpsgld_step(const Step *step, StepTensor *tensors, int count, int threads) {
-  Gradual gradual;
+  [[maybe_unused]] Gradual gradual;
   Job job{};
   VarianceTable table;
   job.format = step->weight, job.gradient = step->gradient;
@@ -512,7 +530,7 @@ EXPORT void lpsgld_step(const Step *step, StepTensor *tensors, int count, int th
 
 // The draws themselves, for tests: n normals, or n words (the other pointer is null).
 EXPORT void lpsgld_draws(const Key *key, float *normals, uint32_t *words, int64_t n) {
-  Gradual gradual;
+  [[maybe_unused]] Gradual gradual;
   kernels().draws(*key, normals != nullptr, normals, words, n);
 }
 
@@ -547,6 +565,17 @@ INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 INLINE vi to_int(vf x) { return __builtin_convertvector(x, vi); }
 template <class T> INLINE T min_of(T a, T b) { return a < b ? a : b; }  // b where a is NaN
 template <class T> INLINE T max_of(T a, T b) { return a > b ? a : b; }
+#if LPSGLD_LANES == 16
+INLINE vf min_of(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+INLINE vf max_of(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+#elif LPSGLD_LANES == 8
+INLINE vf min_of(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+INLINE vf max_of(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+#elif defined(__x86_64__)
+INLINE vf min_of(vf a, vf b) { return (vf)_mm_min_ps((__m128)a, (__m128)b); }
+INLINE vf max_of(vf a, vf b) { return (vf)_mm_max_ps((__m128)a, (__m128)b); }
+#endif
+INLINE vf one_more(vf code, vi where) { return where ? code + 1.0f : code; }
 INLINE vf magnitude(vf x) { return as_float(as_int(x) & 0x7fffffff); }
 INLINE vf power(vi k) { return as_float((k + 127) << 23); }  // 2^k, k in [-126, 127]
 INLINE bool any(vi mask) {
@@ -926,7 +955,7 @@ template <int M> INLINE vf round_magnitude(vf a, vi sign, vu word) {
   if (M == NEAREST) return a < 0x1p23f ? (a + 0x1p23f) - 0x1p23f : a;
   vf whole = to_float(to_int(a));
   vf threshold = as_float(as_int(uniform(word ^ (vu)sign)) - ~sign);
-  return whole + as_float((a - whole >= threshold) & as_int(splat(1.0f)));
+  return one_more(whole, a - whole >= threshold);
 }
 
 // Signed code of Q^vc, not saturated; s = mean / gap.
@@ -936,19 +965,16 @@ INLINE vf vc_high(vf s, vf spread, vf z, vf u) {
   vf nearest = magnitude(y) < 0x1p22f ? (y + 0x1.8p23f) - 0x1.8p23f : y;
   vf r = y - nearest;
   vf down = (0.5f - r) * (0.5f - r) * 0.5f, up = (0.5f + r) * (0.5f + r) * 0.5f;
-  vi one = as_int(splat(1.0f));
-  return ((whole + nearest) - 1.0f) + as_float((u >= down) & one) + as_float((u >= 1.0f - up) & one);
+  return one_more(one_more((whole + nearest) - 1.0f, u >= down), u >= 1.0f - up);
 }
 INLINE vf vc_low(vf s, vf target, vf u) {
   vf whole = to_float(to_int(s));
-  vi one = as_int(splat(1.0f));
-  whole -= as_float((s < whole) & one);
+  whole = s < whole ? whole - 1.0f : whole;
   vf p = s - whole, q = 1.0f - p;
   vf side = target - p * q;
-  side = (side > 0.0f ? side : splat(0.0f)) * 0.5f;
+  side = max_of(side, splat(0.0f)) * 0.5f;
   vf minus = q * side, two = p * side, zero = q * (1.0f - 2.0f * side) + two;
-  return (whole - 1.0f) + as_float((u >= minus) & one) + as_float((u >= minus + zero) & one) +
-         as_float((u >= 1.0f - two) & one);
+  return one_more(one_more(one_more(whole - 1.0f, u >= minus), u >= minus + zero), u >= 1.0f - two);
 }
 
 INLINE void put_codes(void *out, int64_t i, vi codes, int sink, int m) {
@@ -1031,9 +1057,9 @@ INLINE vf mend_binade(vf code, const Format &f, vu word) {
   vf edge = splat(f.code_max), a = magnitude(code);
   vf unit = a >= 2.0f * edge ? splat(4.0f) : splat(2.0f), inverse = a >= 2.0f * edge ? splat(0.25f) : splat(0.5f);
   vf part = code * inverse, lower = to_float(to_int(part));
-  lower -= as_float((part < lower) & as_int(splat(1.0f)));
+  lower = part < lower ? lower - 1.0f : lower;
   vf odds = part - lower, coin = (to_float((vi)(word & 511u)) + 0.5f) * 0x1p-9f;
-  vf mended = (lower + as_float((coin < odds) & as_int(splat(1.0f)))) * unit;
+  vf mended = one_more(lower, coin < odds) * unit;
   return ((a > edge) & (odds > 0.0f)) ? mended : code;
 }
 

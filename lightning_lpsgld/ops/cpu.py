@@ -15,12 +15,9 @@ The number of threads is that of torch (``torch.set_num_threads``); small tensor
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-import os
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +32,7 @@ from lightning_lpsgld.formats import (
 )
 from lightning_lpsgld.ops import reference
 from lightning_lpsgld.ops.blocks import exponents_shape
+from lightning_lpsgld.ops.cpu_library import Format, Key, Shape, Step, StepTensor, load
 from lightning_lpsgld.ops.encoded import Encoded
 from lightning_lpsgld.ops.spec import StepSpec
 from lightning_lpsgld.random import DrawKey, Role, stream_id
@@ -53,94 +51,20 @@ __all__ = [
 
 Rounding = Literal["nearest", "stochastic"]
 
-_VERSION = 1
-_LEVELS = {"baseline": 0, "avx2": 1, "avx512": 2}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MODES = {"nearest": 0, "stochastic": 1, "naive": 1, "full": 1, "vc": 2, "float": 3}
 _CHANNELS_MAX = 8192
 _NO_KEY = DrawKey(seed=0)
 
 
-class _Format(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int32) for name in ("kind", "offset", "low", "high")),
-        *((name, ctypes.c_float) for name in ("code_min", "code_max", "value_min", "value_max")),
-        *((name, ctypes.c_int32) for name in ("mantissa", "bias", "bits", "nan")),
-    ]
-
-
-class _Key(ctypes.Structure):
-    _fields_ = [("seed", ctypes.c_uint64), ("offset", ctypes.c_uint64), ("step", ctypes.c_uint32), ("stream", ctypes.c_uint32)]
-
-
-class _Shape(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("numel", "inner", "channels", "pixels")]
-
-
-class _Step(ctypes.Structure):
-    _fields_ = [
-        ("variance", ctypes.c_double),
-        *((name, ctypes.c_float) for name in ("lr", "weight_decay", "noise")),
-        *((name, ctypes.c_int32) for name in ("mode", "has_gradient_format")),
-        ("weight", _Format),
-        ("gradient", _Format),
-    ]
-
-
-class _StepTensor(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("param", "accumulator", "grad")),
-        *((name, ctypes.c_int64) for name in ("numel", "weight_inner", "gradient_inner", "channels", "pixels")),
-        ("weight_key", _Key),
-        ("gradient_key", _Key),
-        ("saturated", ctypes.c_int64),
-    ]
-
-
-def _path() -> str | None:
-    spec = importlib.util.find_spec("lightning_lpsgld.ops._cpu")
-    if spec is not None and spec.origin is not None:
-        return spec.origin
-    found = sorted(path for end in ("so", "pyd", "dylib") for path in Path(__file__).parent.glob(f"_cpu*.{end}"))
-    return str(found[0]) if found else None
-
-
-@lru_cache(maxsize=None)
-def _load() -> tuple[Any, str | None]:
-    """The library, or ``None`` and the reason."""
-    wish = os.environ.get("LIGHTNING_LPSGLD_CPU", "")
-    if wish == "0":
-        return None, "it is turned off by the environment variable LIGHTNING_LPSGLD_CPU=0."
-    if wish not in ("", "1", *_LEVELS):
-        return None, f"LIGHTNING_LPSGLD_CPU must be 0, 1 or one of {sorted(_LEVELS)}, got {wish!r}."
-    path = _path()
-    if path is None:
-        return None, (
-            "the fused CPU kernels were not built when the package was installed. Install it again where a C++17 "
-            "compiler (GCC or Clang) is present."
-        )
-    try:
-        library = ctypes.CDLL(path)
-        version = library.lpsgld_version()
-    except (OSError, AttributeError) as error:
-        return None, f"the library {path} cannot be loaded ({error}). Install the package again."
-    sizes = [ctypes.sizeof(kind) for kind in (_Format, _Key, _Shape, _Step, _StepTensor)]
-    if version != _VERSION or sizes != [library.lpsgld_sizes(i) for i in range(5)]:
-        return None, f"the library {path} belongs to another version of the package. Install the package again."
-    library.lpsgld_target.restype = ctypes.c_char_p
-    library.lpsgld_encode.restype = ctypes.c_int64
-    library.lpsgld_level(_LEVELS.get(wish, -1))
-    return library, None
-
-
 def unavailable() -> str | None:
     """Reason why this backend cannot run in this process, or ``None``."""
-    return _load()[1]
+    return load()[1]
 
 
 def instruction_set() -> str:
     """``"baseline"``, ``"avx2"`` or ``"avx512"``: what the kernels use on this machine."""
-    library, reason = _load()
+    library, reason = load()
     return "" if reason else library.lpsgld_target().decode()
 
 
@@ -186,20 +110,20 @@ def refusal(op: str, x: Tensor, formats: Sequence[NumberFormat]) -> str | None:
 
 
 @lru_cache(maxsize=256)
-def _native(fmt: NumberFormat, dtype: torch.dtype) -> _Format:
+def _native(fmt: NumberFormat, dtype: torch.dtype) -> Format:
     if isinstance(fmt, FixedPoint):
-        return _Format(0, -fmt.fraction_length, 0, 0, fmt.code_min, fmt.code_max, fmt.min, fmt.max)
+        return Format(0, -fmt.fraction_length, 0, 0, fmt.code_min, fmt.code_max, fmt.min, fmt.max)
     if isinstance(fmt, BlockFloatingPoint):
         low, high = block_exponent_range(fmt, dtype)
-        return _Format(1, 2 - fmt.word_length, low, high, fmt.code_min, fmt.code_max)
+        return Format(1, 2 - fmt.word_length, low, high, fmt.code_min, fmt.code_max)
     top = 2.0 ** (fmt.mantissa_bits + 1)
     fields = (fmt.mantissa_bits, fmt.bias, fmt.bits, 2 ** (fmt.bits - 1) - 1)
-    return _Format(2, -fmt.mantissa_bits, fmt.exponent_min, fmt.exponent_max, -top, top, fmt.min, fmt.max, *fields)
+    return Format(2, -fmt.mantissa_bits, fmt.exponent_min, fmt.exponent_max, -top, top, fmt.min, fmt.max, *fields)
 
 
-def _key(key: DrawKey | None, stream: int | None = None) -> _Key:
+def _key(key: DrawKey | None, stream: int | None = None) -> Key:
     key = key or _NO_KEY
-    return _Key(key.seed, key.offset, key.step, key.stream if stream is None else stream)
+    return Key(key.seed, key.offset, key.step, key.stream if stream is None else stream)
 
 
 def _layout(x: Tensor, *formats: NumberFormat | None) -> tuple[int, int] | None:
@@ -214,12 +138,12 @@ def _layout(x: Tensor, *formats: NumberFormat | None) -> tuple[int, int] | None:
     return x.shape[1], x.shape[2:].numel()
 
 
-def _dense(x: Tensor, fmt: NumberFormat) -> tuple[Tensor, _Shape]:
+def _dense(x: Tensor, fmt: NumberFormat) -> tuple[Tensor, Shape]:
     """``x`` (a contiguous copy, if its memory has any other order than row-major or channels-last) and its shape."""
     layout = _layout(x, fmt)
     if layout is None or x.is_neg():
         x, layout = x.resolve_neg().contiguous(), (0, 0)
-    return x, _Shape(x.numel(), _inner(x.shape, fmt), *layout)
+    return x, Shape(x.numel(), _inner(x.shape, fmt), *layout)
 
 
 def _pointer(x: Tensor) -> ctypes.c_void_p:
@@ -231,7 +155,7 @@ def _quantize(x: Tensor, fmt: NumberFormat, mode: int, variance: float, key: Dra
         return torch.empty_like(x)
     x, shape = _dense(x, fmt)
     out = torch.empty_like(x)
-    _load()[0].lpsgld_quantize(
+    load()[0].lpsgld_quantize(
         ctypes.byref(_native(fmt, x.dtype)),
         ctypes.byref(shape),
         _DTYPES[x.dtype],
@@ -266,7 +190,7 @@ def encode(x: Tensor, fmt: NumberFormat, rounding: Rounding, key: DrawKey | None
     exponents = None
     if isinstance(fmt, BlockFloatingPoint):
         exponents = torch.empty(exponents_shape(x.shape, fmt), dtype=torch.int8)
-    missing = _load()[0].lpsgld_encode(
+    missing = load()[0].lpsgld_encode(
         ctypes.byref(_native(fmt, x.dtype)),
         ctypes.byref(shape),
         _DTYPES[x.dtype],
@@ -299,7 +223,7 @@ def _decode(encoded: Encoded, out: Tensor) -> None:
     offset = 2 - fmt.word_length if isinstance(fmt, BlockFloatingPoint) else 0
     offset = -fmt.fraction_length if isinstance(fmt, FixedPoint) else offset
     exponents = None if exponents is None else exponents.contiguous()
-    _load()[0].lpsgld_decode(
+    load()[0].lpsgld_decode(
         _pointer(codes),
         codes.element_size(),
         None if exponents is None else _pointer(exponents),
@@ -346,7 +270,9 @@ def decode_into(encoded: Encoded, out: Tensor) -> Tensor:
     codes = encoded.codes
     if out.shape != codes.shape:
         raise ValueError(f"decode_into: `out` must have the codes' shape {tuple(codes.shape)}, got {tuple(out.shape)}.")
-    direct = out.dtype == torch.float32 and out.stride() == codes.stride() and _layout(codes, encoded.format) is not None
+    direct = (
+        out.dtype == torch.float32 and out.stride() == codes.stride() and _layout(codes, encoded.format) is not None
+    )
     if codes.numel() and direct and refusal("decode", codes, (encoded.format,)) is None and not out.is_neg():
         with torch.no_grad():
             _decode(encoded, out)
@@ -356,18 +282,18 @@ def decode_into(encoded: Encoded, out: Tensor) -> Tensor:
         return out.copy_(decode(encoded, torch.float32))
 
 
-def _native_step(spec: StepSpec) -> _Step:
+def _native_step(spec: StepSpec) -> Step:
     weight, gradient = spec.weight_format, spec.gradient_format
     noise = 0.0 if spec.accumulation == "vc" else spec.noise_variance**0.5
-    return _Step(
+    return Step(
         spec.noise_variance,
         spec.lr,
         spec.weight_decay,
         noise,
         _MODES["float" if weight is None else spec.accumulation],
         gradient is not None,
-        _Format() if weight is None else _native(weight, torch.float32),
-        _Format() if gradient is None else _native(gradient, torch.float32),
+        Format() if weight is None else _native(weight, torch.float32),
+        Format() if gradient is None else _native(gradient, torch.float32),
     )
 
 
@@ -376,6 +302,16 @@ def _aligned(x: Tensor, like: Tensor) -> Tensor:
     if x.dtype == torch.float32 and x.stride() == like.stride():
         return x
     return torch.empty_like(like).copy_(x)
+
+
+def _describe(
+    row: StepTensor, param: Tensor, layout: tuple[int, int], spec: StepSpec, key: DrawKey, index: int
+) -> None:
+    row.numel, row.channels, row.pixels = param.numel(), *layout
+    row.weight_inner = _inner(param.shape, spec.weight_format)
+    row.gradient_inner = _inner(param.shape, spec.gradient_format)
+    row.weight_key = _key(key, stream_id(Role.WEIGHT, index))
+    row.gradient_key = _key(key, stream_id(Role.GRADIENT, index))
 
 
 def langevin_step_(
@@ -395,32 +331,29 @@ def langevin_step_(
     Returns:
         Saturated values per tensor, int64.
     """
-    rows = (_StepTensor * len(params))()
-    kept: list[tuple[Tensor, Tensor]] = []  # copies: they live until the kernel is done, then go back
-    alive: list[Tensor] = []
+    rows = (StepTensor * len(params))()
+    alive: list[Tensor] = []  # what the kernel reads and writes, until it is done
+    copies: list[tuple[Tensor, Tensor]] = []  # tensor in another memory order, its copy that the kernel updates
     for i, (param, grad, key, index) in enumerate(zip(params, grads, keys, indices)):
-        layout = _layout(param, spec.weight_format, spec.gradient_format)
-        work = param
-        if layout is None:
-            layout, work = (0, 0), param.detach().contiguous()
-            kept.append((param, work))
-        grad = _aligned(grad, work)
         row = rows[i]
+        layout = _layout(param, spec.weight_format, spec.gradient_format)
+        work = param.detach().contiguous() if layout is None else param
+        grad = _aligned(grad, work)
+        alive += (work, grad)
+        if work is not param:
+            copies.append((param, work))
         if accumulators is not None:
             accumulator = _aligned(accumulators[i], work)
-            if accumulator is not accumulators[i]:
-                kept.append((accumulators[i], accumulator))
             row.accumulator = accumulator.data_ptr()
-        alive += (grad, work)
-        row.param, row.grad, row.numel = work.data_ptr(), grad.data_ptr(), work.numel()
-        row.weight_inner, row.gradient_inner = _inner(param.shape, spec.weight_format), _inner(param.shape, spec.gradient_format)
-        row.channels, row.pixels = layout
-        row.weight_key = _key(key, stream_id(Role.WEIGHT, index))
-        row.gradient_key = _key(key, stream_id(Role.GRADIENT, index))
-    _load()[0].lpsgld_step(ctypes.byref(_native_step(spec)), rows, len(params), torch.get_num_threads())
+            alive.append(accumulator)
+            if accumulator is not accumulators[i]:
+                copies.append((accumulators[i], accumulator))
+        row.param, row.grad = work.data_ptr(), grad.data_ptr()
+        _describe(row, param, layout or (0, 0), spec, key, index)
+    load()[0].lpsgld_step(ctypes.byref(_native_step(spec)), rows, len(params), torch.get_num_threads())
     for changed in (*params, *(accumulators or ())):
         _written(changed)
     with torch.no_grad():
-        for target, result in kept:
+        for target, result in copies:
             target.copy_(result)
     return torch.tensor([row.saturated for row in rows], dtype=torch.int64)

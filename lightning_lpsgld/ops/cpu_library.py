@@ -1,0 +1,104 @@
+"""The library of the fused CPU kernels: where it is, whether it can be used, and the structures of its C interface."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+__all__ = ["LEVELS", "Format", "Key", "Shape", "Step", "StepTensor", "load"]
+
+_VERSION = 1
+
+#: Instruction sets by what the environment variable LIGHTNING_LPSGLD_CPU calls them.
+LEVELS = {"baseline": 0, "avx2": 1, "avx512": 2}
+
+
+class Format(ctypes.Structure):
+    """A number format for one dtype: gap = 2^(E + offset), E in [low, high]."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("kind", "offset", "low", "high")),
+        *((name, ctypes.c_float) for name in ("code_min", "code_max", "value_min", "value_max")),
+        *((name, ctypes.c_int32) for name in ("mantissa", "bias", "bits", "nan")),
+    ]
+
+
+class Key(ctypes.Structure):
+    """The fields of a :class:`~lightning_lpsgld.random.DrawKey`."""
+
+    _fields_ = [
+        ("seed", ctypes.c_uint64),
+        ("offset", ctypes.c_uint64),
+        ("step", ctypes.c_uint32),
+        ("stream", ctypes.c_uint32),
+    ]
+
+
+class Shape(ctypes.Structure):
+    """Size, block length (0: nothing shared) and, for channels-last memory, channels and pixels of a sample."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("numel", "inner", "channels", "pixels")]
+
+
+class Step(ctypes.Structure):
+    """A :class:`~lightning_lpsgld.ops.StepSpec`."""
+
+    _fields_ = [
+        ("variance", ctypes.c_double),
+        *((name, ctypes.c_float) for name in ("lr", "weight_decay", "noise")),
+        *((name, ctypes.c_int32) for name in ("mode", "has_gradient_format")),
+        ("weight", Format),
+        ("gradient", Format),
+    ]
+
+
+class StepTensor(ctypes.Structure):
+    """One tensor of a step; ``saturated`` is written by the kernel."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("param", "accumulator", "grad")),
+        *((name, ctypes.c_int64) for name in ("numel", "weight_inner", "gradient_inner", "channels", "pixels")),
+        ("weight_key", Key),
+        ("gradient_key", Key),
+        ("saturated", ctypes.c_int64),
+    ]
+
+
+def _path() -> str | None:
+    spec = importlib.util.find_spec("lightning_lpsgld.ops._cpu")
+    if spec is not None and spec.origin is not None:
+        return spec.origin
+    found = sorted(path for end in ("so", "pyd", "dylib") for path in Path(__file__).parent.glob(f"_cpu*.{end}"))
+    return str(found[0]) if found else None
+
+
+@cache
+def load() -> tuple[Any, str | None]:
+    """The library, or ``None`` and the reason."""
+    wish = os.environ.get("LIGHTNING_LPSGLD_CPU", "")
+    if wish == "0":
+        return None, "it is turned off by the environment variable LIGHTNING_LPSGLD_CPU=0."
+    if wish not in ("", "1", *LEVELS):
+        return None, f"LIGHTNING_LPSGLD_CPU must be 0, 1 or one of {sorted(LEVELS)}, got {wish!r}."
+    path = _path()
+    if path is None:
+        return None, (
+            "the fused CPU kernels were not built when the package was installed. Install it again where a C++17 "
+            "compiler (GCC or Clang) is present."
+        )
+    try:
+        library = ctypes.CDLL(path)
+        version = library.lpsgld_version()
+    except (OSError, AttributeError) as error:
+        return None, f"the library {path} cannot be loaded ({error}). Install the package again."
+    sizes = [ctypes.sizeof(kind) for kind in (Format, Key, Shape, Step, StepTensor)]
+    if version != _VERSION or sizes != [library.lpsgld_sizes(i) for i in range(5)]:
+        return None, f"the library {path} belongs to another version of the package. Install the package again."
+    library.lpsgld_target.restype = ctypes.c_char_p
+    library.lpsgld_encode.restype = ctypes.c_int64
+    library.lpsgld_level(LEVELS.get(wish, -1))
+    return library, None
