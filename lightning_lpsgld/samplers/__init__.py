@@ -3,6 +3,7 @@
 from lightning_lpsgld.samplers.base import LangevinOptimizer
 from lightning_lpsgld.samplers.halp import HALP
 from lightning_lpsgld.samplers.passes import full_gradient
+from lightning_lpsgld.samplers.sghmc import SGHMC
 from lightning_lpsgld.samplers.sgld import SGLD
 from lightning_lpsgld.samplers.step_size import ConstantStepSize, CyclicalStepSize, PolynomialStepSize, StepSize
 from lightning_lpsgld.samplers.svrg import SVRG
@@ -10,6 +11,7 @@ from lightning_lpsgld.samplers.variance_reduced import VarianceReduced
 
 __all__ = [
     "HALP",
+    "SGHMC",
     "SGLD",
     "SVRG",
     "ConstantStepSize",

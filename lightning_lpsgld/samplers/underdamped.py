@@ -1,0 +1,273 @@
+r"""One step of underdamped Langevin dynamics, exact for a frozen gradient, and its rounding: functions on tensors.
+
+The dynamics :math:`dv = -\gamma v\,dt - uG\,dt + \sqrt{2\gamma u\tau}\,dB,\; dx = v\,dt` have the invariant law
+:math:`\exp(-(U(x) + \lVert v\rVert^2/2u)/\tau)`. Over a time η, with :math:`h = \gamma\eta` and :math:`e = \exp(-h)`,
+
+.. math::
+    v' &= e\,v - \tfrac{u}{\gamma}(1 - e)\,G + \xi_v, &
+    \mathrm{Var}\,\xi_v &= u\tau(1 - e^2) \\
+    x' &= x + \tfrac{1 - e}{\gamma}\,v - \tfrac{u}{\gamma^2}(h + e - 1)\,G + \xi_x, &
+    \mathrm{Var}\,\xi_x &= \tfrac{u\tau}{\gamma^2}(2h + 4e - e^2 - 3) \\
+    && \mathrm{Cov}(\xi_x, \xi_v) &= \tfrac{u\tau}{\gamma}(1 - e)^2
+
+Published texts and code print a plus before the position's gradient term; integrating the equation gives the minus.
+
+Reference:
+    Cheng, Chatterji, Bartlett & Jordan, 2018, arXiv:1707.03663, appendix A (exact integration).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_lpsgld.formats import FixedPoint, FloatingPoint, NumberFormat
+from lightning_lpsgld.ops import quantize, quantize_variance_corrected
+from lightning_lpsgld.ops.dispatch import BackendName
+from lightning_lpsgld.ops.reference import NOISE_REACH, exponent_of, power_of_two, variance_plan
+from lightning_lpsgld.ops.spec import Accumulation
+from lightning_lpsgld.random import DrawKey, Role, normals, stream_id
+from lightning_lpsgld.samplers.updates import saturated
+
+__all__ = ["Flow", "UnderdampedSpec", "exact_flow", "underdamped_step_", "velocity_scale"]
+
+#: Terms of the power series, which is used for h < 1: the 30th is below 2**30 / 30! < 1e-23.
+_TERMS = 30
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Coefficients of the step: the linear map of (x, v) and the covariance of its noise, all Python floats.
+
+    Attributes:
+        keep: e, factor of v in v'.
+        carry: (1 - e)/γ, factor of v in x'.
+        kick: (u/γ)(1 - e), factor of -G in v'.
+        shift: (u/γ²)(h + e - 1), factor of -G in x'; negative for the published sign.
+        var_v: Variance of the velocity's noise.
+        var_x: Variance of the position's noise.
+        cov: Their covariance.
+    """
+
+    keep: float
+    carry: float
+    kick: float
+    shift: float
+    var_v: float
+    var_x: float
+    cov: float
+
+    def heated(self, factor: float) -> Flow:
+        """The same map with all (co)variances times ``factor``."""
+        return replace(self, var_v=self.var_v * factor, var_x=self.var_x * factor, cov=self.cov * factor)
+
+
+def _moved(h: float) -> float:
+    """``h + exp(-h) - 1`` for h < 1: the sum over k >= 2 of (-h)^k / k!."""
+    terms, term = [], h * h / 2.0
+    for k in range(2, 2 + _TERMS):
+        terms.append(term)
+        term *= -h / (k + 1)
+    return math.fsum(terms)
+
+
+def _spread(h: float) -> float:
+    """``2h + 4exp(-h) - exp(-2h) - 3`` for h < 1: the sum over k >= 3 of (4 - 2^k)(-h)^k / k!."""
+    terms, term = [], -(h**3) / 6.0
+    for k in range(3, 3 + _TERMS):
+        terms.append((4.0 - 2.0**k) * term)
+        term *= -h / (k + 1)
+    return math.fsum(terms)
+
+
+def exact_flow(lr: float, friction: float, inverse_mass: float) -> Flow:
+    r"""Coefficients over a time ``lr`` at :math:`\tau = 1`, to full float64 precision for every h = γη.
+
+    The closed forms of the position cancel to order h² and h³; below h = 1 their power series are summed instead.
+
+    Args:
+        lr: η >= 0, time of a step.
+        friction: γ > 0, per time.
+        inverse_mass: u > 0.
+
+    Returns:
+        The coefficients, with the right sign and the joint noise.
+
+    Example:
+        >>> flow = exact_flow(1e-6, 1.0, 1.0)
+        >>> abs(flow.var_x / (2 / 3 * 1e-18) - 1) < 1e-6
+        True
+    """
+    h, gamma, u = friction * lr, friction, inverse_mass
+    lost = -math.expm1(-h)  # 1 - e
+    if h < 1.0:
+        moved, spread = _moved(h), _spread(h)
+    else:
+        e = math.exp(-h)
+        moved, spread = h + e - 1.0, 2.0 * h + 4.0 * e - e * e - 3.0
+    return Flow(
+        keep=math.exp(-h),
+        carry=lost / gamma,
+        kick=u / gamma * lost,
+        shift=u / gamma**2 * moved,
+        var_v=-u * math.expm1(-2.0 * h),
+        var_x=u / gamma**2 * spread,
+        cov=u / gamma * lost * lost,
+    )
+
+
+@dataclass(frozen=True)
+class UnderdampedSpec:
+    """What one step does to a tensor.
+
+    Attributes:
+        flow: Coefficients, with the variances of this step.
+        weight_decay: λ, added to the rounded gradient.
+        weight_format: Grid of the weight; ``None`` only with ``accumulation="float"``.
+        velocity_format: Grid of the velocity; ``None``: not rounded.
+        gradient_format: Grid of the gradient; ``None``: not rounded.
+        accumulation: As in :class:`~lightning_lpsgld.ops.StepSpec`; not ``"lattice"``.
+        rescale: Give a fixed-point velocity a power-of-two scale per tensor.
+    """
+
+    flow: Flow
+    weight_decay: float
+    weight_format: NumberFormat | None
+    velocity_format: NumberFormat | None
+    gradient_format: NumberFormat | None
+    accumulation: Accumulation
+    rescale: bool
+
+
+def velocity_scale(mean: Tensor, variance: float | Tensor, fmt: FixedPoint) -> Tensor:
+    """Smallest power of two S such that no mean of ``mean`` with its noise leaves S times the range of ``fmt``.
+
+    Args:
+        mean: Mean velocity.
+        variance: Of the noise that is still to be added; 0 if it is already in ``mean``.
+        fmt: Format of v / S.
+
+    Returns:
+        0-d float64 tensor. S times the gap stays a normal float32 number.
+    """
+    spread = torch.as_tensor(variance, dtype=torch.float64, device=mean.device).max().sqrt()
+    ratio = (mean.double().abs().max() + NOISE_REACH * spread) / fmt.max
+    exponent = exponent_of(ratio)
+    exponent = exponent + (ratio > power_of_two(exponent.clamp(min=-1022)))
+    length = fmt.word_length - 1 - fmt.fraction_length
+    return power_of_two(exponent.clamp(fmt.fraction_length - 126, 127 - length))
+
+
+def _round_velocity(
+    mean: Tensor, variance: float | Tensor, spec: UnderdampedSpec, key: DrawKey, backend: BackendName
+) -> tuple[Tensor, Tensor | None]:
+    """Velocity of the given mean and variance on its grid (Gaussian where it has none), and its scale."""
+    fmt = spec.velocity_format
+    if fmt is None or spec.accumulation in ("float", "full"):
+        return mean + _gaussian(mean, variance, key), None
+    if spec.accumulation == "naive":
+        mean, variance = mean + _gaussian(mean, variance, key), 0.0
+    rescaled = spec.rescale and isinstance(fmt, FixedPoint) and mean.numel() > 0
+    scale = velocity_scale(mean, variance, fmt) if rescaled and isinstance(fmt, FixedPoint) else None
+    one = mean.new_ones((), dtype=torch.float64) if scale is None else scale
+    units = mean / one.to(mean.dtype)
+    if spec.accumulation == "naive":
+        rounded = quantize(units, fmt, key=key, backend=backend)
+    else:
+        rounded = quantize_variance_corrected(units, variance / one**2, fmt, key=key, backend=_corrected(backend))
+    return rounded * one.to(mean.dtype), scale
+
+
+def _corrected(backend: BackendName) -> BackendName:
+    return "auto" if backend == "qtorch" else backend  # QPyTorch has no variance-corrected op
+
+
+def _gaussian(mean: Tensor, variance: float | Tensor, key: DrawKey) -> Tensor:
+    if not isinstance(variance, Tensor) and variance == 0:
+        return torch.zeros_like(mean)
+    root = torch.as_tensor(variance, dtype=torch.float64, device=mean.device).sqrt()
+    return (root * normals(mean.shape, key, device=mean.device)).to(mean.dtype)
+
+
+def _given_position(error: Tensor, achieved: float | Tensor, flow: Flow) -> tuple[Tensor | float, float | Tensor]:
+    """Mean and variance of the velocity's noise given that of the position, whose variance is ``achieved``."""
+    if flow.cov == 0:
+        return 0.0, flow.var_v
+    if not isinstance(achieved, Tensor):
+        return flow.cov / achieved * error, max(flow.var_v - flow.cov**2 / achieved, 0.0)
+    slope = flow.cov / achieved  # achieved >= var_x > 0 where cov > 0
+    return (slope * error.double()).to(error.dtype), (flow.var_v - flow.cov * slope).clamp(min=0.0)
+
+
+def _new_position(
+    mean: Tensor, spec: UnderdampedSpec, key: DrawKey, backend: BackendName
+) -> tuple[Tensor, Tensor, float | Tensor]:
+    """Position before any plain rounding, its error about the mean, and that error's variance."""
+    fmt, variance = spec.weight_format, spec.flow.var_x
+    if spec.accumulation != "vc":
+        noise = _gaussian(mean, variance, key)
+        return mean + noise, noise, variance
+    assert fmt is not None
+    new = quantize_variance_corrected(mean, variance, fmt, key=key, backend=_corrected(backend))
+    plan = variance_plan(mean, variance, fmt)
+    inside = mean.clamp(fmt.min, fmt.max) if isinstance(fmt, (FixedPoint, FloatingPoint)) else mean
+    return new, new - inside, plan.achieved * power_of_two(plan.gap_exponents) ** 2
+
+
+def underdamped_step_(
+    param: Tensor,
+    velocity: Tensor,
+    accumulator: Tensor | None,
+    grad: Tensor,
+    spec: UnderdampedSpec,
+    key: DrawKey,
+    index: int = 0,
+    backend: BackendName = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    r"""One step of one tensor and its velocity, in place.
+
+    ``"vc"`` draws the position first, :math:`x' = Q^{vc}(\mu_x, \mathrm{Var}\,\xi_x)`, and then the velocity about its
+    conditional mean, :math:`v' = Q^{vc}(\mu_v + \beta\,(x' - \mu_x),\; \mathrm{Var}\,\xi_v - \beta\,\mathrm{Cov})` with
+    :math:`\beta = \mathrm{Cov} / \mathrm{Var}[x']`: all three moments of the noise are right wherever Q^vc can reach
+    :math:`\mathrm{Var}\,\xi_x`, and where it cannot, only the position's variance is larger. (The other order would ask
+    the position's grid for a quarter of the variance.)
+
+    Args:
+        param: θ, any shape, floating dtype; overwritten.
+        velocity: v, shape of ``param``, float32 or wider; overwritten.
+        accumulator: x, shape of ``param``, float32; overwritten. Only with ``accumulation="full"``.
+        grad: Gradient of the batch-mean loss; not modified.
+        spec: What the step does.
+        key: Seed, step and offset of the draws.
+        index: Number of the tensor among the sampler's parameters.
+        backend: For the ops.
+
+    Returns:
+        Number of positions outside the range of the weight format (0-d int64), and the velocity's scale, if any.
+    """
+    weight_key, velocity_key = (key.at(stream=stream_id(role, index)) for role in (Role.WEIGHT, Role.VELOCITY))
+    if spec.gradient_format is not None:
+        grad = quantize(grad, spec.gradient_format, key=key.at(stream=stream_id(Role.GRADIENT, index)), backend=backend)
+    x = (param if accumulator is None else accumulator).to(velocity.dtype)
+    force = grad.to(velocity.dtype) + spec.weight_decay * x
+    mean_x = x + spec.flow.carry * velocity - spec.flow.shift * force
+    position, error, achieved = _new_position(mean_x, spec, weight_key, backend)
+    more, variance = _given_position(error, achieved, spec.flow)
+    mean_v = spec.flow.keep * velocity - spec.flow.kick * force + more
+    new_velocity, scale = _round_velocity(mean_v, variance, spec, velocity_key, backend)
+    velocity.copy_(new_velocity)
+    if accumulator is not None:
+        accumulator.copy_(position)
+    fmt = spec.weight_format
+    if fmt is None:
+        param.copy_(position)
+        return torch.zeros((), dtype=torch.int64, device=param.device), scale
+    if spec.accumulation == "vc":
+        param.copy_(position)
+        return saturated(mean_x, fmt), scale
+    position = position.to(param.dtype)
+    param.copy_(quantize(position, fmt, key=weight_key, backend=backend))
+    return saturated(position, fmt), scale
