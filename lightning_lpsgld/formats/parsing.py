@@ -1,0 +1,114 @@
+"""Strings and QPyTorch numbers into format objects, and back."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from lightning_lpsgld.formats.numbers import BlockFloatingPoint, FixedPoint, FloatingPoint, FormatLike, NumberFormat
+
+__all__ = ["parse_format", "to_qtorch"]
+
+_FIXED = re.compile(r"fixed(\d+)\.(-?\d+)(s?)")
+_BLOCK = re.compile(r"bfp(\d+)(?:b(\d+)|-(tensor)|-dim(-?\d+))?(?:e(\d))?")
+_FLOAT = re.compile(r"e(\d+)m(\d+)(?:-(ieee|nan|none))?")
+_ALIASES: dict[str, NumberFormat] = {
+    "fp32": FloatingPoint(8, 23),
+    "tf32": FloatingPoint(8, 10),
+    "bf16": FloatingPoint(8, 7),
+    "fp16": FloatingPoint(5, 10),
+    "mxint8": BlockFloatingPoint(8, block_size=32),
+}
+
+
+def parse_format(fmt: FormatLike) -> NumberFormat:
+    """Turn a string, a QPyTorch number or a format object into a format object.
+
+    Args:
+        fmt: A format; a string such as ``"fixed8.6"`` (W.F), ``"bfp8"`` (a block per index of dim 0),
+            ``"bfp8-tensor"`` (one block), ``"bfp8b32"`` (runs of 32), ``"e4m3"``, ``"bf16"``; or an instance of
+            ``qtorch.FixedPoint``, ``qtorch.BlockFloatingPoint``, ``qtorch.FloatingPoint``.
+
+    Returns:
+        The format object. ``parse_format(str(fmt)) == fmt`` for every format.
+
+    Raises:
+        ValueError: If a string matches no pattern.
+        TypeError: If ``fmt`` is something else.
+
+    Example:
+        >>> parse_format("fixed8.6")
+        FixedPoint(word_length=8, fraction_length=6, symmetric=False)
+    """
+    if isinstance(fmt, (FixedPoint, BlockFloatingPoint, FloatingPoint)):
+        return fmt
+    if isinstance(fmt, str):
+        return _parse_string(fmt)
+    if type(fmt).__module__.split(".")[0] == "qtorch":
+        return _from_qtorch(fmt)
+    raise TypeError(
+        f"A number format must be a FixedPoint, BlockFloatingPoint or FloatingPoint, a string such as 'bfp8', "
+        f"or a qtorch number; got {fmt!r}."
+    )
+
+
+def _parse_string(text: str) -> NumberFormat:
+    name = text.strip().lower()
+    if name in _ALIASES:
+        return _ALIASES[name]
+    if match := _FIXED.fullmatch(name):
+        return FixedPoint(int(match[1]), int(match[2]), symmetric=bool(match[3]))
+    if match := _BLOCK.fullmatch(name):
+        word, size, tensor, dim, exponent = match.groups()
+        return BlockFloatingPoint(
+            int(word),
+            block_dim=None if tensor else int(dim or 0),
+            exponent_bits=int(exponent or 8),
+            block_size=int(size) if size else None,
+        )
+    if match := _FLOAT.fullmatch(name):
+        specials: Any = match[3]
+        return FloatingPoint(int(match[1]), int(match[2]), specials)
+    raise ValueError(
+        f"No number format is called {text!r}; use 'fixed<W>.<F>' (e.g. 'fixed8.6'), 'bfp<W>' (e.g. 'bfp8', "
+        f"'bfp8-tensor', 'bfp8b32'), 'e<E>m<M>' (e.g. 'e4m3') or one of {sorted(_ALIASES)}."
+    )
+
+
+def _from_qtorch(number: Any) -> NumberFormat:
+    kind = type(number).__name__
+    if kind == "FixedPoint":
+        return FixedPoint(number.wl, number.fl, symmetric=bool(number.symmetric))
+    if kind == "BlockFloatingPoint":
+        return BlockFloatingPoint(number.wl, block_dim=None if number.dim == -1 else number.dim)
+    if kind == "FloatingPoint":
+        return FloatingPoint(number.exp, number.man)
+    raise TypeError(f"No equivalent for the qtorch number {number!r}.")
+
+
+def to_qtorch(fmt: FormatLike) -> Any:
+    """Return the QPyTorch number that means the same as ``fmt``; imports ``qtorch`` (not its compiled part).
+
+    Args:
+        fmt: Anything :func:`parse_format` takes. In QPyTorch a whole-tensor block is ``dim=-1``.
+
+    Returns:
+        A ``qtorch.FixedPoint``, ``qtorch.BlockFloatingPoint`` or ``qtorch.FloatingPoint``. QPyTorch's floating point
+        reserves no exponent for NaN or infinity, so it saturates later than ours; inside our range they agree.
+
+    Raises:
+        ValueError: If QPyTorch has no such number: a fixed point without fraction bits, runs of ``block_size``
+            elements, an exponent of other than 8 bits, or a negative ``block_dim``.
+    """
+    import qtorch
+
+    fmt = parse_format(fmt)
+    if isinstance(fmt, FixedPoint):
+        if fmt.fraction_length < 1:
+            raise ValueError(f"QPyTorch has no fixed point with F < 1, got {fmt}.")
+        return qtorch.FixedPoint(wl=fmt.word_length, fl=fmt.fraction_length, clamp=True, symmetric=fmt.symmetric)
+    if isinstance(fmt, BlockFloatingPoint):
+        if fmt.block_size is not None or fmt.exponent_bits != 8 or (fmt.block_dim or 0) < 0:
+            raise ValueError(f"QPyTorch's blocks are whole dims with 8-bit exponents; it has no {fmt}.")
+        return qtorch.BlockFloatingPoint(wl=fmt.word_length, dim=-1 if fmt.block_dim is None else fmt.block_dim)
+    return qtorch.FloatingPoint(exp=fmt.exponent_bits, man=fmt.mantissa_bits)
