@@ -5,7 +5,7 @@ target variance is below a quarter of the squared gap (the square root of a nega
 with QPyTorch's real ops, computes both regimes for every element of a block tensor and keeps one tensor per
 intermediate quantity, as the published optimizer does, parameter by parameter.
 
-Operations are those of PAPERS: round the gradient; add weight decay; descend; then the variance-corrected quantizer.
+The sequence: round the gradient; add weight decay; descend; then the variance-corrected quantizer.
 """
 
 from __future__ import annotations

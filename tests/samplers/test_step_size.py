@@ -15,7 +15,7 @@ def test_every_schedule_starts_at_factor_one_and_never_leaves_the_unit_interval(
 
 
 def test_cyclical_factor_is_the_published_cosine():
-    """PAPERS: lr_k = lr0/2 [cos(pi mod(k, K//M) / (K//M)) + 1]."""
+    """Published: lr_k = lr0/2 [cos(pi mod(k, K//M) / (K//M)) + 1]."""
     schedule = CyclicalStepSize(cycle_length=35)
     for k in range(200):
         assert schedule.factor(k) == 0.5 * (math.cos(math.pi * (k % 35) / 35) + 1.0)
