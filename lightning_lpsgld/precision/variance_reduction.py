@@ -98,15 +98,16 @@ def silent(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
     ``self.log`` and ``self.log_dict`` are muted; calls that go to ``self.logger.experiment`` directly are not, and
     hooks of the module itself (``on_after_backward``, ...) are called.
     """
-    callbacks, kept = trainer.callbacks, [_metric_state(m) for m in module.modules() if isinstance(m, Metric)]
+    owner: Any = trainer
+    callbacks, kept = owner.callbacks, [_metric_state(m) for m in module.modules() if isinstance(m, Metric)]
     modules = [m for m in module.modules() if isinstance(m, pl.LightningModule) and "log" not in m.__dict__]
-    trainer.callbacks = []
+    owner.callbacks = []
     for each in modules:
         each.__dict__["log"] = lambda *args, **kwargs: None
     try:
         yield
     finally:
-        trainer.callbacks = callbacks
+        owner.callbacks = callbacks
         for each in modules:
             del each.__dict__["log"]
         for metric, state in kept:
@@ -120,7 +121,8 @@ def seeded(loader: Any, seed: int) -> Iterator[None]:
     Lightning saves no generator, so that otherwise a resumed run would take another full gradient. Generators are given
     back: torch's here and, for accelerators, by :func:`~lightning_lpsgld.samplers.passes.traceless`.
     """
-    own = {getattr(loader, "generator", None), getattr(getattr(loader, "sampler", None), "generator", None)} - {None}
+    found = (getattr(loader, "generator", None), getattr(getattr(loader, "sampler", None), "generator", None))
+    own = {generator for generator in found if generator is not None}
     states = [(generator, generator.get_state()) for generator in own]
     cpu = torch.get_rng_state()
     for generator in own:
