@@ -803,39 +803,63 @@ struct Draws {
   void fill_patch();
 };
 
-// Channels-last: the window is a run of pixels of one sample, all channels of each; the draws of a channel are a run of
-// the logical order, made from the blocks that cover it and put down channel by channel.
+typedef uint32_t v4 __attribute__((vector_size(16)));
+
+// 4 x 4 words: to[i * step + j] = from_j[i].
+INLINE void transpose4(const uint32_t *f0, const uint32_t *f1, const uint32_t *f2, const uint32_t *f3, uint32_t *to,
+                       int64_t step) {
+  v4 a = load<v4>(f0), b = load<v4>(f1), c = load<v4>(f2), d = load<v4>(f3);
+  v4 ac0 = SHUFFLE(a, c, v4, 0, 4, 1, 5), ac1 = SHUFFLE(a, c, v4, 2, 6, 3, 7);
+  v4 bd0 = SHUFFLE(b, d, v4, 0, 4, 1, 5), bd1 = SHUFFLE(b, d, v4, 2, 6, 3, 7);
+  store(to, SHUFFLE(ac0, bd0, v4, 0, 4, 1, 5)), store(to + step, SHUFFLE(ac0, bd0, v4, 2, 6, 3, 7));
+  store(to + 2 * step, SHUFFLE(ac1, bd1, v4, 0, 4, 1, 5)), store(to + 3 * step, SHUFFLE(ac1, bd1, v4, 2, 6, 3, 7));
+}
+
+// Channels-last: the window is a run of whole pixels of one sample. The draws of a channel are a run of the logical
+// order: they are made channel by channel from the blocks that cover them, then transposed.
 __attribute__((noinline)) void Draws::fill_patch() {
-  if (!patch) patch = static_cast<uint32_t *>(malloc((PATCH + L) * 4));
-  int64_t sample = channels * pixels, in = lo % sample, pixel = in / channels, shift = in % channels;
-  int64_t run = (hi - lo + shift + channels - 1) / channels;  // pixels in the window
-  uint64_t origin = offset + uint64_t(lo - in + pixel);
+  const int64_t sample = channels * pixels, in = lo % sample, pixel = in / channels;
+  lo -= in % channels;
+  const int64_t run = (hi - lo + channels - 1) / channels, room = PATCH / channels + 8;  // words of a channel
+  if (!patch) patch = static_cast<uint32_t *>(malloc(size_t(PATCH + channels * (room + 1)) * 4));
+  uint32_t *rows = patch + PATCH + channels;
+  const uint64_t origin = offset + uint64_t(lo - pixel * channels + pixel);  // of channel 0, at the first pixel
   alignas(64) uint64_t index[BATCH];
   alignas(64) uint32_t out[4 * BATCH];
-  int64_t channel[BATCH], place[BATCH], filled = 0;
+  uint32_t *to[BATCH];
+  int filled = 0;
   auto flush = [&] {
     vq block[GROUPS];
-    for (int64_t j = filled; j < BATCH; j++) index[j / Q * Q + block_lane(int(j % Q))] = 0;
+    for (int j = filled; j < BATCH; j++) index[j / Q * Q + block_lane(j % Q)] = 0;
     for (int g = 0; g < GROUPS; g++) block[g] = load<vq>(index + g * Q);
     philox(p, block, out);
     if (normal) normals_of(out, 4 * BATCH);
-    for (int64_t j = 0; j < filled; j++)
-      for (int w = 0; w < 4; w++) {
-        int64_t px = place[j] + w, to = px * channels + channel[j] - shift;
-        if (px >= 0 && px < run && to >= 0 && to < hi - lo) patch[to] = out[4 * j + w];
-      }
+    for (int j = 0; j < filled; j++) memcpy(to[j], out + 4 * j, 16);
     filled = 0;
   };
   for (int64_t c = 0; c < channels; c++) {
-    uint64_t first = origin + uint64_t(c * pixels);
-    int64_t at = -int64_t(first % 4);
-    for (uint64_t block = first / 4; at < run; at += 4, block++) {
-      index[filled / Q * Q + block_lane(int(filled % Q))] = block;
-      channel[filled] = c, place[filled] = at;
+    const uint64_t first = origin + uint64_t(c * pixels);
+    const int64_t blocks = (int64_t(first % 4) + run + 3) / 4;
+    for (int64_t b = 0; b < blocks; b++) {
+      index[filled / Q * Q + block_lane(filled % Q)] = first / 4 + uint64_t(b);
+      to[filled] = rows + c * room + 4 * b;
       if (++filled == BATCH) flush();
     }
   }
   if (filled) flush();
+  auto row = [&](int64_t c) { return rows + c * room + (origin + uint64_t(c * pixels)) % 4; };
+  int64_t c = 0;
+  for (; c + 4 <= channels; c += 4) {
+    const uint32_t *r0 = row(c), *r1 = row(c + 1), *r2 = row(c + 2), *r3 = row(c + 3);
+    int64_t x = 0;
+    for (; x + 4 <= run; x += 4) transpose4(r0 + x, r1 + x, r2 + x, r3 + x, patch + x * channels + c, channels);
+    for (; x < run; x++) {
+      uint32_t *at = patch + x * channels + c;
+      at[0] = r0[x], at[1] = r1[x], at[2] = r2[x], at[3] = r3[x];
+    }
+  }
+  for (; c < channels; c++)
+    for (int64_t x = 0; x < run; x++) patch[x * channels + c] = row(c)[x];
   base = patch;
 }
 
@@ -971,10 +995,9 @@ INLINE vf vc_low(vf s, vf target, vf u) {
   vf whole = to_float(to_int(s));
   whole = s < whole ? whole - 1.0f : whole;
   vf p = s - whole, q = 1.0f - p;
-  vf side = target - p * q;
-  side = max_of(side, splat(0.0f)) * 0.5f;
-  vf minus = q * side, two = p * side, zero = q * (1.0f - 2.0f * side) + two;
-  return one_more(one_more(one_more(whole - 1.0f, u >= minus), u >= minus + zero), u >= 1.0f - two);
+  vf side = max_of(target - p * q, splat(0.0f)) * 0.5f;
+  vf minus = q * side, upper = q + side * (p - q), plus = 1.0f - p * side;
+  return one_more(one_more(one_more(whole - 1.0f, u >= minus), u >= upper), u >= plus);
 }
 
 INLINE void put_codes(void *out, int64_t i, vi codes, int sink, int m) {
@@ -1010,8 +1033,8 @@ static int64_t finish_uniform(const Scale &s, const float *x, const uint32_t *wo
       code = max_of(min_of(code, positive), -negative);
     }
     if (S == VALUES) {
-      if (COUNT) count -= (v < s.below) | (v > s.above);  // zeros after the end never count
-      store_part(static_cast<float *>(out) + i, good ? code * gap + 0.0f : v + v, m);
+      if (COUNT) count = (v < s.below) | (v > s.above) ? count + 1 : count;  // zeros after the end never count
+      store_part(static_cast<float *>(out) + i, good ? (M <= STOCHASTIC ? code * gap + 0.0f : code * gap) : v + v, m);
     } else {
       count -= ~good;
       put_codes(out, at + i, to_int(as_float(as_int(code) & good)), S, m);
@@ -1080,7 +1103,7 @@ static int64_t finish_lanes(const Job &job, const Format &f, const float *x, con
   auto body = [&](int64_t i, int m) __attribute__((always_inline)) {
     vf v = load_part(x + i, m), a = magnitude(v), code;
     vi sign = as_int(v) >> 31, good = v == v;
-    if (COUNT && floating) count -= a > f.value_max;
+    if (COUNT && floating) count = a > f.value_max ? count + 1 : count;
     if (floating) a = M == VC ? a : min_of(a, splat(f.value_max));
     vi finite = a < __builtin_inff();
     vf base = floating ? as_float(as_int(a) & finite) : a;
@@ -1162,8 +1185,15 @@ static int64_t finish_tile(const Job &job, Task &t, Scratch &s, int64_t i, int64
   return finish_uniform<VC + 1, VALUES, COUNT>(scale, x, w, z, n, out, i);
 }
 
+INLINE bool may_saturate(const Job &job, const Task &t, const Scale &scale, uint32_t peak) {
+  if (lanes(job.format, t.inner)) return job.format.kind == BLOCK || float_of(peak) > job.format.value_max || peak >= INF_BITS;
+  return float_of(peak) > scale.above || peak >= INF_BITS;  // above <= |below|
+}
+
 // Rounds one tile of t.x to t.out.
-INLINE void finish_one(const Job &job, Task &t, Scratch &s, int64_t i, int64_t n, int64_t limit, const Scale &scale) {
+// `peak`: bits of a magnitude that none of them exceeds (NaN and infinities above all).
+INLINE void finish_one(const Job &job, Task &t, Scratch &s, int64_t i, int64_t n, int64_t limit, const Scale &scale,
+                       uint32_t peak) {
   int64_t count = 0;
   if (job.sink == CODES8) {
     count = finish_tile<CODES8, false>(job, t, s, i, n, limit, scale, t.out);
@@ -1173,7 +1203,8 @@ INLINE void finish_one(const Job &job, Task &t, Scratch &s, int64_t i, int64_t n
     count = finish_tile<CODES32, false>(job, t, s, i, n, limit, scale, t.out);
   } else {
     float *out = job.dtype == F32 ? static_cast<float *>(t.out) + i : s.out;
-    count = job.counting ? finish_tile<VALUES, true>(job, t, s, i, n, limit, scale, out)
+    count = job.counting && may_saturate(job, t, scale, peak)
+                ? finish_tile<VALUES, true>(job, t, s, i, n, limit, scale, out)
                          : finish_tile<VALUES, false>(job, t, s, i, n, limit, scale, out);
     if (job.dtype != F32) narrow(out, n, job.dtype, t.out, i);
   }
@@ -1228,17 +1259,18 @@ static uint32_t drift_run(const Job &job, Task &t, Scratch &s, int64_t start, in
   tiles(t, start, start + len, limit, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     uint32_t here = drift_one(job, t, s, i, n, limit, scale);
     bits = here > bits ? here : bits;
-    if (finish) finish_one(job, t, s, i, n, limit, *finish);
+    if (finish) finish_one(job, t, s, i, n, limit, *finish, here);
   });
   return bits < INF_BITS ? 2 * bits : slow_peak(static_cast<const float *>(t.x) + start, len);
 }
 
 static void finish_run(const Job &job, Task &t, Scratch &s, int64_t start, int64_t len, int64_t limit, uint32_t peak) {
   Scale scale = lanes(job.format, t.inner) ? Scale{} : scale_for(job, job.format, peak);
+  const uint32_t bound = t.inner && !(peak & 1) ? peak >> 1 : INF_BITS;
   if (t.exponents && t.inner && start % t.inner == 0)
     t.exponents[start / t.inner] = int8_t(exponent_of_peak(peak, job.format));
   tiles(t, start, start + len, limit,
-        [&](int64_t i, int64_t n) __attribute__((always_inline)) { finish_one(job, t, s, i, n, limit, scale); });
+        [&](int64_t i, int64_t n) __attribute__((always_inline)) { finish_one(job, t, s, i, n, limit, scale, bound); });
 }
 
 static uint32_t drift(const Job &job, Task &t, int64_t start, int64_t len, uint32_t gradient_peak) {
