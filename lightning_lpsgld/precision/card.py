@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_lpsgld.formats import BlockFloatingPoint, NumberFormat
 from lightning_lpsgld.ops.blocks import block_count
 from lightning_lpsgld.ops.reference import power_of_two, variance_plan
-from lightning_lpsgld.samplers import LangevinOptimizer
+from lightning_lpsgld.samplers import SGLD, LangevinOptimizer
 from lightning_lpsgld.samplers.grid import GridSampler
 
 __all__ = ["PosteriorCard", "describe_sampler", "stored_bits"]
@@ -49,6 +49,7 @@ class PosteriorCard:
         seed: Seed of the draws.
         casts: Number of activation sites.
         world_size: Replicas.
+        adaptive: Whether a preconditioner scales the noise of each weight, so that its reach is not known beforehand.
     """
 
     sampler: str
@@ -68,6 +69,7 @@ class PosteriorCard:
     seed: int
     casts: int
     world_size: int
+    adaptive: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Plain Python values."""
@@ -94,6 +96,8 @@ class PosteriorCard:
         return "Posterior card\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items())
 
     def _variance_row(self) -> str:
+        if self.adaptive:
+            return "2 lr T/N times the preconditioner of each weight; its reach is not known before training"
         if self.reachable_always is None:
             return "exact: the sum is kept in full precision"
         share = 100 * self.reachable_always
@@ -117,7 +121,7 @@ def _reach(sampler: GridSampler) -> tuple[float | None, float | None]:
             plan = variance_plan(param.detach(), v, fmt)
             always += float(plan.high.sum())
             gap = power_of_two(plan.gap_exponents).expand(plan.high.shape)[~plan.high]
-            if gap.numel():
+            if gap.numel() and isinstance(sampler, SGLD):
                 limits.append(2.0 * float(group["temperature"]) / (sampler.num_data * float(gap.median())))
     limit = float(torch.tensor(limits).median()) if limits else None
     exact = all(sampler.accumulation(p) in ("full", "float") for g in sampler.param_groups for p in g["params"])
@@ -143,9 +147,10 @@ def describe_sampler(
     groups = sampler.param_groups
     reach: tuple[float | None, float | None] = (None, None)
     fmt_of = sampler.format_of if isinstance(sampler, GridSampler) else (lambda p: None)
-    name = type(sampler).__name__
+    name, adaptive = type(sampler).__name__, False
     if isinstance(sampler, GridSampler):
-        reach = _reach(sampler)
+        adaptive = not sampler.uniform_noise
+        reach = (None, None) if adaptive else _reach(sampler)
         name = sampler.description
     bits = sum(stored_bits(p.shape, fmt_of(p), p.dtype) for p in params)
     weights = sum(p.numel() for p in params)
@@ -169,4 +174,5 @@ def describe_sampler(
         seed=int(groups[0]["seed"]),
         casts=casts,
         world_size=world_size,
+        adaptive=adaptive,
     )

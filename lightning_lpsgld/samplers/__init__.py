@@ -3,6 +3,7 @@
 from lightning_lpsgld.samplers.base import LangevinOptimizer
 from lightning_lpsgld.samplers.halp import HALP
 from lightning_lpsgld.samplers.passes import full_gradient
+from lightning_lpsgld.samplers.preconditioned import PreconditionedSGLD
 from lightning_lpsgld.samplers.sghmc import SGHMC
 from lightning_lpsgld.samplers.sgld import SGLD
 from lightning_lpsgld.samplers.step_size import ConstantStepSize, CyclicalStepSize, PolynomialStepSize, StepSize
@@ -18,6 +19,7 @@ __all__ = [
     "CyclicalStepSize",
     "LangevinOptimizer",
     "PolynomialStepSize",
+    "PreconditionedSGLD",
     "StepSize",
     "VarianceReduced",
     "full_gradient",

@@ -43,6 +43,9 @@ class GridSampler(LangevinOptimizer):
         ValueError: If an argument is out of range, or a format is wider than a parameter's dtype.
     """
 
+    #: Whether all weights of a group get the noise variance that :meth:`noise_variance` gives.
+    uniform_noise = True
+
     def __init__(
         self,
         params: Any,

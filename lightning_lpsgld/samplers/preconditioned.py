@@ -1,0 +1,317 @@
+"""Preconditioned SGLD (pSGLD, RMSprop's preconditioner), with weights and gradients in low precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_lpsgld.formats import FormatLike, NumberFormat
+from lightning_lpsgld.ops import quantize, quantize_variance_corrected
+from lightning_lpsgld.ops.dispatch import BackendName
+from lightning_lpsgld.ops.spec import Accumulation
+from lightning_lpsgld.random import DrawKey, Role, normals, stream_id
+from lightning_lpsgld.samplers.base import _IGNORED, log
+from lightning_lpsgld.samplers.grid import GridSampler
+from lightning_lpsgld.samplers.step_size import StepSize
+from lightning_lpsgld.samplers.updates import saturated
+
+__all__ = ["PreconditionedSGLD", "PreconditionedSpec", "preconditioned_step_", "preconditioner_"]
+
+S = TypeVar("S", bound="PreconditionedSGLD")
+
+
+def preconditioner_(second_moment: Tensor, force: Tensor, *, beta: float, weight: float, eps: float) -> Tensor:
+    r"""Update the running second moment in place and return :math:`G = 1 / (\sqrt{V / w} + \epsilon)`.
+
+    Args:
+        second_moment: V, float32 or wider; overwritten with :math:`\beta V + (1 - \beta) f^2`.
+        force: f, the gradient with the prior's, shape of V.
+        beta: β in [0, 1).
+        weight: w, the sum of the weights that V holds after this update, :math:`1 - \beta^t`.
+        eps: ε > 0, which bounds G by 1/ε.
+
+    Returns:
+        Positive tensor of the shape and dtype of V.
+    """
+    second_moment.mul_(beta).addcmul_(force, force, value=1.0 - beta)
+    return 1.0 / ((second_moment / weight).sqrt() + eps)
+
+
+@dataclass(frozen=True)
+class PreconditionedSpec:
+    """What one step does to a tensor; fields as of :class:`~lightning_lpsgld.ops.StepSpec` and the preconditioner's.
+
+    Attributes:
+        lr: η.
+        weight_decay: λ.
+        noise_variance: v = 2ηT/N; an element gets v·G.
+        beta: β.
+        eps: ε.
+        weight: w after this step.
+        weight_format: Grid of the weight.
+        gradient_format: Grid of the gradient.
+        accumulation: As in ``StepSpec``; not ``"lattice"``.
+    """
+
+    lr: float
+    weight_decay: float
+    noise_variance: float
+    beta: float
+    eps: float
+    weight: float
+    weight_format: NumberFormat | None
+    gradient_format: NumberFormat | None
+    accumulation: Accumulation
+
+
+def preconditioned_step_(
+    param: Tensor,
+    second_moment: Tensor,
+    accumulator: Tensor | None,
+    grad: Tensor,
+    spec: PreconditionedSpec,
+    key: DrawKey,
+    index: int = 0,
+    backend: BackendName = "auto",
+) -> Tensor:
+    r"""One step of one tensor, in place: mean :math:`\theta - \eta G f`, variance :math:`vG`.
+
+    With the force :math:`f = Q_G(g) + \lambda\theta`.
+
+    Args:
+        param: θ, any shape, floating dtype; overwritten.
+        second_moment: V, float32; overwritten.
+        accumulator: Float32 sum of the steps; overwritten. Only with ``accumulation="full"``.
+        grad: Gradient of the batch-mean loss; not modified.
+        spec: What the step does.
+        key: Seed, step and offset of the draws.
+        index: Number of the tensor among the sampler's parameters.
+        backend: For the ops.
+
+    Returns:
+        Number of values outside the range of the weight format (0-d int64).
+    """
+    weight_key = key.at(stream=stream_id(Role.WEIGHT, index))
+    if spec.gradient_format is not None:
+        grad = quantize(grad, spec.gradient_format, key=key.at(stream=stream_id(Role.GRADIENT, index)), backend=backend)
+    theta = (param if accumulator is None else accumulator).to(second_moment.dtype)
+    force = grad.to(theta.dtype) + spec.weight_decay * theta
+    scale = preconditioner_(second_moment, force, beta=spec.beta, weight=spec.weight, eps=spec.eps)
+    mean, variance = theta - spec.lr * scale * force, spec.noise_variance * scale.double()
+    fmt = spec.weight_format
+    if spec.accumulation == "vc":
+        assert fmt is not None
+        vc_backend: BackendName = "auto" if backend == "qtorch" else backend  # QPyTorch has no such op
+        param.copy_(quantize_variance_corrected(mean, variance, fmt, key=weight_key, backend=vc_backend))
+        return saturated(mean, fmt)
+    value = mean
+    if spec.noise_variance > 0:
+        value = mean + (variance.sqrt() * normals(mean.shape, weight_key, device=mean.device)).to(mean.dtype)
+    if accumulator is not None:
+        accumulator.copy_(value)
+    if fmt is None:
+        param.copy_(value)
+        return torch.zeros((), dtype=torch.int64, device=param.device)
+    value = value.to(param.dtype)
+    param.copy_(quantize(value, fmt, key=weight_key, backend=backend))
+    return saturated(value, fmt)
+
+
+class PreconditionedSGLD(GridSampler):
+    r"""SGLD whose step and noise are scaled per weight by RMSprop's preconditioner, in low precision.
+
+    .. math::
+        V \leftarrow \beta V + (1 - \beta) f^2, \quad G = \frac{1}{\sqrt{V / (1 - \beta^t)} + \epsilon}, \quad
+        \theta \leftarrow Q^{vc}\bigl(\theta - \eta G f,\; 2\eta G T/N\bigr), \quad f = Q_G(g) + \lambda\theta
+
+    The target is that of :class:`SGLD`, :math:`p(\theta \mid D)^{1/T}`; G only changes how fast its directions are
+    crossed. The rows SGLD, SGLDLP-F, naive and VC SGLDLP-L are chosen as there; Q^vc gets a variance per element.
+
+    **A learning rate tuned for Adam is of use** in this sense: at T = 0 and without formats the step *is* that of
+    ``torch.optim.Adam`` with ``betas=(0, beta)`` and the same ``eps`` (bias correction included), so every weight moves
+    per step as far as under Adam up to what averaging over betas[0] takes away, and the learning rate is a length per
+    step, whatever the scale of the loss. What it does not say is how warm the chain is: the noise of a weight has the
+    variance 2ηGT/N, larger where gradients are small.
+
+    **Where the promise stops.** (1) The term :math:`\Gamma_i = \sum_j \partial G_{ij}/\partial\theta_j` of the exact
+    diffusion is left out, as Li et al. do in practice: it is of order 1 - β, and with it the stationary law is biased
+    where gradients (not their noise) change G along the chain. (2) V holds the present gradient, so G and f are
+    correlated: another bias of order 1 - β. (3) A weight whose gradient is always zero has G = 1/ε and, unless weight
+    decay holds it, wanders over its whole range: Adam's 1e-8 makes that fast; ``eps=1e-5`` (the paper's) does not.
+
+    Args:
+        params: Iterable of parameters or of parameter groups; as for :class:`SGLD`.
+        lr: η >= 0, as for Adam.
+        num_data: N, number of training examples.
+        temperature: T >= 0; 0 is (low-precision) RMSprop with bias correction.
+        weight_decay: λ >= 0; a Gaussian prior of variance T/(Nλ) per weight, inside the preconditioner as in Adam's
+            (not AdamW's) L2 term.
+        beta: β in [0, 1), of the running second moment.
+        eps: ε > 0.
+        weight_format: Grid of the weights; ``None``: not rounded.
+        gradient_format: Grid of the gradients (stochastic rounding); ``None``: not rounded.
+        accumulator: ``"low"`` or ``"full"``, as for :class:`SGLD`.
+        variance_corrected: With a low accumulator, use Q^vc instead of adding noise and rounding.
+        seed: Any int. **Must be equal on all ranks of a replica group.**
+        backend: For the ops; there is no fused step.
+        schedule: Factor on ``lr`` and gate of the noise, per step.
+        full_precision: Parameters that are never rounded.
+        check_finite: Refuse a step whose loss or gradient is NaN or infinite.
+
+    State (all in ``state_dict``): per group ``step``, ``seed``, ``temperature``, ``lr``, ``weight_decay``, ``beta``,
+    ``eps``; per parameter ``second_moment`` (float32: four bytes a weight, not rounded), ``weight`` (a float),
+    ``accumulator`` (only with ``accumulator="full"``).
+
+    Raises:
+        ValueError: If an argument is out of range, or a format is wider than a parameter's dtype.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> adam = torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.0, 0.99))
+        >>> opt = PreconditionedSGLD.from_optimizer(adam, num_data=50_000, weight_format="bfp8")
+        >>> opt.param_groups[0]["beta"]
+        0.99
+
+    Reference:
+        Li, Chen, Carlson & Carin, 2016, "Preconditioned stochastic gradient Langevin dynamics for deep neural
+        networks", arXiv:1512.07666, algorithm 1; the quantizer: Zhang, Wilson & De Sa, 2022, arXiv:2206.09909.
+    """
+
+    #: The noise of a weight is known only once the preconditioner is.
+    uniform_noise = False
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        *,
+        num_data: int,
+        temperature: float = 1.0,
+        weight_decay: float = 0.0,
+        beta: float = 0.99,
+        eps: float = 1e-5,
+        weight_format: FormatLike | None = None,
+        gradient_format: FormatLike | None = None,
+        accumulator: Literal["full", "low"] = "low",
+        variance_corrected: bool = True,
+        seed: int = 0,
+        backend: BackendName = "auto",
+        schedule: StepSize | None = None,
+        full_precision: Iterable[Tensor] = (),
+        check_finite: bool = True,
+    ) -> None:
+        super().__init__(
+            params,
+            {"beta": beta, "eps": eps},
+            lr=lr,
+            num_data=num_data,
+            temperature=temperature,
+            weight_decay=weight_decay,
+            weight_format=weight_format,
+            gradient_format=gradient_format,
+            accumulator=accumulator,
+            variance_corrected=variance_corrected,
+            seed=seed,
+            backend=backend,
+            schedule=schedule,
+            full_precision=full_precision,
+            check_finite=check_finite,
+        )
+
+    @classmethod
+    def from_optimizer(cls: type[S], optimizer: Optimizer, **options: Any) -> S:
+        """As :meth:`LangevinOptimizer.from_optimizer`; takes β and ε too, where the other optimizer has them.
+
+        β is Adam's ``betas[1]``, RMSprop's ``alpha`` or Adadelta's ``rho``. ``beta`` and ``eps`` in ``options`` win.
+        """
+        for group in optimizer.param_groups:
+            group.pop("beta", None)
+            found = group["betas"][1] if "betas" in group else group.get("alpha", group.get("rho"))
+            if found is not None:
+                group["beta"] = found
+            group.update({name: options[name] for name in ("beta", "eps") if name in options})
+        return super().from_optimizer(optimizer, **options)
+
+    def _report_ignored(self, optimizer: Optimizer) -> None:
+        names: set[str] = set()
+        for group in optimizer.param_groups:
+            others = _IGNORED.keys() - {"betas", "alpha", "rho"}
+            names |= {k for k in others if group.get(k) not in (_IGNORED[k], None)}
+            names |= {"betas[0]"} if "betas" in group and group["betas"][0] != 0 else set()
+        if names:
+            log.warning(
+                "%s takes lr, weight_decay, the second moment's decay and eps from %s and does not use its %s.",
+                type(self).__name__, type(optimizer).__name__, ", ".join(sorted(names)),
+            )  # fmt: skip
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As :meth:`LangevinOptimizer.add_param_group`.
+
+        Raises:
+            ValueError: Also if the group's ``beta`` or ``eps`` is out of range.
+        """
+        super().add_param_group(param_group)
+        beta, eps = (float(self.param_groups[-1][name]) for name in ("beta", "eps"))
+        if not 0 <= beta < 1:
+            raise ValueError(f"`beta` must be in [0, 1), got {beta}.")
+        if not (eps > 0 and eps != float("inf")):
+            raise ValueError(f"`eps` must be finite and > 0, got {eps}.")
+
+    # --------------------------------------------------------------------------------------------------------- facts
+
+    @property
+    def description(self) -> str:
+        """Name of the variant, for display."""
+        if self.weight_format is None:
+            return "pSGLD (weights not rounded)"
+        if self.accumulator == "full":
+            return "pSGLDLP-F (full-precision accumulator)"
+        return ("VC " if self.variance_corrected else "naive ") + "pSGLDLP-L (low-precision accumulator)"
+
+    def noise_variance(self, group: Any) -> float:
+        r"""Variance :math:`v = 2\eta T/N` where the preconditioner is 1; a weight gets v·G."""
+        return super().noise_variance(group)
+
+    # ------------------------------------------------------------------------------------------------------ stepping
+
+    def _second_moment(self, param: Tensor, beta: float) -> tuple[Tensor, float]:
+        """V of a parameter, and w after the step to come."""
+        state = self.state[param]
+        if "second_moment" not in state:
+            wide = torch.promote_types(param.dtype, torch.float32)
+            state["second_moment"] = torch.zeros_like(param, dtype=wide, memory_format=torch.preserve_format)
+            state["weight"] = 0.0
+        state["weight"] = beta * state["weight"] + (1.0 - beta)
+        return state["second_moment"], state["weight"]
+
+    def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        """Move the parameters of a group; see :func:`preconditioned_step_` for the equations."""
+        counts = []
+        for param, grad in zip(params, grads):
+            accumulation = self.accumulation(param)
+            second_moment, weight = self._second_moment(param, float(group["beta"]))
+            spec = PreconditionedSpec(
+                lr=self.step_size(group),
+                weight_decay=float(group["weight_decay"]),
+                noise_variance=self.noise_variance(group),
+                beta=float(group["beta"]),
+                eps=float(group["eps"]),
+                weight=weight,
+                weight_format=self.format_of(param),
+                gradient_format=self.gradient_format_of(param),
+                accumulation=accumulation,
+            )
+            accumulator = self._accumulator(param) if accumulation == "full" else None
+            counts.append(
+                preconditioned_step_(
+                    param, second_moment, accumulator, grad, spec, self._draw_key(group, param), self.index_of(param),
+                    self.backend,
+                )
+            )  # fmt: skip
+        self.saturated.append((params, torch.stack(counts)))

@@ -1,0 +1,167 @@
+"""Preconditioned SGLD: Adam's step at T = 0, the written equation, one-step moments, state, taking over optimizers."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from helpers.stats import assert_moments, draws_for_moments
+
+from lightning_lpsgld.formats import parse_format
+from lightning_lpsgld.ops import quantize, quantize_variance_corrected
+from lightning_lpsgld.random import DrawKey, Role, normals, stream_id
+from lightning_lpsgld.samplers import PreconditionedSGLD
+
+VARIANTS = {
+    "psgld": {},
+    "full": {"weight_format": "fixed8.5", "gradient_format": "fixed8.8", "accumulator": "full"},
+    "naive": {"weight_format": "bfp8", "gradient_format": "bfp8", "variance_corrected": False},
+    "vc": {"weight_format": "bfp8", "gradient_format": "bfp8"},
+    "vc-fixed": {"weight_format": "fixed8.6"},
+}
+
+
+def gradients(steps):
+    """Gradients of very different sizes, so that a preconditioner matters."""
+    size = torch.logspace(-3, 2, 24).reshape(4, 6).double()
+    return [size * (normals((4, 6), DrawKey(8, step=step)) + 0.3) for step in range(steps)]
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_at_temperature_zero_it_is_adam_without_first_moment(weight_decay):
+    """In float64, over ten steps, with the same learning rate: what makes a rate tuned for Adam of use."""
+    start = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(4, 6)
+    ours, adams = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    source = torch.optim.Adam([ours], lr=0.01, betas=(0.0, 0.97), eps=1e-6, weight_decay=weight_decay)
+    opt = PreconditionedSGLD.from_optimizer(source, num_data=10, temperature=0.0)
+    adam = torch.optim.Adam([adams], lr=0.01, betas=(0.0, 0.97), eps=1e-6, weight_decay=weight_decay)
+    for grad in gradients(10):
+        ours.grad, adams.grad = grad.clone(), grad.clone()
+        opt.step()
+        adam.step()
+    assert torch.allclose(ours, adams, rtol=1e-12, atol=1e-14)
+    assert not torch.allclose(ours, start, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_step_is_the_written_equation_with_the_named_draws(variant):
+    """Coupled: second step recomputed here, so that the running moment and its weight take part."""
+    options = {"temperature": 0.5, "weight_decay": 0.1, "beta": 0.9, "eps": 1e-3, **VARIANTS[variant]}
+    torch_state = torch.get_rng_state()
+    param = torch.nn.Parameter(torch.linspace(-1.0, 1.0, 24).reshape(4, 6))
+    opt = PreconditionedSGLD([param], 0.01, num_data=50, seed=11, backend="reference", **options)
+    first, second = (grad.float() for grad in gradients(2))
+    param.grad = first.clone()
+    opt.step()
+    theta = opt.state[param].get("accumulator", param.detach()).clone()
+    moment = opt.state[param]["second_moment"].clone()
+    param.grad = second.clone()
+    opt.step()
+
+    key = DrawKey(seed=11, step=1)
+    weight_key, gradient_key = key.at(stream=stream_id(Role.WEIGHT, 0)), key.at(stream=stream_id(Role.GRADIENT, 0))
+    if "gradient_format" in options:
+        second = quantize(second, options["gradient_format"], key=gradient_key, backend="reference")
+    force = second + 0.1 * theta
+    moment = moment.mul_(0.9).addcmul_(force, force, value=1.0 - 0.9)
+    scale = 1.0 / ((moment / (0.9 * (1.0 - 0.9) + (1.0 - 0.9))).sqrt() + 1e-3)
+    mean, variance = theta - 0.01 * scale * force, 2 * 0.01 * 0.5 / 50 * scale.double()
+    noisy = mean + (variance.sqrt() * normals(mean.shape, weight_key)).float()
+    found = opt.state[param].get("accumulator", param.detach())
+    fmt = options.get("weight_format")
+    if variant in ("psgld", "full"):
+        assert torch.equal(found, noisy)
+    elif variant == "naive":
+        expected = quantize(noisy, fmt, key=weight_key, backend="reference")
+        assert torch.equal(param.detach(), expected)
+    else:
+        expected = quantize_variance_corrected(mean, variance, fmt, key=weight_key, backend="reference")
+        assert torch.equal(param.detach(), expected)
+    if fmt is not None:
+        assert torch.equal(quantize(param, fmt, rounding="nearest"), param)
+    assert torch.equal(torch.get_rng_state(), torch_state), "a sampler must not touch the global generator"
+
+
+def test_variance_corrected_step_has_the_mean_and_the_variance_of_each_element():
+    """Three weights with gradients 0.1, 1 and 10 and a known second moment: mean θ - ηGf, variance 2ηGT/N."""
+    fmt, lr, temperature = parse_format("fixed8.4"), 0.02, 0.05
+    gradient = torch.tensor([0.1, 1.0, 10.0])
+    scale = 1.0 / (gradient + 1e-5).double()  # one step: V / w is the squared gradient
+    variance = 2 * lr * temperature * scale
+    assert float(variance.min()) < fmt.gap**2 / 4 < float(variance.max()), "both regimes of Q^vc are wanted"
+    cells = {"reach": 8.0 * variance.sqrt().clamp(min=fmt.gap), "detect": 0.15}
+    count = draws_for_moments(variance, **cells)
+    start = torch.tensor([0.5, 0.5 + 0.02, 0.5 + 0.02])  # ηGf = η: the means lie on the grid
+    param = torch.nn.Parameter(start.repeat(count, 1))
+    param.grad = gradient.repeat(count, 1)
+    opt = PreconditionedSGLD([param], lr, num_data=1, temperature=temperature, weight_format=fmt)
+    opt.step()
+    mean = start.double() - lr * scale * gradient.double()
+    assert_moments(param.detach(), mean=mean, variance=variance, **cells)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_interrupted_and_resumed_equals_uninterrupted_bitwise(variant):
+    def build(weights):
+        param = torch.nn.Parameter(weights.clone())
+        return param, PreconditionedSGLD([param], 0.01, num_data=100, seed=5, **VARIANTS[variant])
+
+    def run(param, opt, grads):
+        for grad in grads:
+            param.grad = grad.float()
+            opt.step()
+        return param.detach().clone()
+
+    grads, start = gradients(7), torch.linspace(-1, 1, 24).reshape(4, 6)
+    whole = run(*build(start), grads)
+    param, opt = build(start)
+    half = run(param, opt, grads[:3])
+    saved = copy.deepcopy(opt.state_dict())
+    resumed, opt = build(half)
+    opt.load_state_dict(saved)
+    assert torch.equal(run(resumed, opt, grads[3:]), whole)
+
+
+def test_a_parameter_that_joins_late_is_corrected_from_its_own_first_gradient():
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    opt = PreconditionedSGLD(params, 0.1, num_data=10, temperature=0.0, eps=1e-8)
+    params[0].grad = torch.ones(3)
+    for _ in range(5):
+        opt.step()
+    params[1].grad = torch.full((3,), 7.0)
+    opt.step()
+    assert torch.allclose(params[1], torch.full((3,), -0.1), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "beta", "eps", "words"),
+    [
+        (lambda p: torch.optim.Adam(p, lr=1e-3, betas=(0.9, 0.98), eps=1e-7), 0.98, 1e-7, "betas[0]"),
+        (lambda p: torch.optim.AdamW(p, lr=1e-3, betas=(0.0, 0.98), amsgrad=True), 0.98, 1e-8, "amsgrad"),
+        (lambda p: torch.optim.RMSprop(p, lr=1e-3, alpha=0.95), 0.95, 1e-8, None),
+        (lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9), 0.99, 1e-5, "momentum"),
+    ],
+)
+def test_takes_the_second_moment_of_other_optimizers_and_says_what_it_ignores(make, beta, eps, words, caplog):
+    param = torch.nn.Parameter(torch.zeros(2))
+    source = make([param])
+    with caplog.at_level(logging.WARNING):
+        opt = PreconditionedSGLD.from_optimizer(source, num_data=10)
+    assert opt.param_groups is source.param_groups
+    assert (opt.param_groups[0]["beta"], opt.param_groups[0]["eps"]) == (beta, eps)
+    assert [words in record.getMessage() for record in caplog.records] == ([] if words is None else [True])
+
+
+def test_options_win_over_the_other_optimizer():
+    source = torch.optim.Adam([torch.nn.Parameter(torch.zeros(2))])
+    group = PreconditionedSGLD.from_optimizer(source, num_data=10, beta=0.5, eps=1e-4).param_groups[0]
+    assert (group["beta"], group["eps"]) == (0.5, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [({"beta": 1.0}, r"`beta` must be in \[0, 1\)"), ({"eps": 0.0}, "`eps` must be finite and > 0")],
+)
+def test_bad_arguments_are_refused_by_name(options, match):
+    with pytest.raises(ValueError, match=match):
+        PreconditionedSGLD([torch.nn.Parameter(torch.zeros(2))], 0.1, num_data=10, **options)
