@@ -1,6 +1,7 @@
 """The theory as tools: exact laws of low-precision chains, distances, budgets, gradient shrinkage, a planner."""
 
 from lightning_lpsgld.analysis.budget import VarianceBudget, rounding_variance_after_noise, variance_budget
+from lightning_lpsgld.analysis.diagnostics import ChainDiagnostic, chain_diagnostics, to_inference_data
 from lightning_lpsgld.analysis.distance import best_on_grid, gibbs_on_grid, moments, variance_ratio, wasserstein2
 from lightning_lpsgld.analysis.onestep import lattice_law, naive_law, vc_law
 from lightning_lpsgld.analysis.plan_report import LayerPlan, Plan
@@ -16,6 +17,7 @@ from lightning_lpsgld.analysis.shrinkage import (
 from lightning_lpsgld.analysis.stationary import stationary_law, stationary_of, transition_matrix
 
 __all__ = [
+    "ChainDiagnostic",
     "ConvergenceModel",
     "LayerPlan",
     "Plan",
@@ -23,6 +25,7 @@ __all__ = [
     "Suggestion",
     "VarianceBudget",
     "best_on_grid",
+    "chain_diagnostics",
     "expected_shrinkage",
     "fraction_length_for",
     "gibbs_on_grid",
@@ -35,6 +38,7 @@ __all__ = [
     "stationary_law",
     "stationary_of",
     "suggest_gradient_format",
+    "to_inference_data",
     "transition_matrix",
     "variance_budget",
     "variance_ratio",

@@ -79,7 +79,7 @@ def chain_diagnostics(quantities: Mapping[str, Tensor | np.ndarray]) -> dict[str
         results[name] = ChainDiagnostic(
             float(stats.rhat(draws, method="rank")),
             float(stats.ess(draws, method="bulk")),
-            float(stats.ess(draws, method="tail")),
+            float(stats.ess(draws, method="tail", prob=(0.05, 0.95))),
         )
     return results
 

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_lpsgld.bank import BankError, SampleBank, module_tensors
+from lightning_lpsgld.callbacks.chains import add_sample, chain_count
 from lightning_lpsgld.callbacks.schedule import CollectionSchedule
 from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.samplers import CyclicalStepSize, LangevinOptimizer
@@ -51,7 +52,8 @@ class SampleCollector(Callback):
         cycle_length: Steps of a cycle; by default that of the sampler's :class:`CyclicalStepSize`.
         capacity: Most samples kept; ``None``: all.
         policy: What a full bank does, see :class:`~lightning_lpsgld.bank.SampleBank`.
-        chain: Label of the chain. Two collectors in one trainer need different ones.
+        chain: Label of the chain. Two collectors in one trainer need different ones. Of parallel chains, that of the
+            first; the others follow.
         append: Add to samples that are at ``path`` already, as a new chain if the label is taken.
 
     Raises:
@@ -213,17 +215,18 @@ class SampleCollector(Callback):
         optimizer = _optimizer(trainer)
         temperature = optimizer.param_groups[0]["temperature"] if isinstance(optimizer, LangevinOptimizer) else None
         tensors = _full_tensors(module_tensors(pl_module))  # a sharded module is gathered on all ranks
-        if self._writes:
-            assert self._bank is not None
-            self._bank.add(
-                tensors,
-                step=step,
-                cycle=self.schedule.cycle(step),
-                chain=self._label,
-                temperature=None if temperature is None else float(temperature),
-                lr=self._lr,
-                formats=_formats(trainer, pl_module),
-            )
+        add_sample(
+            self._bank if self._writes else None,
+            trainer,
+            tensors,
+            chain=self._label,
+            to_all=self.path is None or self._dry,
+            step=step,
+            cycle=self.schedule.cycle(step),
+            temperature=None if temperature is None else float(temperature),
+            lr=self._lr,
+            formats=_formats(trainer, pl_module),
+        )
         self.collected += 1
         if self.path is not None and not self._dry:
             trainer.strategy.barrier("SampleCollector")
@@ -240,7 +243,7 @@ class SampleCollector(Callback):
         if self._bank is None and self._writes:
             try:
                 self._bank = self._open()
-                self._refuse_foreign_samples()
+                self._refuse_foreign_samples(chain_count(trainer))
             except BankError as error:
                 problem = error
         # the writer's fate is everyone's: a rank that went on alone would wait for the others for ever
@@ -254,7 +257,7 @@ class SampleCollector(Callback):
         path = None if self._dry else self.path
         return SampleBank(path, capacity=self.capacity, policy=self.policy, exist_ok=True)
 
-    def _refuse_foreign_samples(self) -> None:
+    def _refuse_foreign_samples(self, chains: int) -> None:
         bank = self._bank
         assert bank is not None
         taken = {*bank.chains, *(damage.info.chain for damage in bank.damaged)}
@@ -266,7 +269,7 @@ class SampleCollector(Callback):
                 "fit starts a new run. Resume that run with `fit(ckpt_path=...)`, give SampleCollector another path, "
                 "or add to it as a further chain with `append=True`."
             )
-        if self._label in taken:
+        if taken.intersection(range(self._label, self._label + chains)):
             self._label = max(taken) + 1
             rank_zero_info(f"SampleCollector appends to {self.path} as chain {self._label}.")
 

@@ -22,6 +22,7 @@ from lightning_lpsgld.casting import ActivationCasting, matching_modules
 from lightning_lpsgld.formats import FormatLike, NumberFormat, parse_format
 from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.precision.card import PosteriorCard, describe_sampler
+from lightning_lpsgld.precision.chains import chain_of, refuse_mixed_chains, separate_chain
 from lightning_lpsgld.precision.checks import check_arguments, refuse_unsupported, unwrapped
 from lightning_lpsgld.precision.num_data import forget_dataloader_when_resuming, training_examples
 from lightning_lpsgld.precision.presets import preset_options
@@ -29,6 +30,7 @@ from lightning_lpsgld.precision.replicas import ReplicaGuard
 from lightning_lpsgld.precision.variance_reduction import check_variance_reduced, variance_reduced_step
 from lightning_lpsgld.random import derive_seed
 from lightning_lpsgld.samplers import SGLD, SVRG, CyclicalStepSize, LangevinOptimizer, StepSize, VarianceReduced
+from lightning_lpsgld.samplers.grid import GridSampler
 from lightning_lpsgld.samplers.updates import saturated
 
 __all__ = ["LowPrecisionSGLD"]
@@ -236,6 +238,8 @@ class LowPrecisionSGLD(Precision):
         refuse_unsupported(trainer, module, optimizers, self.accumulator, self.formats)
         num_data = training_examples(trainer) if self.num_data == "auto" else self.num_data
         seed = self._resolve_seed(trainer)
+        if chain_of(trainer) is not None:
+            seed = derive_seed(seed, "chain", chain_of(trainer) or 0)
         self._guard.restart()
         self._unstepped = 0 if module.automatic_optimization else -(trainer.accumulate_grad_batches - 1)
         done = [sampler.steps for sampler in self.samplers] if trainer.global_step > 0 else []
@@ -248,6 +252,7 @@ class LowPrecisionSGLD(Precision):
         forget_dataloader_when_resuming(trainer)
         for sampler in self.samplers:
             if isinstance(sampler, VarianceReduced):
+                refuse_mixed_chains(trainer, sampler)
                 check_variance_reduced(trainer, module, sampler)
         share = self._round_parameters()
         self.card = describe_sampler(
@@ -255,7 +260,7 @@ class LowPrecisionSGLD(Precision):
             self._formats_in_use() or {"all": "full precision"},
             saturated=share,
             casts=0 if self.casting is None else len(self.casting.describe()),
-            world_size=trainer.world_size,
+            world_size=getattr(trainer.strategy, "replicas", trainer.world_size),
         )
         rank_zero_info(str(self.card))
         return model, list(self.samplers), lr_schedulers
@@ -278,6 +283,7 @@ class LowPrecisionSGLD(Precision):
     ) -> LangevinOptimizer:
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         if isinstance(inner, LangevinOptimizer):
+            separate_chain(trainer, inner)
             inner.name_parameters(module.named_parameters())
             return inner
         factory: Any = self.sampler
@@ -320,7 +326,7 @@ class LowPrecisionSGLD(Precision):
         """Bring all parameters onto the grid; share of values that lay outside its range."""
         outside, count = 0, 0
         for sampler in self.samplers:
-            if isinstance(sampler, (SGLD, SVRG)):
+            if isinstance(sampler, (GridSampler, SVRG)):
                 for param in (p for g in sampler.param_groups for p in g["params"]):
                     fmt = sampler.format_of(param)
                     count += param.numel()

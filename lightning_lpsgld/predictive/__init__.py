@@ -10,6 +10,7 @@ from lightning_lpsgld.predictive.average import (
 from lightning_lpsgld.predictive.batch_norm import refresh_batch_norm
 from lightning_lpsgld.predictive.batches import default_inputs, default_logits, default_targets
 from lightning_lpsgld.predictive.ensemble import PosteriorPredictive, probabilities_of
+from lightning_lpsgld.predictive.probes import chain_draws, weight_probes
 from lightning_lpsgld.predictive.swap import swapped_weights
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "SampleResult",
     "SampleSource",
     "bayesian_model_average",
+    "chain_draws",
     "default_inputs",
     "default_logits",
     "default_metrics",
@@ -25,4 +27,5 @@ __all__ = [
     "probabilities_of",
     "refresh_batch_norm",
     "swapped_weights",
+    "weight_probes",
 ]

@@ -1,0 +1,56 @@
+"""Samples of parallel chains on their way into one bank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from lightning_lpsgld.bank import SampleBank
+
+__all__ = ["add_sample", "chain_count"]
+
+
+def chain_count(trainer: pl.Trainer) -> int:
+    """Number of chains that run side by side."""
+    return int(getattr(trainer.strategy, "chains", 1))
+
+
+def add_sample(
+    bank: SampleBank | None,
+    trainer: pl.Trainer,
+    tensors: Mapping[str, Tensor],
+    *,
+    chain: int,
+    to_all: bool,
+    **info: Any,
+) -> None:
+    """Add a sample of every chain to the bank; a collective call where there is more than one.
+
+    What is sent is codes and exponents.
+
+    Args:
+        bank: Where to, on ranks that write; ``None`` on the others.
+        trainer: Its strategy says who belongs to which chain.
+        tensors: This rank's weights and buffers.
+        chain: Label of chain 0; the others follow.
+        to_all: Whether all ranks write.
+        info: Further arguments of :meth:`SampleBank.add`.
+    """
+    if chain_count(trainer) == 1:
+        if bank is not None:
+            bank.add(tensors, chain=chain, **info)
+        return
+    strategy: Any = trainer.strategy
+    mine = None
+    if strategy.leads:
+        alone = SampleBank()
+        alone.add(tensors, chain=chain + strategy.chain, **info)
+        mine = alone.state_dict()
+    for state in strategy.gather_objects(mine, to_all=to_all):
+        if state is not None and bank is not None:
+            other = SampleBank()
+            other.load_state_dict(state)
+            bank.merge(other)

@@ -1,0 +1,188 @@
+"""Two chains on two ranks: one bank, no traffic between them, R-hat that says whether they agree."""
+
+import os
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from helpers.loaders import ResumableLoader
+from helpers.models import RecordingLogger, SyntheticData, make_trainer, small_mlp, synthetic_classes
+from helpers.processes import run_ranks
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_lpsgld import LowPrecisionSGLD, SampleBank, SampleCollector
+from lightning_lpsgld.analysis import chain_diagnostics, to_inference_data
+from lightning_lpsgld.callbacks import ChainDiagnostics
+from lightning_lpsgld.precision import LowPrecisionSGLD as Plugin
+from lightning_lpsgld.random import derive_seed
+from lightning_lpsgld.strategies import ParallelChainsStrategy
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+arviz_stats = pytest.importorskip("arviz_stats")
+
+
+class Target(pl.LightningModule):
+    """Posterior N(0, 1) per weight, or a mixture of two such at +-``modes``; N = 1 and T = 1."""
+
+    def __init__(self, lr, modes=0.0, start=0.0):
+        super().__init__()
+        self.w, self.lr, self.modes = nn.Parameter(torch.full((4,), start)), lr, modes
+
+    def training_step(self, batch, batch_idx):
+        near = -0.5 * torch.stack([(self.w - self.modes).square().sum(), (self.w + self.modes).square().sum()])
+        return -near.logsumexp(0)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+def sample_target(module, steps, every, path=None):
+    collector, diagnostics, logger = SampleCollector(path, every=every, start=20), ChainDiagnostics(), RecordingLogger()
+    plugin = Plugin(weights=None, gradients=None, activations=None, errors=None, temperature=1.0, num_data=1, seed=4)
+    trainer = make_trainer(
+        max_epochs=-1, max_steps=steps, devices=2, strategy=ParallelChainsStrategy(), plugins=[plugin],
+        callbacks=[collector, diagnostics], logger=logger,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(TensorDataset(torch.zeros(2000, 1)), batch_size=2))
+    return {
+        "results": {name: tuple(row) for name, row in diagnostics.results.items()},
+        "logged": [row for _, row in logger.rows if "chains/rhat" in row],
+        "chains": collector.bank.chains,
+        "samples": len(collector.bank),
+        "end": module.w.tolist(),
+    }
+
+
+def targets():
+    rank = int(os.environ["RANK"])
+    return {
+        "gaussian": sample_target(Target(lr=0.9), 2420, 2),
+        "modes": sample_target(Target(lr=0.1, modes=8.0, start=8.0 if rank else -8.0), 220, 1),
+    }
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    return run_ranks(targets)
+
+
+def test_rhat_of_a_gaussian_target_is_below_one_percent(ranks):
+    """With lr = 0.9 draws have correlation 0.1, and 0.01 between samples: 1200 draws a chain.
+
+    1 + chi2(3) / (3 * 2 * 600) exceeds 1.01 with probability below 1e-7 for each quantity.
+    """
+    result = ranks[0]["gaussian"]
+    assert result["chains"] == [0, 1]
+    assert result["samples"] == 2400
+    assert set(result["results"]) == {"norm", "projection0", "projection1", "projection2", "projection3"}
+    assert all(0.99 < rhat < 1.01 for rhat, _, _ in result["results"].values())
+    assert all(bulk > 1200 for _, bulk, _ in result["results"].values())
+    assert result["logged"][-1]["chains/rhat"] == max(rhat for rhat, _, _ in result["results"].values())
+
+
+def test_a_chain_in_another_mode_raises_rhat(ranks):
+    result = ranks[0]["modes"]
+    assert max(rhat for rhat, _, _ in result["results"].values()) > 1.1
+    assert result["logged"][-1]["chains/rhat"] > 1.1
+    assert min(ranks[0]["modes"]["end"]) < 0 < max(ranks[1]["modes"]["end"])
+
+
+def test_chains_are_different(ranks):
+    assert ranks[0]["gaussian"]["end"] != ranks[1]["gaussian"]["end"]
+
+
+# ----------------------------------------------------------------------------- against a chain that runs by itself
+
+
+def classify(strategy, folder, steps, ckpt=None, devices=2, seed=9):
+    collector = SampleCollector(folder / "bank", start=1, every=2)
+    saver = ModelCheckpoint(dirpath=folder / "ckpt", filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    plugin = LowPrecisionSGLD(seed=seed, activations=None, errors=None)
+    options = {} if strategy is None else {"strategy": strategy}
+    trainer = make_trainer(
+        max_epochs=-1, max_steps=steps, devices=devices, plugins=[plugin], callbacks=[collector, saver],
+        enable_checkpointing=True, limit_val_batches=0, **options,
+    )  # fmt: skip
+    module = small_mlp()
+    trainer.fit(module, ResumableLoader(synthetic_classes(32, (6,), 3, seed=0), 8), ckpt_path=ckpt)
+    return trainer, module
+
+
+def both(folder):
+    trainer, module = classify(ParallelChainsStrategy(), folder / "two", 8)
+    _, resumed = classify(ParallelChainsStrategy(), folder / "two", 8, ckpt=folder / "two" / "ckpt" / "step=4.ckpt")
+    message = None
+    try:
+        classify(ParallelChainsStrategy(chains=1), folder / "other", 8, ckpt=folder / "two" / "ckpt" / "step=4.ckpt")
+    except ValueError as error:
+        message = str(error)
+    before = {k: v.clone() for k, v in resumed.state_dict().items()}
+    trainer.test(module, datamodule=SyntheticData(n_train=32), verbose=False)
+    return {
+        "state": before,
+        "whole": module.state_dict(),
+        "seed": trainer.optimizers[0].param_groups[0]["seed"] if trainer.optimizers else None,
+        "message": message,
+    }
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chains")
+    return folder, run_ranks(both, folder)
+
+
+def test_each_chain_is_the_one_that_runs_alone_with_its_seed(pair, tmp_path):
+    """Exact: no gradient, weight or draw comes from the other chain; each sees all data."""
+    folder, results = pair
+    bank = SampleBank.open(folder / "two" / "bank")
+    assert bank.chains == [0, 1]
+    for chain in (0, 1):
+        seed = derive_seed(9, "chain", chain)
+        _, alone = classify(None, tmp_path / str(chain), 8, devices=1, seed=seed)
+        for name, value in alone.state_dict().items():
+            assert torch.equal(results[chain]["whole"][name], value), name
+        own = SampleBank.open(tmp_path / str(chain) / "bank")
+        together = [sample for sample in bank if sample.chain == chain]
+        assert [s.step for s in together] == own.steps == [3, 5, 7]
+        for mine, theirs in zip(together, own):
+            assert all(torch.equal(mine.tensors[k], v) for k, v in theirs.tensors.items())
+    assert any(not torch.equal(results[0]["whole"][k], v) for k, v in results[1]["whole"].items())
+
+
+def test_all_chains_resume_from_one_checkpoint(pair):
+    for result in pair[1]:
+        assert all(torch.equal(result["state"][name], value) for name, value in result["whole"].items())
+
+
+def test_a_checkpoint_of_another_number_of_chains_is_refused(pair):
+    assert all("holds 2 chains, and this run has 1" in result["message"] for result in pair[1])
+
+
+# ------------------------------------------------------------------------------------------------- the bare functions
+
+
+def test_diagnostics_of_known_draws():
+    generator = torch.Generator().manual_seed(0)
+    good = torch.randn(4, 1000, generator=generator)
+    found = chain_diagnostics({"good": good, "apart": good + torch.arange(4.0)[:, None], "constant": torch.ones(2, 9)})
+    assert found["good"].rhat < 1.01 < 1.1 < found["apart"].rhat
+    assert found["good"].ess_bulk > 3000
+    assert found["constant"].rhat != found["constant"].rhat
+    with pytest.raises(ValueError, match="`x` must have the shape"):
+        chain_diagnostics({"x": torch.zeros(5)})
+
+
+def test_export_to_arviz():
+    pytest.importorskip("arviz_base")
+    data = to_inference_data({"norm": torch.arange(8.0).view(2, 4)})
+    assert data["posterior"]["norm"].shape == (2, 4)
+    assert float(data["posterior"]["norm"][1, 3]) == 7.0
+
+
+def test_collector_is_needed():
+    trainer = make_trainer(callbacks=[ChainDiagnostics()])
+    with pytest.raises(RuntimeError, match="needs a SampleCollector"):
+        trainer.fit(small_mlp(), datamodule=SyntheticData())
