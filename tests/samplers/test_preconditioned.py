@@ -89,7 +89,8 @@ def test_variance_corrected_step_has_the_mean_and_the_variance_of_each_element()
     scale = 1.0 / (gradient + 1e-5).double()  # one step: V / w is the squared gradient
     variance = 2 * lr * temperature * scale
     assert float(variance.min()) < fmt.gap**2 / 4 < float(variance.max()), "both regimes of Q^vc are wanted"
-    cells = {"reach": 8.0 * variance.sqrt().clamp(min=fmt.gap), "detect": 0.15}
+    reach, fourth = torch.maximum(8.0 * variance.sqrt(), torch.tensor(2 * fmt.gap)), 3 * variance**2
+    cells = {"reach": reach, "detect": 0.2, "fourth_moment": fourth + variance * fmt.gap**2}
     count = draws_for_moments(variance, **cells)
     start = torch.tensor([0.5, 0.5 + 0.02, 0.5 + 0.02])  # ηGf = η: the means lie on the grid
     param = torch.nn.Parameter(start.repeat(count, 1))
