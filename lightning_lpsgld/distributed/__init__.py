@@ -1,5 +1,6 @@
-"""What ranks say to each other: checksums of replicas. Needs ``torch.distributed`` only, no Lightning."""
+"""What ranks say to each other: checksums of replicas, 8-bit gradients. Without Lightning."""
 
+from lightning_lpsgld.distributed.compression import GradientCompression
 from lightning_lpsgld.distributed.replicas import (
     ForkedReplicasError,
     checksum,
@@ -7,4 +8,10 @@ from lightning_lpsgld.distributed.replicas import (
     refuse_forked_replicas,
 )
 
-__all__ = ["ForkedReplicasError", "checksum", "refuse_different_settings", "refuse_forked_replicas"]
+__all__ = [
+    "ForkedReplicasError",
+    "GradientCompression",
+    "checksum",
+    "refuse_different_settings",
+    "refuse_forked_replicas",
+]

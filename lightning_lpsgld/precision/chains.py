@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from lightning_lpsgld.random import derive_seed
 from lightning_lpsgld.samplers import LangevinOptimizer
 
-__all__ = ["chain_of", "refuse_mixed_chains", "separate_chain"]
+__all__ = ["chain_of", "refuse_mixed_chains", "seed_of_chain", "separate_chain"]
 
 
 def chain_of(trainer: pl.Trainer) -> int | None:
@@ -16,12 +16,16 @@ def chain_of(trainer: pl.Trainer) -> int | None:
     return chain
 
 
+def seed_of_chain(trainer: pl.Trainer, seed: int) -> int:
+    """Seed of this rank's chain; ``seed`` itself where there is one chain."""
+    chain = chain_of(trainer)
+    return seed if chain is None else derive_seed(seed, "chain", chain)
+
+
 def separate_chain(trainer: pl.Trainer, sampler: LangevinOptimizer) -> None:
     """Give a sampler that the user made, the same on every rank, the seed of its chain."""
-    chain = chain_of(trainer)
-    if chain is not None:
-        for group in sampler.param_groups:
-            group["seed"] = derive_seed(group["seed"], "chain", chain)
+    for group in sampler.param_groups:
+        group["seed"] = seed_of_chain(trainer, group["seed"])
 
 
 def refuse_mixed_chains(trainer: pl.Trainer, sampler: LangevinOptimizer) -> None:

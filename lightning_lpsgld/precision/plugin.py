@@ -19,14 +19,15 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_lpsgld.casting import ActivationCasting, matching_modules
+from lightning_lpsgld.distributed import GradientCompression
 from lightning_lpsgld.formats import FormatLike, NumberFormat, parse_format
 from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.precision.card import PosteriorCard, describe_sampler
-from lightning_lpsgld.precision.chains import chain_of, refuse_mixed_chains, separate_chain
+from lightning_lpsgld.precision.chains import refuse_mixed_chains, seed_of_chain, separate_chain
 from lightning_lpsgld.precision.checks import check_arguments, refuse_unsupported, unwrapped
 from lightning_lpsgld.precision.num_data import forget_dataloader_when_resuming, training_examples
 from lightning_lpsgld.precision.presets import preset_options
-from lightning_lpsgld.precision.replicas import ReplicaGuard
+from lightning_lpsgld.precision.replicas import ReplicaGuard, compressed
 from lightning_lpsgld.precision.variance_reduction import check_variance_reduced, variance_reduced_step
 from lightning_lpsgld.random import derive_seed
 from lightning_lpsgld.samplers import SGLD, SVRG, CyclicalStepSize, LangevinOptimizer, StepSize, VarianceReduced
@@ -78,6 +79,8 @@ class LowPrecisionSGLD(Precision):
         compute: Dtype of the forward pass: ``"32-true"`` or ``"bf16-mixed"`` (autocast).
         check_replicas: Under DDP, compare a checksum of all weights over the ranks every that many steps (and seeds and
             weights before the first), and stop a run whose replicas have forked; 0: never.
+        compress_gradients: Under DDP, average gradients in 8 bits, unbiased, with a quarter of the traffic; see
+            :class:`~lightning_lpsgld.distributed.GradientCompression`.
 
     Raises:
         ValueError: If an argument is out of range; the message names it, the rule and the value.
@@ -114,6 +117,7 @@ class LowPrecisionSGLD(Precision):
         saved_activations: Literal["full", "codes"] = "full",
         compute: Literal["32-true", "bf16-mixed"] = "32-true",
         check_replicas: int = 50,
+        compress_gradients: bool = False,
     ) -> None:
         super().__init__()
         self.formats: dict[str, NumberFormat | None] = {
@@ -136,6 +140,8 @@ class LowPrecisionSGLD(Precision):
         self.saved_activations = saved_activations
         self.compute = compute
         self.check_replicas = check_replicas
+        self.compress_gradients = compress_gradients
+        self.compression: GradientCompression | None = None
         check_arguments(self)
         self._guard = ReplicaGuard(check_replicas)
         self.card: PosteriorCard | None = None
@@ -238,8 +244,7 @@ class LowPrecisionSGLD(Precision):
         refuse_unsupported(trainer, module, optimizers, self.accumulator, self.formats)
         num_data = training_examples(trainer) if self.num_data == "auto" else self.num_data
         seed = self._resolve_seed(trainer)
-        if chain_of(trainer) is not None:
-            seed = derive_seed(seed, "chain", chain_of(trainer) or 0)
+        seed = seed_of_chain(trainer, seed)
         self._guard.restart()
         self._unstepped = 0 if module.automatic_optimization else -(trainer.accumulate_grad_batches - 1)
         done = [sampler.steps for sampler in self.samplers] if trainer.global_step > 0 else []
@@ -254,6 +259,8 @@ class LowPrecisionSGLD(Precision):
             if isinstance(sampler, VarianceReduced):
                 refuse_mixed_chains(trainer, sampler)
                 check_variance_reduced(trainer, module, sampler)
+        if self.compress_gradients:
+            self.compression = compressed(model, seed, self.samplers[0])
         share = self._round_parameters()
         self.card = describe_sampler(
             self.samplers[0],

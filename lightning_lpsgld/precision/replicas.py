@@ -1,4 +1,4 @@
-"""Watches that data-parallel replicas stay one chain."""
+"""Replicas of a data-parallel run: watched, that they stay one chain; and their gradients averaged in 8 bits."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
+from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
 
-from lightning_lpsgld.distributed import refuse_different_settings, refuse_forked_replicas
+from lightning_lpsgld.distributed import GradientCompression, refuse_different_settings, refuse_forked_replicas
 from lightning_lpsgld.samplers import LangevinOptimizer
 
-__all__ = ["ReplicaGuard"]
+__all__ = ["ReplicaGuard", "compressed"]
 
 _SETTINGS = ("seed", "step", "temperature", "lr", "weight_decay")
 
@@ -80,3 +82,19 @@ def _tensors(sampler: LangevinOptimizer) -> dict[str, Tensor]:
         if "accumulator" in state:
             found[f"the accumulator of {sampler.name_of(param)}"] = state["accumulator"]
     return found
+
+
+def compressed(model: Module, seed: int, sampler: LangevinOptimizer) -> GradientCompression:
+    """Let DDP average gradients in 8 bits, on any backend (strategies register hooks on CUDA only).
+
+    Raises:
+        RuntimeError: If the model is not wrapped in DDP.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        raise RuntimeError(
+            "LowPrecisionSGLD(compress_gradients=True) needs DDPStrategy, which averages gradients between ranks; here "
+            f"the model is a {type(model).__name__}. Leave it off."
+        )
+    state = GradientCompression(seed, lambda: sampler.steps, model.process_group)
+    model.register_comm_hook(state, GradientCompression.hook)  # type: ignore[arg-type]
+    return state
