@@ -115,7 +115,7 @@ def _reach(sampler: GridSampler) -> tuple[float | None, float | None]:
         for param in group["params"]:
             fmt = sampler.format_of(param)
             count += param.numel()
-            if fmt is None or sampler.accumulation(param) not in ("vc", "naive"):
+            if fmt is None or sampler.accumulation(param) not in ("vc", "naive", "lattice"):
                 always += param.numel()
                 continue
             plan = variance_plan(param.detach(), v, fmt)

@@ -96,7 +96,7 @@ class SGHMC(GridSampler):
         >>> loss = opt.step(closure)
 
     Reference:
-        Wang, Zhou, Zhang & De Sa, "Enhancing low-precision sampling via stochastic gradient Hamiltonian Monte Carlo",
+        Wang, Chen, Song & Zhang, "Enhancing low-precision sampling via stochastic gradient Hamiltonian Monte Carlo",
         arXiv:2310.16320, equations 3 to 8 (with another sign, see ``drift``); Chen, Fox & Guestrin, 2014.
     """
 

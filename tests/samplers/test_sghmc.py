@@ -141,23 +141,26 @@ def test_temperature_zero_is_descent_with_momentum():
 TOY = {"friction": 3.0, "inverse_mass": 2.0}
 
 
-@pytest.mark.parametrize("velocity_format", [None, "fixed8.4", "bfp8"])
-def test_variance_corrected_step_has_all_moments_of_the_noise(velocity_format):
+@pytest.mark.parametrize(
+    ("velocity_format", "drift"),
+    [(None, "corrected"), ("fixed8.4", "corrected"), ("bfp8", "corrected"), ("fixed8.4", "paper")],
+)
+def test_variance_corrected_step_has_all_moments_of_the_noise(velocity_format, drift):
     """Means, variances and covariance of one VC step at the toy's setting, from one point, at declared rates.
 
-    The covariance is tested as the variance of x'/sd + v'/sd, which is 2 + 2ρ; independent noise (ρ = 0) has 2, and the
-    toy has ρ = 0.84. A tenth of any variance is detected.
+    The covariance is tested as the variance of x'/sd + v'/sd, which is 2 + 2ρ; independent noise (ρ = 0, what the paper
+    prints) has 2, and the toy has ρ = 0.84. A tenth of any variance is detected.
     """
     fmt, lr = parse_format("fixed8.4"), 0.09
     flow = exact_flow(lr, 3.0, 2.0)
     assert flow.var_x > fmt.gap**2 / 4, "the setting must be one where Q^vc reaches the position's variance"
     sds = flow.var_x**0.5, flow.var_v**0.5
-    rho = flow.cov / (sds[0] * sds[1])
+    rho, shift = (flow.cov / (sds[0] * sds[1]), flow.shift) if drift == "corrected" else (0.0, -flow.shift)
     cells = {"reach": 14.0, "detect": 0.1, "fourth_moment": 20.0}
     count = draws_for_moments(torch.tensor([1.0, 1.0, 2 + 2 * rho], dtype=torch.float64), **cells)
     x, v, g = torch.full((count,), 0.5), torch.full((count,), 0.3), torch.full((count,), 0.7)
-    new, velocity = one_step(x, g, lr, v, weight_format=fmt, velocity_format=velocity_format, **TOY)
-    a = (new.double() - (0.5 + flow.carry * 0.3 - flow.shift * 0.7)) / sds[0]
+    new, velocity = one_step(x, g, lr, v, weight_format=fmt, velocity_format=velocity_format, drift=drift, **TOY)
+    a = (new.double() - (0.5 + flow.carry * 0.3 - shift * 0.7)) / sds[0]
     b = (velocity.double() - (flow.keep * 0.3 - flow.kick * 0.7)) / sds[1]
     samples = torch.stack([a, b, a + b], dim=1)
     assert_moments(samples, mean=0.0, variance=torch.tensor([1.0, 1.0, 2 + 2 * rho]), **cells)
