@@ -110,6 +110,7 @@ struct Job {
   bool descend, counting;
   float lr, weight_decay, noise;
   double variance, sigma;
+  float variance_f;
   int free_exponent;        // floor(log2(2 sigma)) - offset: gaps up to 2 sigma keep every variance reachable
   const float *target, *spread;  // by gap exponent + 160: v / gap^2 and sqrt(v / gap^2 - 1/4)
   int high_gap;             // gap exponents up to this one are in the large-variance regime
@@ -397,7 +398,7 @@ static void execute(const Job &job, Task *tasks, int count, int threads) {
 struct VarianceTable {
   float target[320], spread[320];
   void fill(Job &job, double variance) {
-    job.variance = variance, job.sigma = std::sqrt(variance);
+    job.variance = variance, job.sigma = std::sqrt(variance), job.variance_f = float(variance);
     job.free_exponent = floor_log2(2.0 * job.sigma) - job.format.offset;
     job.high_gap = -1000;
     for (int i = 0; i < 320; i++) {
@@ -579,10 +580,18 @@ INLINE vf one_more(vf code, vi where) { return where ? code + 1.0f : code; }
 INLINE vf magnitude(vf x) { return as_float(as_int(x) & 0x7fffffff); }
 INLINE vf power(vi k) { return as_float((k + 127) << 23); }  // 2^k, k in [-126, 127]
 INLINE bool any(vi mask) {
+#if LPSGLD_LANES == 16
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif LPSGLD_LANES == 8
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#elif defined(__x86_64__)
+  return _mm_movemask_ps((__m128)mask) != 0;
+#else
   vq m = (vq)mask;
   uint64_t all = 0;
   for (int i = 0; i < Q; i++) all |= m[i];
   return all != 0;
+#endif
 }
 INLINE int64_t total(vi x) {
   int64_t sum = 0;
@@ -919,8 +928,10 @@ static uint32_t peak_of(const float *x, int64_t n) {
   vi a = {}, b = {}, c = {}, d = {};
   int64_t i = 0;
   for (; i + 4 * L <= n; i += 4 * L) {
-    a = max_of(a, as_int(load<vf>(x + i)) & 0x7fffffff), b = max_of(b, as_int(load<vf>(x + i + L)) & 0x7fffffff);
-    c = max_of(c, as_int(load<vf>(x + i + 2 * L)) & 0x7fffffff), d = max_of(d, as_int(load<vf>(x + i + 3 * L)) & 0x7fffffff);
+    a = max_of(a, as_int(load<vf>(x + i)) & 0x7fffffff);
+    b = max_of(b, as_int(load<vf>(x + i + L)) & 0x7fffffff);
+    c = max_of(c, as_int(load<vf>(x + i + 2 * L)) & 0x7fffffff);
+    d = max_of(d, as_int(load<vf>(x + i + 3 * L)) & 0x7fffffff);
   }
   for (; i < n; i += L) a = max_of(a, as_int(load_part(x + i, n - i < L ? int(n - i) : L)) & 0x7fffffff);
   uint32_t bits = largest(max_of(max_of(a, b), max_of(c, d)));
@@ -973,8 +984,8 @@ INLINE Scale scale_for(const Job &job, const Format &f, uint32_t peak) {
   return s;
 }
 
-// Rounds a >= 0, at most 2^24. A negative number rounds away from zero where u >= 1 - frac(a), that is frac(a) >= 1 - u,
-// and 1 - u is the uniform of the inverted word; a positive one where frac(a) > u, that is frac(a) >= the next float.
+// Rounds a >= 0, at most 2^24. A negative number rounds away from zero where u >= 1 - frac(a): where frac(a) >= 1 - u,
+// which is the uniform of the inverted word. A positive one does where frac(a) > u: where frac(a) >= the next float.
 template <int M> INLINE vf round_magnitude(vf a, vi sign, vu word) {
   if (M == NEAREST) return a < 0x1p23f ? (a + 0x1p23f) - 0x1p23f : a;
   vf whole = to_float(to_int(a));
@@ -982,11 +993,16 @@ template <int M> INLINE vf round_magnitude(vf a, vi sign, vu word) {
   return one_more(whole, a - whole >= threshold);
 }
 
+template <bool SMALL> INLINE vf nearest_integer(vf x) {  // SMALL: |x| < 2^22 for certain
+  vf rounded = (x + 0x1.8p23f) - 0x1.8p23f;
+  return SMALL ? rounded : magnitude(x) < 0x1p22f ? rounded : x;
+}
+
 // Signed code of Q^vc, not saturated; s = mean / gap.
-INLINE vf vc_high(vf s, vf spread, vf z, vf u) {
-  vf whole = magnitude(s) < 0x1p22f ? (s + 0x1.8p23f) - 0x1.8p23f : s;
+template <bool SMALL> INLINE vf vc_high(vf s, vf spread, vf z, vf u) {
+  vf whole = nearest_integer<SMALL>(s);
   vf y = (s - whole) + spread * z;
-  vf nearest = magnitude(y) < 0x1p22f ? (y + 0x1.8p23f) - 0x1.8p23f : y;
+  vf nearest = nearest_integer<SMALL>(y);
   vf r = y - nearest;
   vf down = (0.5f - r) * (0.5f - r) * 0.5f, up = (0.5f + r) * (0.5f + r) * 0.5f;
   return one_more(one_more((whole + nearest) - 1.0f, u >= down), u >= 1.0f - up);
@@ -1012,10 +1028,11 @@ INLINE void put_codes(void *out, int64_t i, vi codes, int sink, int m) {
   }
 }
 
-// One tile with one gap. M: NEAREST, STOCHASTIC, VC (small variance) or VC + 1 (large). Returns saturated (or NaN).
+// One tile with one gap. M: NEAREST, STOCHASTIC, VC (small variance), VC + 1 (large), VC + 2 (large, codes below 2^20).
+// Returns the number of saturated (or, for codes, NaN) elements.
 template <int M, int S, bool COUNT>
-static int64_t finish_uniform(const Scale &s, const float *x, const uint32_t *words, const float *z, int64_t n, void *out,
-                              int64_t at) {
+static int64_t finish_uniform(const Scale &s, const float *x, const uint32_t *words, const float *z, int64_t n,
+                              void *out, int64_t at) {
   const vf negative = splat(s.negative), positive = splat(s.positive), gap = splat(s.gap);
   const vf target = splat(s.target), spread = splat(s.spread);
   vi count = {};
@@ -1027,13 +1044,14 @@ static int64_t finish_uniform(const Scale &s, const float *x, const uint32_t *wo
       vu w = M == STOCHASTIC ? load<vu>(words + i) : vu{};
       code = as_float(as_int(round_magnitude<M>(a, sign, w)) | (sign & (int)0x80000000));
     } else {
-      scaled = max_of(min_of(scaled, splat(0x1p24f)), splat(-0x1p24f));
+      const vf far = splat(M == VC + 2 ? 0x1p21f : 0x1p24f);  // beyond what noise brings back
+      scaled = max_of(min_of(scaled, far), -far);
       vf u = uniform(load<vu>(words + i));
-      code = M == VC ? vc_low(scaled, target, u) : vc_high(scaled, spread, load<vf>(z + i), u);
+      code = M == VC ? vc_low(scaled, target, u) : vc_high<M == VC + 2>(scaled, spread, load<vf>(z + i), u);
       code = max_of(min_of(code, positive), -negative);
     }
     if (S == VALUES) {
-      if (COUNT) count = (v < s.below) | (v > s.above) ? count + 1 : count;  // zeros after the end never count
+      if (COUNT) count = ((v < s.below) | (v > s.above)) ? count + 1 : count;  // zeros after the end never count
       store_part(static_cast<float *>(out) + i, good ? (M <= STOCHASTIC ? code * gap + 0.0f : code * gap) : v + v, m);
     } else {
       count -= ~good;
@@ -1054,25 +1072,28 @@ INLINE vi exponent_of(vf a, const Format &f) {
   return min_of(max_of(e, splat(f.low)), splat(f.high));
 }
 
-// Raised exponents where the noise needs room, as with_headroom but without branches; `a` finite.
+// Raised exponents where the noise needs room, as with_headroom but for a vector; `a` finite.
 INLINE vi raised(vi e, vf a, const Job &job) {
+  typedef float half_f __attribute__((vector_size(Q * 4)));
+  typedef int32_t half_i __attribute__((vector_size(Q * 4)));
+  typedef double half_d __attribute__((vector_size(Q * 8)));
+  typedef int64_t half_l __attribute__((vector_size(Q * 8)));
   const Format &f = job.format;
   if (!any(e < job.free_exponent)) return e;
-  double noise = NOISE_REACH * job.sigma;
-  for (int i = 0; i < L; i++) {
-    double reach = double(a[i]) + noise;
-    int64_t bits;
-    memcpy(&bits, &reach, 8);
-    int wanted = int(bits >> 52) - 1023, top = wanted + f.offset;  // (a reach of 0 raises nothing)
-    int64_t edge_bits = int64_t((top < -1022 ? -1022 : top) + 1023) << 52;
-    double edge;
-    memcpy(&edge, &edge_bits, 8);
-    wanted += reach > double(f.code_max) * edge;
-    int r = wanted < job.free_exponent ? wanted : job.free_exponent;
-    r = r > e[i] ? r : e[i];
-    e[i] = r < f.low ? f.low : r > f.high ? f.high : r;
+  half_f magnitudes[2];
+  half_i wanted[2];
+  memcpy(magnitudes, &a, sizeof a);
+  for (int h = 0; h < 2; h++) {
+    half_d reach = __builtin_convertvector(magnitudes[h], half_d) + NOISE_REACH * job.sigma;
+    half_l exponent = ((half_l)reach >> 52) - 1023, top = exponent + f.offset;  // (a reach of 0 raises nothing)
+    top = top > -1022 ? top : half_l{} - 1022;
+    half_d edge = (half_d)((top + 1023) << 52) * double(f.code_max);
+    exponent -= (half_l)(reach > edge);
+    wanted[h] = __builtin_convertvector(exponent, half_i);
   }
-  return e;
+  vi w = load<vi>(wanted);
+  e = max_of(e, min_of(w, splat(job.free_exponent)));
+  return min_of(max_of(e, splat(f.low)), splat(f.high));
 }
 
 // Beyond the next power of two a floating-point grid has only every second (fourth) code: odd ones go up or down.
@@ -1108,7 +1129,10 @@ static int64_t finish_lanes(const Job &job, const Format &f, const float *x, con
     vi finite = a < __builtin_inff();
     vf base = floating ? as_float(as_int(a) & finite) : a;
     vi e = exponent_of(as_float(as_int(base) & good), f);
-    if (COUNT && !floating) count -= a > power((e + f.offset) >> 1) * f.code_max * power((e + f.offset) - ((e + f.offset) >> 1));
+    if (COUNT && !floating) {  // on the mean's own grid
+      vi own = e + f.offset, part = own >> 1;
+      count -= a > power(part) * f.code_max * power(own - part);
+    }
     if (M == VC) e = raised(e, as_float(as_int(a) & finite), job);
     vi gap = e + f.offset, up = -gap, half = up >> 1;
     vf scaled = a * power(half) * power(up - half);
@@ -1125,15 +1149,16 @@ static int64_t finish_lanes(const Job &job, const Format &f, const float *x, con
       }
       code = as_float(as_int(code) | (sign & (int)0x80000000));
     } else {
-      vf target, spread;
-      for (int l = 0; l < L; l++) target[l] = job.target[gap[l] + 160], spread[l] = job.spread[gap[l] + 160];
+      vf unit = power(half), rest = power(up - half);
+      vf target = splat(job.variance_f) * unit * unit * rest * rest;  // v / gap^2, exact but for v's own rounding
+      vf spread = root(max_of(target - 0.25f, splat(0.0f)));
       scaled = min_of(scaled, splat(0x1p25f));
       scaled = as_float(as_int(scaled) | (sign & (int)0x80000000));
       vu w = load<vu>(words + i);
       vf u = uniform(w);
       vi high = gap <= job.high_gap;
       code = vc_low(scaled, target, u);
-      if (any(high)) code = high ? vc_high(scaled, spread, load<vf>(z + i), u) : code;
+      if (any(high)) code = high ? vc_high<false>(scaled, spread, load<vf>(z + i), u) : code;
       if (floating) code = mend_binade(code, f, w);
       vf limit = splat(f.code_max);
       if (!floating) code = max_of(min_of(code, limit), -limit);
@@ -1141,7 +1166,7 @@ static int64_t finish_lanes(const Job &job, const Format &f, const float *x, con
     half = gap >> 1;
     vf value = code * power(half) * power(gap - half) + 0.0f;
     if (M == VC && floating) {
-      value = finite | ~good ? value : (sign ? splat(f.value_min) : splat(f.value_max));
+      value = (finite | ~good) ? value : (sign ? splat(f.value_min) : splat(f.value_max));
       value = max_of(min_of(value, splat(f.value_max)), splat(f.value_min));
     }
     store_part(static_cast<float *>(out) + i, good ? value : v + v, m);
@@ -1172,22 +1197,26 @@ static int64_t finish_tile(const Job &job, Task &t, Scratch &s, int64_t i, int64
   const Format &f = job.format;
   if (lanes(f, t.inner)) {
     if (job.mode == NEAREST) return finish_lanes<NEAREST, S, COUNT>(job, f, x, w, nullptr, n, out, i, t.exponents);
-    if (job.mode == STOCHASTIC) return finish_lanes<STOCHASTIC, S, COUNT>(job, f, x, w, nullptr, n, out, i, t.exponents);
+    if (job.mode == STOCHASTIC)
+      return finish_lanes<STOCHASTIC, S, COUNT>(job, f, x, w, nullptr, n, out, i, t.exponents);
     // The finest gap decides whether any element can be in the large-variance regime.
     const bool reach = f.low + f.offset <= job.high_gap;
-    const float *z = reach ? reinterpret_cast<const float *>(s.normal.at(t, i, limit)) : reinterpret_cast<const float *>(w);
+    const float *z = reinterpret_cast<const float *>(reach ? s.normal.at(t, i, limit) : w);
     return finish_lanes<VC, VALUES, COUNT>(job, f, x, w, z, n, out, i, nullptr);
   }
   if (job.mode == NEAREST) return finish_uniform<NEAREST, S, COUNT>(scale, x, w, nullptr, n, out, i);
   if (job.mode == STOCHASTIC) return finish_uniform<STOCHASTIC, S, COUNT>(scale, x, w, nullptr, n, out, i);
   if (!scale.high) return finish_uniform<VC, VALUES, COUNT>(scale, x, w, nullptr, n, out, i);
   const float *z = reinterpret_cast<const float *>(s.normal.at(t, i, limit));
-  return finish_uniform<VC + 1, VALUES, COUNT>(scale, x, w, z, n, out, i);
+  const bool small = scale.negative <= 0x1p20f && scale.spread <= 0x1p17f;
+  return small ? finish_uniform<VC + 2, VALUES, COUNT>(scale, x, w, z, n, out, i)
+               : finish_uniform<VC + 1, VALUES, COUNT>(scale, x, w, z, n, out, i);
 }
 
 INLINE bool may_saturate(const Job &job, const Task &t, const Scale &scale, uint32_t peak) {
-  if (lanes(job.format, t.inner)) return job.format.kind == BLOCK || float_of(peak) > job.format.value_max || peak >= INF_BITS;
-  return float_of(peak) > scale.above || peak >= INF_BITS;  // above <= |below|
+  if (peak >= INF_BITS) return true;
+  if (lanes(job.format, t.inner)) return job.format.kind == BLOCK || float_of(peak) > job.format.value_max;
+  return float_of(peak) > scale.above;  // above <= |below|
 }
 
 // Rounds one tile of t.x to t.out.
@@ -1212,7 +1241,8 @@ INLINE void finish_one(const Job &job, Task &t, Scratch &s, int64_t i, int64_t n
 }
 
 // One tile of x = x - lr (Q(grad) + weight_decay x) + noise. Returns the bits of the largest magnitude.
-static uint32_t drift_one(const Job &job, Task &t, Scratch &s, int64_t i, int64_t n, int64_t limit, const Scale &scale) {
+static uint32_t drift_one(const Job &job, Task &t, Scratch &s, int64_t i, int64_t n, int64_t limit,
+                          const Scale &scale) {
   const float *grad = t.grad + i;
   if (job.gradient_mode != NONE) {
     const uint32_t *w = s.gradient.at(t, i, limit);
