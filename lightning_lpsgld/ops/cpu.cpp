@@ -1049,6 +1049,7 @@ static int64_t finish_uniform(const Scale &s, const float *x, const uint32_t *wo
       vf u = uniform(load<vu>(words + i));
       code = M == VC ? vc_low(scaled, target, u) : vc_high<M == VC + 2>(scaled, spread, load<vf>(z + i), u);
       code = max_of(min_of(code, positive), -negative);
+      code = magnitude(v) < __builtin_inff() ? code : (sign ? -negative : positive);  // noise moves no infinity
     }
     if (S == VALUES) {
       if (COUNT) count = ((v < s.below) | (v > s.above)) ? count + 1 : count;  // zeros after the end never count
@@ -1161,7 +1162,10 @@ static int64_t finish_lanes(const Job &job, const Format &f, const float *x, con
       if (any(high)) code = high ? vc_high<false>(scaled, spread, load<vf>(z + i), u) : code;
       if (floating) code = mend_binade(code, f, w);
       vf limit = splat(f.code_max);
-      if (!floating) code = max_of(min_of(code, limit), -limit);
+      if (!floating) {
+        code = max_of(min_of(code, limit), -limit);
+        code = finite ? code : (sign ? -limit : limit);
+      }
     }
     half = gap >> 1;
     vf value = code * power(half) * power(gap - half) + 0.0f;
