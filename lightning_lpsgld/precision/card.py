@@ -13,6 +13,7 @@ from lightning_lpsgld.ops.blocks import block_count
 from lightning_lpsgld.ops.reference import power_of_two, variance_plan
 from lightning_lpsgld.samplers import SGLD, LangevinOptimizer
 from lightning_lpsgld.samplers.grid import GridSampler
+from lightning_lpsgld.samplers.shards import local_part
 
 __all__ = ["PosteriorCard", "describe_sampler", "stored_bits"]
 
@@ -108,17 +109,17 @@ class PosteriorCard:
 
 
 def _reach(sampler: GridSampler) -> tuple[float | None, float | None]:
-    """Share of weights with v > gap**2/4, and the median gradient limit of the rest."""
+    """Share of weights (of this rank's shards) with v > gap**2/4, and the median gradient limit of the rest."""
     always, count, limits = 0.0, 0, []
     for group in sampler.param_groups:
         v = sampler.noise_variance(group)
         for param in group["params"]:
             fmt = sampler.format_of(param)
-            count += param.numel()
+            count += local_part(param).numel()
             if fmt is None or sampler.accumulation(param) not in ("vc", "naive", "lattice"):
-                always += param.numel()
+                always += local_part(param).numel()
                 continue
-            plan = variance_plan(param.detach(), v, fmt)
+            plan = variance_plan(local_part(param.detach()), v, fmt)
             always += float(plan.high.sum())
             gap = power_of_two(plan.gap_exponents).expand(plan.high.shape)[~plan.high]
             if gap.numel() and isinstance(sampler, SGLD):

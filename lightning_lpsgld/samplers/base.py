@@ -10,9 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_lpsgld.random import DrawKey
+from lightning_lpsgld.samplers.shards import all_finite, local_part
 from lightning_lpsgld.samplers.step_size import ConstantStepSize, StepSize
 
 __all__ = ["LangevinOptimizer"]
@@ -48,6 +50,8 @@ class LangevinOptimizer(Optimizer):
 
     #: Makes ``torch.amp.GradScaler`` hand over its scale instead of unscaling, so that :meth:`step` can refuse it.
     _step_supports_amp_scaling = True
+    #: Whether parameters may be sharded (DTensor).
+    takes_shards = False
 
     def __init__(
         self,
@@ -207,6 +211,11 @@ class LangevinOptimizer(Optimizer):
     def _with_gradients(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
         params = [p for p in group["params"] if p.grad is not None]
         for param in params:
+            if isinstance(param, DTensor) and not self.takes_shards:
+                raise TypeError(
+                    f"{type(self).__name__} does not move sharded parameters, and {self.name_of(param)} is a DTensor. "
+                    "SGLD does; or use DDPStrategy."
+                )
             if param.grad.layout != torch.strided:
                 raise TypeError(
                     f"{type(self).__name__}: the gradient of {self.name_of(param)} has layout {param.grad.layout}; "
@@ -220,8 +229,11 @@ class LangevinOptimizer(Optimizer):
         params = [p for _, ps, _ in work for p in ps]
         if not params:
             return
-        norms = torch._foreach_norm([g for _, _, gs in work for g in gs], math.inf)
-        flags = torch.stack([norm.isfinite().to(params[0].device) for norm in norms])
+        device = local_part(params[0]).device
+        grads = [local_part(g) for _, _, gs in work for g in gs]
+        grads = [g if g.numel() else g.new_zeros(1) for g in grads]  # a rank may hold no row of a sharded parameter
+        norms = torch._foreach_norm(grads, math.inf)
+        flags = all_finite(torch.stack([norm.isfinite().to(device) for norm in norms]), params)
         if flags.device.type == "cpu":
             self._raise_if(flags, params, self.steps)
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.ops.spec import Accumulation
 from lightning_lpsgld.random import DrawKey
 from lightning_lpsgld.samplers.base import LangevinOptimizer
+from lightning_lpsgld.samplers.shards import apply_to_whole_blocks_
 from lightning_lpsgld.samplers.step_size import StepSize
 
 __all__ = ["GridSampler"]
@@ -121,7 +123,9 @@ class GridSampler(LangevinOptimizer):
             if accumulation == "full":
                 self._accumulator(param)
             assert self.weight_format is not None
-            param.copy_(quantize(param, self.weight_format, rounding="nearest"))
+            apply_to_whole_blocks_(
+                param, self.weight_format, partial(quantize, fmt=self.weight_format, rounding="nearest")
+            )
 
     def _accumulator(self, param: Tensor) -> Tensor:
         state = self.state[param]

@@ -14,9 +14,9 @@ from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.ops.lattice import RATES, Rates
 from lightning_lpsgld.ops.spec import Accumulation
 from lightning_lpsgld.samplers.grid import GridSampler
+from lightning_lpsgld.samplers.shards import local_part, sharded_steps_
 from lightning_lpsgld.samplers.statistics import StepStatistics, step_statistics
 from lightning_lpsgld.samplers.step_size import StepSize
-from lightning_lpsgld.samplers.updates import langevin_steps_
 
 __all__ = ["SGLD"]
 
@@ -90,6 +90,8 @@ class SGLD(GridSampler):
     Reference:
         Zhang, Wilson & De Sa, 2022, arXiv:2206.09909; Welling & Teh, 2011.
     """
+
+    takes_shards = True
 
     def __init__(
         self,
@@ -208,7 +210,7 @@ class SGLD(GridSampler):
             keys = [self._draw_key(group, p) for p in some]
             indices = [self.index_of(p) for p in some]
             spec = self.spec(group, accumulation)
-            counts = langevin_steps_(
+            counts = sharded_steps_(
                 some, [grads[i] for i in chosen], accumulators, spec, keys, indices, backend=self.backend
             )
             self.saturated.append((some, counts))
@@ -237,9 +239,8 @@ class SGLD(GridSampler):
         for param, grad in zip(params, grads):
             accumulation = self.accumulation(param)
             theta = self._accumulator(param) if accumulation == "full" else param
+            spec, key = self.spec(group, accumulation), self._draw_key(group, param)
+            theta, grad = local_part(theta), local_part(grad)  # of sharded ones, this rank's part
             self.measured.append(
-                step_statistics(
-                    self.name_of(param), theta, grad, self.spec(group, accumulation), self._draw_key(group, param),
-                    self.index_of(param), self._measure_next,
-                )
-            )  # fmt: skip
+                step_statistics(self.name_of(param), theta, grad, spec, key, self.index_of(param), self._measure_next)
+            )
