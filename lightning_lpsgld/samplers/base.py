@@ -232,8 +232,7 @@ class LangevinOptimizer(Optimizer):
         device = local_part(params[0]).device
         grads = [local_part(g) for _, _, gs in work for g in gs]
         grads = [g if g.numel() else g.new_zeros(1) for g in grads]  # a rank may hold no row of a sharded parameter
-        norms = torch._foreach_norm(grads, math.inf)
-        flags = all_finite(torch.stack([norm.isfinite().to(device) for norm in norms]), params)
+        flags = all_finite(_finite_flags(grads).to(device), params)
         if flags.device.type == "cpu":
             self._raise_if(flags, params, self.steps)
             return
@@ -280,6 +279,20 @@ class LangevinOptimizer(Optimizer):
             for name, value in state_dict["state"].get(number, {}).items():
                 if isinstance(value, Tensor) and value.dtype != self.state[param][name].dtype:
                     self.state[param][name] = value.detach().to(param.device, copy=True)
+
+
+def _finite_flags(grads: list[Tensor]) -> Tensor:
+    """Which tensors are finite throughout, shape ``(len(grads),)``.
+
+    On a CPU the sum of squares is a tenth of the maximum's time; where it overflows, the elements are looked at.
+    """
+    if grads[0].device.type != "cpu":
+        return torch.stack([norm.isfinite() for norm in torch._foreach_norm(grads, math.inf)])
+    norms = torch._foreach_norm(grads)
+    flags = torch.stack([norm.isfinite() for norm in norms])
+    for i in (~flags).nonzero().flatten().tolist():
+        flags[i] = grads[i].isfinite().all()
+    return flags
 
 
 def _check_group(group: Mapping[str, Any]) -> None:

@@ -299,3 +299,12 @@ def test_measure_reports_the_noise_of_the_next_step():
     assert first.high == 0.0
     assert first.low + first.unreachable == pytest.approx(1.0)
     assert opt.saturation_counts() == {"0.weight": 0, "0.bias": 0, "2.weight": 0, "2.bias": 0}
+
+
+def test_huge_but_finite_gradients_are_no_reason_to_refuse():
+    """Their sum of squares overflows float32; the elements are finite."""
+    param = nn.Parameter(torch.zeros(4))
+    opt = SGLD([param], lr=1e-30, num_data=10, temperature=0.0)
+    param.grad = torch.full((4,), 1e30)
+    opt.step()
+    assert torch.equal(param.detach(), torch.full((4,), -1.0))
