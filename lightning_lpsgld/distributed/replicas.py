@@ -27,7 +27,8 @@ def checksum(x: Tensor) -> Tensor:
     .. math::
         h = \sum_c 31^{C-1-c} \sum_{i} (2i + 1)\, b_{c, i} \pmod{2^{64}}
 
-    over chunks c (of 2^15 elements on the CPU, 2^22 elsewhere) with bits b as signed integers. A change of a single element always changes h.
+    over chunks c (of 2^15 elements on the CPU, 2^22 elsewhere) with bits b as signed integers. A change of a single
+    element always changes h.
 
     Args:
         x: Any shape, dtype and device; not modified. Values are taken in row-major order.

@@ -161,6 +161,31 @@ def test_a_checkpoint_of_another_number_of_chains_is_refused(pair):
     assert all("holds 2 chains, and this run has 1" in result["message"] for result in pair[1])
 
 
+def replicated(folder):
+    """Two chains of two replicas each, with the replica check at every step."""
+    plugin = LowPrecisionSGLD(seed=9, check_replicas=1)
+    trainer = make_trainer(
+        max_epochs=-1, max_steps=8, devices=4, strategy=ParallelChainsStrategy(chains=2), plugins=[plugin],
+        callbacks=[SampleCollector(folder, start=1, every=2)], limit_val_batches=0,
+    )  # fmt: skip
+    module = small_mlp(dropout=0.5)
+    trainer.fit(module, datamodule=SyntheticData(n_train=64))
+    return {"state": module.state_dict(), "chain": trainer.strategy.chain, "card": plugin.card.world_size}
+
+
+def test_chains_of_several_replicas(tmp_path):
+    results = run_ranks(replicated, tmp_path / "bank", world=4)
+    assert [result["chain"] for result in results] == [0, 0, 1, 1]
+    assert [result["card"] for result in results] == [2] * 4
+    states = [result["state"] for result in results]
+    for name in states[0]:
+        assert torch.equal(states[0][name], states[1][name])
+        assert torch.equal(states[2][name], states[3][name])
+    assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
+    bank = SampleBank.open(tmp_path / "bank")
+    assert [(info.chain, info.step) for info in bank.infos] == [(c, s) for s in (3, 5, 7) for c in (0, 1)]
+
+
 # ------------------------------------------------------------------------------------------------- the bare functions
 
 
