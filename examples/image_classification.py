@@ -111,6 +111,11 @@ class Images(L.LightningDataModule):
         for train in (True, False):
             data = idx_folder(self.root, train) if self.name == "fashion-mnist" else None
             data = data or kind(self.root, train=train)
+            if isinstance(data, TensorDataset):  # all images at once: much faster than one by one
+                images, labels = data.tensors
+                scaled = (images.float() / 255 - torch.tensor(mean)) / torch.tensor(std)
+                parts.append(TensorDataset(scaled[: self.limit], labels[: self.limit].long()))
+                continue
             if self.limit is not None:
                 data = Subset(data, range(min(self.limit, len(data))))
             steps = ([v2.ToImage(), *augment] if train else []) + plain

@@ -14,8 +14,8 @@ NAMES = {
     ),
     "lightning_lpsgld.random": "DrawKey",
     "lightning_lpsgld.ops": "quantize quantize_variance_corrected encode decode Encoded backend_report",
-    "lightning_lpsgld.samplers": "SGLD",
-    "lightning_lpsgld.analysis": "stationary_law wasserstein2",
+    "lightning_lpsgld.samplers": "SGLD SGHMC SVRG HALP PreconditionedSGLD CyclicalStepSize",
+    "lightning_lpsgld.analysis": "stationary_law wasserstein2 gradient_shrinkage plan",
 }
 
 #: Positional parameters, then keyword-only ones that must exist; others may be added.
@@ -29,6 +29,9 @@ SIGNATURES = {
         "params lr",
         "num_data temperature weight_decay weight_format gradient_format accumulator variance_corrected seed backend",
     ),
+    "lightning_lpsgld.samplers:SVRG": ("params lr", "weight_format"),
+    "lightning_lpsgld.samplers:HALP": ("params lr", "mu word_length"),
+    "lightning_lpsgld.analysis:gradient_shrinkage": ("quantized exact", ""),
     "lightning_lpsgld.analysis:stationary_law": ("update fmt", "lr temperature grad gradient_std"),
 }
 
