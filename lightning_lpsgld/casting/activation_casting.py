@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
@@ -51,6 +50,15 @@ class ActivationCasting:
     **Memory.** With ``saved_activations="codes"`` autograd keeps rounded activations as codes and exponents, and of a
     ReLU the signs (in the same codes); gradients are bit-identical to those without. Only inside
     :meth:`forward_context`; what other layers save is left alone.
+
+    **Compiling.** Under ``torch.compile`` (of the module, a part of it, or a LightningModule's steps) each cast, and
+    each count of a forward, is one node of the graph, with the draws and results of an uncompiled forward; the graph
+    stays whole and no step compiles anew. Inside :meth:`forward_context` the first forward of each mode runs
+    uncompiled, to find the last layer; outside, that forward breaks its graph. Four limits: the compiler hides
+    ``torch.nn.functional.tanh``, ``sigmoid``, ``hardsigmoid`` and ``hardswish``, and ``torch.relu_`` and its like,
+    which are not cast and named in a warning; ``saved_activations="codes"`` acts as ``"full"``, with a warning;
+    activation checkpointing around a compiled network that counts a forward raises in backward; an output of one
+    network that goes into another, both called outside of a common module, is not cast on its way.
 
     Where it stops: the first forward finds the last layer and holds a few more tensors than later ones. An in-place
     activation *module* rounds what it returns, not the tensor that it overwrote. Scripted and compiled submodules are
@@ -126,6 +134,7 @@ class ActivationCasting:
             codes,
         )
         self._runtime.root = self._module
+        self._mode = FunctionalMode(self._runtime)  # one for all forwards: compiled graphs are guarded by it
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -159,8 +168,7 @@ class ActivationCasting:
             return self
         for name, reason in self._plan.opaque.items():
             warnings.warn(f"Activation casting cannot see all of {name or 'the module'!r}: {reason}.", stacklevel=2)
-        if "torch._dynamo" in sys.modules:  # imported by whoever compiles; importing it takes seconds
-            self._runtime.shield()
+        self._runtime.shield()
         for name, scope in self._scopes().items():
             submodule = module.get_submodule(name)
             submodule.register_forward_pre_hook(EnterHook(self._runtime, name, scope), prepend=True, with_kwargs=True)
@@ -185,11 +193,14 @@ class ActivationCasting:
             yield
             return
         runtime.reset()
+        runtime.shield()
         runtime.in_context = True
         with ExitStack() as stack:
             stack.callback(self._end_context)
+            if runtime.shielded is not None and not runtime.knows_outputs():
+                stack.enter_context(torch.compiler.set_stance("force_eager"))  # finding them cannot be compiled
             if self._functional:
-                stack.enter_context(FunctionalMode(runtime.on_activation, runtime.watcher))
+                stack.enter_context(self._mode)
             if runtime.store is not None and torch.is_grad_enabled():
                 runtime.packing = True
                 hooks = torch.autograd.graph.saved_tensors_hooks(runtime.store.pack, runtime.store.unpack)
@@ -205,6 +216,7 @@ class ActivationCasting:
         runtime.tracker.drop()
         if runtime.store is not None:
             runtime.store.clear()
+        runtime.report.say()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that shifts the next draw: the counters, and where the network's outputs were found."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_lpsgld.casting.draws import CallDraws
-from lightning_lpsgld.casting.functional import RANDOM_FUNCTIONS, RELU_FUNCTIONS, is_inplace
+from lightning_lpsgld.casting.draws import CallDraws, Rounding
+from lightning_lpsgld.casting.functional import ACTIVATION_NAMES, RANDOM_FUNCTIONS, RELU_FUNCTIONS, is_inplace
 from lightning_lpsgld.casting.outputs import Place
 
 __all__ = ["ActivationFunction", "ForwardCall"]
@@ -21,7 +21,9 @@ class ForwardCall:
     Attributes:
         owner: Name of the module.
         training: Whether it draws from the training stream.
-        draws: Its keys.
+        rounding: Of its activations.
+        known: Its keys, ``None`` if a compiled graph opened it and no one asked yet.
+        key: The same as a tensor for compiled graphs, ``None`` where nothing is compiled.
         index: Number of the next cast.
         learning: Whether the places of the network's output are still to be found.
         replay: Whether this repeats an earlier call, during backward.
@@ -30,11 +32,22 @@ class ForwardCall:
 
     owner: str
     training: bool
-    draws: CallDraws
+    rounding: Rounding
+    known: CallDraws | None
+    key: Tensor | None
     index: int = 0
     learning: bool = False
     replay: bool = False
     reached: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def draws(self) -> CallDraws:
+        """Its keys."""
+        if self.known is None:
+            assert self.key is not None
+            seed, step = self.key.tolist()
+            self.known = CallDraws(seed % 2**64, step, self.rounding)
+        return self.known
 
     def place(self, site: str) -> Place:
         """This visit of a site."""
@@ -64,7 +77,7 @@ class ActivationFunction:
     @property
     def name(self) -> str:
         """Name of the function, without the underscore of an in-place form."""
-        return str(self.func.__name__).rstrip("_")
+        return ACTIVATION_NAMES[self.func]
 
     @property
     def inplace(self) -> bool:

@@ -5,11 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from lightning_lpsgld.random import DrawKey, Role, derive_seed, stream_id
 
-__all__ = ["CallDraws", "ForwardCounter", "Rounding"]
+__all__ = ["CallDraws", "ForwardCounter", "Rounding", "open_forward"]
 
 Rounding = Literal["nearest", "stochastic"]
+
+
+def _signed(seed: int) -> int:
+    """The seed as an int64 in two's complement."""
+    return seed - 2**64 if seed >= 2**63 else seed
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,11 @@ class CallDraws:
     step: int
     rounding: Rounding
 
+    @property
+    def tensor(self) -> Tensor:
+        """Seed (signed) and step as :func:`open_forward` gives them."""
+        return torch.tensor((_signed(self.seed), self.step), dtype=torch.int64)
+
     def activation_key(self, index: int) -> DrawKey:
         """Key of the activation of cast number ``index`` of the call."""
         return DrawKey(self.seed, self.step, stream_id(Role.ACTIVATION, index))
@@ -33,6 +46,43 @@ class CallDraws:
     def error_key(self, index: int) -> DrawKey:
         """Key of the error that comes back to cast number ``index`` of the call."""
         return DrawKey(self.seed, self.step, stream_id(Role.ERROR, index))
+
+
+@torch.library.custom_op("lpsgld::open_forward", mutates_args=("state",))
+def open_forward(state: Tensor, training: bool) -> Tensor:
+    """:meth:`ForwardCounter.open` as a node of a compiled graph.
+
+    Args:
+        state: The counter's tensor; counts up in place when the node runs, not when it is compiled.
+        training: Whether the call counts as training.
+
+    Returns:
+        int64 tensor (seed in two's complement, step).
+
+    Raises:
+        RuntimeError: If it runs in backward.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "A compiled network is run again in backward (activation checkpointing around it), where its draws cannot "
+            "be repeated. Compile the part that calls `checkpoint` too, or checkpoint inside of no compiled network."
+        )
+    return torch.tensor(_advance(state, training), dtype=torch.int64)
+
+
+@open_forward.register_fake
+def _(state: Tensor, training: bool) -> Tensor:
+    return state.new_empty(2)
+
+
+def _advance(state: Tensor, training: bool) -> tuple[int, int]:
+    """Seed (signed) and step of the next call; counts it."""
+    seed, forwards, evaluations = state.tolist()
+    if training:
+        state[1], state[2] = forwards + 1, 0
+        return seed, forwards
+    state[2] = evaluations + 1
+    return _signed(derive_seed(seed, "eval", forwards)), evaluations
 
 
 class ForwardCounter:
@@ -48,33 +98,40 @@ class ForwardCounter:
     """
 
     def __init__(self, seed: int, rank: int, eval_rounding: Rounding) -> None:
-        self.rank = rank
+        self.rank, self.eval_rounding = rank, eval_rounding
+        with torch.inference_mode(False):  # or it could not be counted up outside of inference mode
+            #: Seed of this rank (signed), training calls so far, other calls since. A tensor, because compiled graphs
+            #: count too; on the CPU, so that reading it waits for no device.
+            self.state = torch.zeros(3, dtype=torch.int64)
         self.reseed(seed)
-        self.eval_rounding = eval_rounding
-        self.forwards = 0
-        self.evaluations = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"rank": self.rank, "eval_rounding": self.eval_rounding, **self.state_dict()}  # no memory is shared
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        ForwardCounter.__init__(self, state["seed"], state["rank"], state["eval_rounding"])
+        self.load_state_dict(state)
 
     def reseed(self, seed: int) -> None:
         """Draw from another run's seed."""
         self.seed = seed
-        self.training_seed = derive_seed(seed, "rank", self.rank)
+        self.state[0] = _signed(derive_seed(seed, "rank", self.rank))
 
     def open(self, training: bool) -> CallDraws:
         """Draws of the next call."""
-        if training:
-            draws = CallDraws(self.training_seed, self.forwards, "stochastic")
-            self.forwards += 1
-            self.evaluations = 0
-            return draws
-        draws = CallDraws(derive_seed(self.training_seed, "eval", self.forwards), self.evaluations, self.eval_rounding)
-        self.evaluations += 1
-        return draws
+        seed, step = _advance(self.state, training)
+        return CallDraws(seed % 2**64, step, self.rounding(training))
+
+    def rounding(self, training: bool) -> Rounding:
+        """How activations are rounded in a call."""
+        return "stochastic" if training else self.eval_rounding
 
     def state_dict(self) -> dict[str, Any]:
         """The run's seed (the same on every rank) and both counters."""
-        return {"seed": self.seed, "forwards": self.forwards, "evaluations": self.evaluations}
+        _, forwards, evaluations = self.state.tolist()
+        return {"seed": self.seed, "forwards": forwards, "evaluations": evaluations}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned."""
         self.reseed(int(state["seed"]))
-        self.forwards, self.evaluations = int(state["forwards"]), int(state["evaluations"])
+        self.state[1], self.state[2] = int(state["forwards"]), int(state["evaluations"])

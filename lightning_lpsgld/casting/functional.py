@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,12 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = [
     "ACTIVATION_FUNCTIONS",
+    "ACTIVATION_NAMES",
+    "OVERWRITING_FUNCTIONS",
     "RANDOM_FUNCTIONS",
     "RELU_FUNCTIONS",
     "SOFTMAX_FUNCTIONS",
+    "ActivationHandler",
     "FunctionalMode",
     "is_inplace",
 ]
@@ -35,6 +38,10 @@ def _functions(names: tuple[str, ...]) -> frozenset[Any]:
 
 #: What counts as an activation when it is called as a function; softmax-like ones do not.
 ACTIVATION_FUNCTIONS = _functions(_NAMES)
+#: Their names, without the underscore of in-place forms.
+ACTIVATION_NAMES: dict[Any, str] = {function: function.__name__.rstrip("_") for function in ACTIVATION_FUNCTIONS}
+#: Those of them that overwrite their argument whatever the other arguments.
+OVERWRITING_FUNCTIONS = frozenset(function for function in ACTIVATION_FUNCTIONS if function.__name__.endswith("_"))
 RELU_FUNCTIONS = _functions(("relu",))
 SOFTMAX_FUNCTIONS = _functions(_SOFTMAX_NAMES)
 #: Activations that draw from the global generator: never called a second time.
@@ -43,28 +50,37 @@ RANDOM_FUNCTIONS = _functions(("rrelu",))
 
 def is_inplace(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call to an activation function overwrites its argument."""
-    if getattr(function, "__name__", "").endswith("_") or kwargs.get("inplace"):
+    if function in OVERWRITING_FUNCTIONS or kwargs.get("inplace"):
         return True
     first = 4 if function in RANDOM_FUNCTIONS else 1  # rrelu has a flag `training` before `inplace`
     return any(value is True for value in args[first:])
 
 
+class ActivationHandler(Protocol):
+    """Who is told of the functions that a :class:`FunctionalMode` sees."""
+
+    def on_activation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Called instead of an activation function."""
+
+    def watcher(self) -> Callable[..., None] | None:
+        """What is to be called after every other function."""
+
+
 class FunctionalMode(TorchFunctionMode):
-    """Hands calls of activation functions to ``on_activation``, and every other call to ``watch`` while there is one.
+    """Hands calls of activation functions to a handler, and every other call to its watcher while there is one.
 
     What a library function calls inside (``F.cross_entropy``, attention) is not seen, only the function itself.
     """
 
-    def __init__(self, on_activation: Callable[..., Any], watcher: Callable[[], Callable[..., None] | None]) -> None:
+    def __init__(self, handler: ActivationHandler) -> None:
         super().__init__()
-        self.on_activation = on_activation
-        self.watcher = watcher
+        self.handler = handler
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func in ACTIVATION_FUNCTIONS:
-            return self.on_activation(func, args, kwargs or {})
+            return self.handler.on_activation(func, args, kwargs or {})
         out = func(*args, **kwargs) if kwargs else func(*args)
-        watch = self.watcher()
+        watch = self.handler.watcher()
         if watch is not None:
             watch(func, args, kwargs or {}, out)
         return out

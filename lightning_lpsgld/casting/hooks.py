@@ -9,7 +9,7 @@ from torch import nn
 if TYPE_CHECKING:
     from lightning_lpsgld.casting.runtime import CastingRuntime
 
-__all__ = ["EnterHook", "Frame", "LeaveHook", "Scope", "remove_hooks"]
+__all__ = ["EnterHook", "Frame", "LeaveHook", "Scope", "is_redirected", "remove_hooks"]
 
 #: What a hooked module is: a place whose output is cast, a module that holds such places, or one left alone.
 Scope = Literal["layer", "activation", "container", "excluded"]
@@ -72,3 +72,12 @@ def remove_hooks(root: nn.Module, runtime: CastingRuntime) -> None:
         for table in tables:
             for key in mine:
                 table.pop(key, None)
+
+
+def is_redirected(module: nn.Module) -> bool:
+    """Whether ``forward`` is not the class's own: Lightning's strategies route a whole training step through it."""
+    forward = module.__dict__.get("forward")
+    if forward is None:
+        return False
+    compiled = getattr(forward, "_torchdynamo_orig_callable", forward)  # Lightning compiles steps and forward, each
+    return getattr(compiled, "__func__", None) is not type(module).forward

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_lpsgld.casting import traced
 from lightning_lpsgld.casting.call import ActivationFunction, ForwardCall
 from lightning_lpsgld.casting.draws import CallDraws, ForwardCounter
 from lightning_lpsgld.casting.functional import SOFTMAX_FUNCTIONS
-from lightning_lpsgld.casting.hooks import Frame, Scope
+from lightning_lpsgld.casting.hooks import Frame, Scope, is_redirected
 from lightning_lpsgld.casting.outputs import Held, OpenEnds, OutputTracker, Place, replace_tensors, tensors_in
 from lightning_lpsgld.casting.saved import CodeStore, ReluSigns
 from lightning_lpsgld.formats import NumberFormat
@@ -64,6 +65,8 @@ class CastingRuntime:
         self.activations, self.errors, self.counter, self.backend = activations, errors, counter, backend
         self.store = CodeStore(activations, backend) if codes and activations is not None else None
         self.active = False
+        self.shielded: dict[str, Callable[..., Any]] | None = None
+        self.report = traced.Report()
         self.root: Callable[[], nn.Module | None] = lambda: None
         self.functional_sites: dict[str, None] = {}
         self.tracker = OutputTracker()
@@ -94,14 +97,36 @@ class CastingRuntime:
         self.__dict__.update(state)
         self.store = CodeStore(self.activations, self.backend) if codes and self.activations is not None else None
         self.root = lambda: None
+        self.shielded, self.report = None, traced.Report()
         self.tracker = OutputTracker()
         self.tracker.load_state_dict(outputs)
         self.reset()
 
     def shield(self) -> None:
-        """Keep torch.compile out of the hooks: a compiled forward breaks its graph there and runs them as they are."""
-        for name in ("enter", "leave", "on_activation", "_watch"):
-            setattr(self, name, torch.compiler.disable(getattr(self, name)))
+        """Get ready for compiled forwards, if whatever compiles has been imported; importing it takes seconds.
+
+        Where the network's outputs are not known yet, a compiled graph breaks at the hooks and runs them as they are.
+        """
+        if self.shielded is None and "torch._dynamo" in sys.modules:
+            names = ("_enter", "_leave", "_on_activation", "_watch")
+            self.shielded = {name: torch.compiler.disable(getattr(self, name)) for name in names}
+
+    def _run_shielded(self, name: str, *args: Any) -> Any:
+        return getattr(self, name)(*args) if self.shielded is None else self.shielded[name](*args)
+
+    def _learns(self, name: str, module: nn.Module) -> bool:
+        """Whether what runs now, or would begin with ``name``, finds the network's outputs."""
+        if self.call is not None:
+            return self.call.learning
+        return (name, self._training(module)) not in self.tracker.learned
+
+    def knows_outputs(self) -> bool:
+        """Whether the outputs of some network have been found in the mode that the root is in now."""
+        root = self.root()
+        return root is None or any(training == self._training(root) for _, training in self.tracker.learned)
+
+    def _training(self, module: nn.Module) -> bool:
+        return (self.root() or module).training and torch.is_grad_enabled()
 
     # ---------------------------------------------------------------- hooks
 
@@ -109,10 +134,18 @@ class CastingRuntime:
         """Forward pre-hook of every hooked module."""
         if not self.active:
             return None
+        if not torch.compiler.is_compiling():
+            return self._enter(name, scope, module, args, kwargs)
+        if scope != "excluded" and self._learns(name, module):
+            return self._run_shielded("_enter", name, scope, module, args, kwargs)
+        traced.enter(self, name, scope, module)
+        return None
+
+    def _enter(self, name: str, scope: Scope, module: nn.Module, args: Any, kwargs: Any) -> Any:
         self._unwind(name)
         frame = Frame(name, scope)
         changed = None
-        if scope == "container" and _is_redirected(module):
+        if scope == "container" and is_redirected(module):
             frame.counted = False
         elif self.call is None and scope != "excluded":
             changed = self._open(frame, module, args, kwargs)
@@ -127,6 +160,13 @@ class CastingRuntime:
         """Forward hook of every hooked module; returns its output, cast where it is a site."""
         if not self.active or not any(frame.name == name for frame in self.stack):
             return None
+        if not torch.compiler.is_compiling():
+            return self._leave(name, scope, module, output)
+        if self.call is not None and self.call.learning:
+            return self._run_shielded("_leave", name, scope, module, output)
+        return traced.leave(self, name, scope, module, output)
+
+    def _leave(self, name: str, scope: Scope, module: nn.Module, output: Any) -> Any:
         while self.stack[-1].name != name:
             self.stack.pop()
         frame = self.stack.pop()
@@ -153,8 +193,8 @@ class CastingRuntime:
             return None
         if not self.in_context:
             self.entries.clear()
-        training = (self.root() or module).training and torch.is_grad_enabled()
-        self.call = self.last = ForwardCall(frame.name, training, self.counter.open(training))
+        training = self._training(module)
+        self.call = self.last = self._new_call(frame.name, training, self.counter.open(training))
         self.call.learning = (frame.name, training) not in self.tracker.learned
         if self.call.learning and self.in_context and not any(other.name == "" for other in self.stack):
             _warn_if_bypassed(self.root(), module)
@@ -166,6 +206,9 @@ class CastingRuntime:
         if not self.in_context:
             self.ends.clear()
         return joined
+
+    def _new_call(self, owner: str, training: bool, draws: CallDraws) -> ForwardCall:
+        return ForwardCall(owner, training, draws.rounding, draws, None if self.shielded is None else draws.tensor)
 
     def _replay(self, name: str) -> bool:
         """Begin the repetition of a forward during backward (activation checkpointing) with the draws it had.
@@ -182,7 +225,8 @@ class CastingRuntime:
                 "such as nn.ReLU in their place, or no checkpointing."
             )
         draws, index = self.entries[name].pop()  # backward goes through the calls from the last to the first
-        self.call = ForwardCall(name, True, draws, index, replay=True)
+        self.call = self._new_call(name, True, draws)
+        self.call.index, self.call.replay = index, True
         return True
 
     def _close(self, output: Any) -> Any:
@@ -190,6 +234,7 @@ class CastingRuntime:
         assert call is not None
         if call.learning and output is not None:  # None: forward raised, so nothing was learned
             output = self.tracker.finish(call.owner, call.training, output, self._note_end)
+            self.report.expected[call.owner, call.training] = call.reached
         self.call = None
         return output
 
@@ -249,9 +294,18 @@ class CastingRuntime:
 
     def on_activation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Called by the torch-function mode instead of an activation function."""
+        if not torch.compiler.is_compiling():
+            return self._on_activation(func, args, kwargs)
+        if self.call is not None and self.call.learning:
+            return self._run_shielded("_on_activation", func, args, kwargs)
+        return traced.on_activation(self, func, args, kwargs)
+
+    def _on_activation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = args[0] if args else kwargs.get("input")
         scope = self.stack[-1].scope if self.stack else None
         if self.muted or not self.active or not torch.is_tensor(x) or scope in ("layer", "excluded"):
+            return func(*args, **kwargs)
+        if self.shielded is not None and traced.is_running():  # what is to be cast in a graph is cast there
             return func(*args, **kwargs)
         function = ActivationFunction(
             func, args[1:], {name: value for name, value in kwargs.items() if name != "input"}
@@ -307,7 +361,9 @@ class CastingRuntime:
 
     def watcher(self) -> Callable[..., None] | None:
         """What the mode calls after every other function: only while the network's outputs are being found."""
-        return self._watch if self.call is not None and self.call.learning and not self.muted else None
+        if self.call is None or not self.call.learning or self.muted:
+            return None
+        return self._watch if self.shielded is None else self.shielded["_watch"]
 
     def _watch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         if func in SOFTMAX_FUNCTIONS and (self.packing or _saved_tensor_hooks() is None):
@@ -342,9 +398,3 @@ def _warn_if_bypassed(root: nn.Module | None, module: nn.Module) -> None:
                 stacklevel=2,
             )
             return
-
-
-def _is_redirected(module: nn.Module) -> bool:
-    """Whether ``forward`` is not the class's own: Lightning's strategies route a whole training step through it."""
-    forward = module.__dict__.get("forward")
-    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward

@@ -142,7 +142,10 @@ def _opaque_reason(module: nn.Module) -> str | None:
     if name in ("RecursiveScriptModule", "TopLevelTracedModule", "ScriptModule", "TracedModule"):
         return "it is scripted: nothing inside it is cast"
     if name == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
-        return "it is compiled: its graph breaks at every cast, and functional activations inside it may not be cast"
+        return (
+            "it is compiled, which hides torch.nn.functional.tanh, sigmoid, hardsigmoid and hardswish and in-place "
+            "functions of torch (torch.relu_): these are not cast inside it"
+        )
     return None
 
 
