@@ -1,7 +1,7 @@
 """Bayesian deep learning in 8 bits: low-precision stochastic gradient Langevin dynamics for PyTorch Lightning.
 
-Importing the package compiles nothing and touches no GPU. The names that need Lightning are imported when first used, so
-the formats, ops and samplers work in a bare PyTorch loop.
+Importing the package compiles nothing and touches no GPU. The names that need Lightning are imported when first used,
+so the formats, ops and samplers work in a bare PyTorch loop.
 """
 
 from __future__ import annotations

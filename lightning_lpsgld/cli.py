@@ -18,8 +18,8 @@ __all__ = ["LowPrecisionCLI", "main"]
 class LowPrecisionCLI(LightningCLI):
     """A LightningCLI with a ``lpsgld`` section for the plugin; callbacks are known by their class names.
 
-    The section holds the arguments of :class:`LowPrecisionSGLD`; what is left out keeps its default. Any LightningModule
-    and DataModule can be given by class path::
+    The section holds the arguments of :class:`LowPrecisionSGLD`; what is left out keeps its default. Any
+    LightningModule and DataModule can be given by class path::
 
         lpsgld fit --model my.Module --data my.DataModule --lpsgld.temperature 1e-3 \
             --trainer.callbacks+=SampleCollector --trainer.callbacks.start=0.5

@@ -86,7 +86,7 @@ def test_facts_of_block_floating_point(fmt):
 
 
 def test_published_ranges():
-    """Published: (8,3) has gap 1/8 and [-16, 15.875], (8,4) 1/16 and [-8, 7.9375], (8,8) 1/256 and [-0.5, 0.49609375]."""
+    """(8,3) has gap 1/8 and [-16, 15.875], (8,4) 1/16 and [-8, 7.9375], (8,8) 1/256 and [-0.5, 0.49609375]."""
     for f, gap, low, high in ((3, 1 / 8, -16, 15.875), (4, 1 / 16, -8, 7.9375), (8, 1 / 256, -0.5, 0.49609375)):
         fmt = FixedPoint(8, f)
         assert (fmt.gap, fmt.min, fmt.max) == (gap, low, high)
