@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-import secrets
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, Literal
 
@@ -28,6 +26,7 @@ from lightning_lpsgld.precision.checks import check_arguments, refuse_unsupporte
 from lightning_lpsgld.precision.num_data import forget_dataloader_when_resuming, training_examples
 from lightning_lpsgld.precision.presets import preset_options
 from lightning_lpsgld.precision.replicas import ReplicaGuard, compressed
+from lightning_lpsgld.precision.seeds import run_seed
 from lightning_lpsgld.precision.variance_reduction import check_variance_reduced, variance_reduced_step
 from lightning_lpsgld.random import derive_seed
 from lightning_lpsgld.samplers import SGLD, SVRG, CyclicalStepSize, LangevinOptimizer, StepSize, VarianceReduced
@@ -343,14 +342,7 @@ class LowPrecisionSGLD(Precision):
 
     def _resolve_seed(self, trainer: pl.Trainer | None) -> int:
         if self._run_seed is None:
-            seed = self.seed
-            if seed is None and os.environ.get("PL_GLOBAL_SEED"):
-                seed = int(os.environ["PL_GLOBAL_SEED"])
-            if seed is None:
-                seed = secrets.randbits(62)
-            if trainer is not None:
-                seed = trainer.strategy.broadcast(seed)
-            self._run_seed = int(seed)
+            self._run_seed = run_seed(self.seed, trainer)
         return self._run_seed
 
     def optimizer_step(  # type: ignore[override]
