@@ -54,11 +54,12 @@ class ActivationCasting:
     **Compiling.** Under ``torch.compile`` (of the module, a part of it, or a LightningModule's steps) each cast, and
     each count of a forward, is one node of the graph, with the draws and results of an uncompiled forward; the graph
     stays whole and no step compiles anew. Inside :meth:`forward_context` the first forward of each mode runs
-    uncompiled, to find the last layer; outside, that forward breaks its graph. Four limits: the compiler hides
+    uncompiled, to find the last layer; outside, that forward breaks its graph. Limits: the compiler hides
     ``torch.nn.functional.tanh``, ``sigmoid``, ``hardsigmoid`` and ``hardswish``, and ``torch.relu_`` and its like,
     which are not cast and named in a warning; ``saved_activations="codes"`` acts as ``"full"``, with a warning;
-    activation checkpointing around a compiled network that counts a forward raises in backward; an output of one
-    network that goes into another, both called outside of a common module, is not cast on its way.
+    activation checkpointing breaks the graph where it is inside of a compiled network, and raises in backward where it
+    is around one; an output of one network that goes into another, both called outside of a common module, is not
+    cast on its way.
 
     Where it stops: the first forward finds the last layer and holds a few more tensors than later ones. An in-place
     activation *module* rounds what it returns, not the tensor that it overwrote. Scripted and compiled submodules are

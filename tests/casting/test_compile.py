@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -296,3 +297,37 @@ def test_a_compiled_lightning_module_trains_as_an_uncompiled_one(compiled, tmp_p
     expected, _ = _fit(tmp_path, None)
     assert _same(found, expected)
     assert 2 <= graphs <= 4  # training and validation, and where a part is compiled, its pre-hook
+
+
+def test_channels_last_autocast_in_place_modules_and_inference_mode():
+    def run(compiled: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(2, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3)
+        )
+        casting = ActivationCasting(net.to(memory_format=torch.channels_last), seed=1).attach()
+        if compiled:
+            net.compile(backend="aot_eager", fullgraph=True)
+        found = []
+        for step in range(STEPS):
+            x = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(step))
+            x = x.contiguous(memory_format=torch.channels_last)
+            net.zero_grad()
+            with casting.forward_context(), torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = _loss(net, x)
+            loss.backward()
+            with torch.inference_mode(), casting.forward_context():
+                found += [loss.detach(), *(p.grad for p in net.parameters()), net(x).clone()]
+        return found
+
+    assert _same(run(True), run(False))
+
+
+def test_a_pickled_counter_goes_on_from_where_it_was_in_memory_of_its_own():
+    counter = ForwardCounter(2**63 + 5, 1, "nearest")
+    counter.open(True)
+    counter.open(False)
+    copied = pickle.loads(pickle.dumps(counter))
+    for training in (False, True, True, False):
+        assert copied.open(training) == counter.open(training)
+    assert copied.state.data_ptr() != counter.state.data_ptr()
