@@ -6,7 +6,7 @@ import pytest
 
 from lightning_lpsgld import EnsembleEvaluation, LowPrecisionSGLD, SampleCollector
 
-MODULE = '''
+MODULE = """
 import lightning as L
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -27,7 +27,7 @@ class Net(L.LightningModule):
 class Data(L.LightningDataModule):
     def train_dataloader(self):
         return DataLoader(TensorDataset(torch.randn(16, 3), torch.randint(0, 2, (16,))), 4)
-'''
+"""
 
 
 def test_plugin_and_callbacks_are_configured_by_name(tmp_path, monkeypatch):

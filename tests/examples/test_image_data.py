@@ -99,7 +99,8 @@ def test_image_example_runs_end_to_end(tmp_path):
     write_fashion_mnist(tmp_path, packed=True)
     command = [
         sys.executable, str(EXAMPLES / "image_classification.py"), "--data", "fashion-mnist",
-        "--data-dir", str(tmp_path), "--epochs", "2", "--batch-size", "32", "--methods", "VC SGLDLP-L, bfp8", "--out", str(tmp_path / "out"),
+        "--data-dir", str(tmp_path), "--epochs", "2", "--batch-size", "32", "--methods", "VC SGLDLP-L, bfp8",
+        "--out", str(tmp_path / "out"),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
