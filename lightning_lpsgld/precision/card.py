@@ -43,6 +43,8 @@ class PosteriorCard:
         weights: Elements of all parameters.
         weight_bytes: Bytes of one stored sample's parameters.
         bits_per_weight: Their mean, shared exponents included.
+        tensor_bits: Bits per weight of each parameter, by name; 16 for a 1-D parameter under "bfp8", whose elements have
+            an exponent each.
         reachable_always: Share of the parameters where v > Δ²/4, so that VC reaches v whatever the gradient.
         gradient_limit: For the others: median of 2T/(NΔ), the largest gradient at which VC still reaches v from a grid
             point; ``None`` if there are none.
@@ -64,6 +66,7 @@ class PosteriorCard:
     weights: int
     weight_bytes: int
     bits_per_weight: float
+    tensor_bits: dict[str, float]
     reachable_always: float | None
     gradient_limit: float | None
     saturated: float
@@ -86,7 +89,7 @@ class PosteriorCard:
             "lr, noise": ", ".join(f"lr {lr:g}: v = {v:.3g} a step" for lr, v in zip(self.lr, self.noise_variance)),
             "formats": ", ".join(f"{role} {fmt}" for role, fmt in self.formats.items()) + " (simulated arithmetic)",
             "stored sample": f"{self.weight_bytes / 1e6:.3g} MB for {self.weights} weights, "
-            f"{self.bits_per_weight:.2f} bits each",
+            f"{self.bits_per_weight:.2f} bits each" + self._range_of_bits(),
             "variance": self._variance_row(),
             "saturated": f"{100 * self.saturated:.2f} % of the initial weights lie outside the range of their format",
             "seed": f"{self.seed}; {self.casts} activation sites; {self.world_size} replica(s)",
@@ -95,6 +98,13 @@ class PosteriorCard:
             del rows["saturated"]
         width = max(map(len, rows))
         return "Posterior card\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items())
+
+    def _range_of_bits(self) -> str:
+        if not self.tensor_bits:
+            return ""
+        low, high = (pick(self.tensor_bits, key=self.tensor_bits.__getitem__) for pick in (min, max))
+        bits = self.tensor_bits
+        return f" ({bits[low]:.2f} in {low} to {bits[high]:.2f} in {high})" if bits[low] != bits[high] else ""
 
     def _variance_row(self) -> str:
         if self.adaptive:
@@ -153,7 +163,9 @@ def describe_sampler(
         adaptive = not sampler.uniform_noise
         reach = (None, None) if adaptive else _reach(sampler)
         name = sampler.description
-    bits = sum(stored_bits(p.shape, fmt_of(p), p.dtype) for p in params)
+    stored = {sampler.name_of(p): stored_bits(p.shape, fmt_of(p), p.dtype) for p in params}
+    sizes = {sampler.name_of(p): p.numel() for p in params}
+    bits = sum(stored.values())
     weights = sum(p.numel() for p in params)
     decay = tuple(float(g["weight_decay"]) for g in groups)
     largest = max(decay)
@@ -169,6 +181,7 @@ def describe_sampler(
         weights=weights,
         weight_bytes=bits // 8,
         bits_per_weight=bits / max(weights, 1),
+        tensor_bits={name: stored[name] / max(sizes[name], 1) for name in stored},
         reachable_always=reach[0],
         gradient_limit=reach[1],
         saturated=saturated,

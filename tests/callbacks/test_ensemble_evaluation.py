@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from lightning_lpsgld.bank import BankError, SampleBank
 from lightning_lpsgld.callbacks import EnsembleEvaluation, SampleCollector, passes
 from lightning_lpsgld.metrics import brier_score, calibration_error, categorical_nll, entropy
+from lightning_lpsgld.ops import quantize
 from lightning_lpsgld.precision import LowPrecisionSGLD
 from lightning_lpsgld.predictive import refresh_batch_norm
 
@@ -316,6 +317,48 @@ def test_at_most_two_samples_beyond_the_module_are_in_memory(where, tmp_path):
     evaluate(EnsembleEvaluation(bank, logits=logits), module, SyntheticData(batch_size=37))
     size = sum(p.nbytes for p in module.parameters())
     assert size <= max(alive) - before <= 2 * size + 10_000  # and one small batch with its sums
+
+
+@pytest.mark.slow
+def test_a_hundred_samples_of_resnet18_take_at_most_two_beyond_the_model(tmp_path):
+    """Peak of live tensor bytes in any forward pass over a durable bank, above those before the evaluation."""
+    torchvision = pytest.importorskip("torchvision")
+    net = torchvision.models.resnet18(num_classes=3)
+    with torch.no_grad():
+        for param in net.parameters():
+            param.copy_(quantize(param, "bfp8", rounding="nearest"))
+    module = Classifier(net)
+    bank = SampleBank(tmp_path / "bank")
+    for step in range(100):
+        with torch.no_grad():
+            net.fc.bias.fill_(step / 64)
+        bank.add(module, step=step, formats={name: "bfp8" for name, _ in module.named_parameters()})
+    peak, data = 0, SyntheticImages()
+
+    def live_bytes():
+        tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    def logits(module, batch):
+        nonlocal peak
+        peak = max(peak, live_bytes())
+        return module(batch[0]), batch[1]
+
+    gc.collect()
+    before = live_bytes()
+    evaluate(EnsembleEvaluation(tmp_path / "bank", logits=logits), module, data)
+    sample = sum(t.nbytes for t in module.state_dict().values())
+    print(f"model {before / 1e6:.1f} MB, peak {peak / 1e6:.1f} MB, sample {sample / 1e6:.1f} MB as float32")
+    assert sample <= peak - before <= 2 * sample
+
+
+class SyntheticImages(SyntheticData):
+    """Four small images, which leave the count of bytes to the samples."""
+
+    def test_dataloader(self):
+        """One batch."""
+        images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        return DataLoader(TensorDataset(images, torch.tensor([0, 1, 2, 0])), 4)
 
 
 # ---------------------------------------------------------------------------------------------- where samples come from

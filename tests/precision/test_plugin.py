@@ -53,8 +53,10 @@ def test_posterior_card_states_what_is_sampled(tmp_path):
     assert card.prior_variance == pytest.approx(1 / (48 * 0.01))
     assert card.noise_variance == (pytest.approx(2 * 0.1 * 0.5 / 48),)
     assert card.weight_bytes == 83 + 8 + 3 + 8 + 3, "one byte a code, one a row, one an element of 1-D parameters"
+    assert card.tensor_bits["net.0.bias"] == 16.0
+    assert card.tensor_bits["net.0.weight"] == 8 + 8 / 6, "a row of six codes shares one exponent"
     text = str(card)
-    for part in ("VC SGLDLP-L", "N = 48", "T = 0.5", "bfp8", "simulated"):
+    for part in ("VC SGLDLP-L", "N = 48", "T = 0.5", "bfp8", "simulated", "to 16.00 in net.0.bias"):
         assert part in text
 
 

@@ -11,7 +11,7 @@ from test_compatibility import Module, fit, loader, trainer
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_lpsgld import LowPrecisionSGLD
+from lightning_lpsgld import LowPrecisionSGLD, SampleBank, SampleCollector
 
 
 def test_manual_optimization_that_never_steps_our_sampler(tmp_path):
@@ -133,7 +133,10 @@ def test_nan_is_refused_and_names_the_parameter(tmp_path, bad):
             if bad == "gradient" and self.trainer.global_step == 1:
                 self.net[2].bias.grad[0] = float("inf")
 
-    module = Broken()
+    module, collector = Broken(), SampleCollector(tmp_path / "bank", every=1)
     with pytest.raises(FloatingPointError, match="loss is nan at step 1" if bad == "loss" else r"net\.2\.bias.*step 1"):
-        fit(tmp_path, module)
+        fit(tmp_path, module, callbacks=[collector])
     assert all(p.isfinite().all() for p in module.parameters())
+    bank = SampleBank.open(tmp_path / "bank")
+    assert (len(bank), bank.damaged) == (1, [])
+    bank.load_into(module, 0)

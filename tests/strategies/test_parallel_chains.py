@@ -211,3 +211,33 @@ def test_collector_is_needed():
     trainer = make_trainer(callbacks=[ChainDiagnostics()])
     with pytest.raises(RuntimeError, match="needs a SampleCollector"):
         trainer.fit(small_mlp(), datamodule=SyntheticData())
+
+
+def test_held_out_loss_and_logits_are_diagnosed_too(tmp_path):
+    """Two chains in one bank, one after the other; what ``measure`` gives is compared beside the weights."""
+    x, y = SyntheticData().test.tensors
+
+    def held_out(module):
+        logits = module(x)
+        loss = nn.functional.cross_entropy(logits, y)
+        return {"loss": float(loss), "logit": float(logits[0, 1])}
+
+    logger = RecordingLogger()
+    for chain in (0, 1):
+        diagnostics = ChainDiagnostics(measure=held_out)
+        trainer = make_trainer(
+            max_epochs=2,
+            plugins=[Plugin(seed=chain, activations=None, errors=None)],
+            callbacks=[SampleCollector(tmp_path / "bank", every=1, chain=chain, append=chain > 0), diagnostics],
+            logger=logger,
+        )
+        module = small_mlp()
+        trainer.fit(module, datamodule=SyntheticData())
+    assert {"loss", "logit"} <= diagnostics.results.keys()
+    bank = SampleBank.open(tmp_path / "bank")
+    last = [i for i, info in enumerate(bank.infos) if info.chain == 1][-1]
+    bank.load_into(module, last)
+    with torch.no_grad():
+        assert float(diagnostics.draws["loss"][1, -1]) == held_out(module)["loss"]
+    assert diagnostics.draws["logit"].shape[0] == 2
+    assert any("chains/rhat" in values for _, values in logger.rows)
