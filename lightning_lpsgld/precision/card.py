@@ -43,8 +43,8 @@ class PosteriorCard:
         weights: Elements of all parameters.
         weight_bytes: Bytes of one stored sample's parameters.
         bits_per_weight: Their mean, shared exponents included.
-        tensor_bits: Bits per weight of each parameter, by name; 16 for a 1-D parameter under "bfp8", whose elements have
-            an exponent each.
+        tensor_bits: Bits per weight of each parameter, by name; 16 for a 1-D parameter under "bfp8", whose elements
+            have an exponent each.
         reachable_always: Share of the parameters where v > Δ²/4, so that VC reaches v whatever the gradient.
         gradient_limit: For the others: median of 2T/(NΔ), the largest gradient at which VC still reaches v from a grid
             point; ``None`` if there are none.
