@@ -161,13 +161,14 @@ def draw_figure(results: list[Result], path: Path) -> None:
     left.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="perfect calibration")
     for i, r in enumerate(results):
         bins = r.reliability
-        filled = bins.count > 0
+        filled = bins.count >= 5  # fewer points say nothing
         style = {"color": f"C{i}", "marker": "osD^v"[i % 5], "markersize": 4, "linewidth": 1.2, "label": r.label}
         left.plot(bins.confidence[filled], bins.accuracy[filled], **style)
         sizes = [row["size"] for row in r.curve]
         right.plot(sizes, [100 * (1 - row["ensemble/accuracy"]) for row in r.curve], **style)
-    left.set(xlabel="confidence", ylabel="accuracy", title="Reliability of the ensemble")
+    left.set(xlabel="confidence", ylabel="accuracy", title="Reliability of the ensemble (bins of 5 and more)")
     right.set(xlabel="samples in the ensemble", ylabel="test error, %", title="Ensemble size against error")
+    right.xaxis.get_major_locator().set_params(integer=True)
     right.grid(alpha=0.3)
     right.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)

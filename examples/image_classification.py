@@ -220,8 +220,8 @@ def main() -> None:
     print_table(results)
     name = f"{args.data}-{args.net}"
     draw_figure(results, args.out / f"{name}.png")
-    versions = {"torch": torch.__version__, "lightning": L.__version__, "machine": platform.processor() or "unknown"}
-    record = {"arguments": {k: str(v) for k, v in vars(args).items()}, "versions": versions}
+    versions = {"torch": torch.__version__, "lightning": L.__version__, "machine": platform.machine()}
+    record = {"arguments": {k: str(v) for k, v in vars(args).items() if k != "out"}, "versions": versions}
     record["results"] = [{k: v for k, v in asdict(r).items() if k != "reliability"} for r in results]
     (args.out / f"{name}.json").write_text(json.dumps(record, indent=1))
 

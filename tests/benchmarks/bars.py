@@ -100,6 +100,24 @@ def step_bars() -> None:
         report(f"VC step, {kind}, ResNet-18: ours / torch fused SGD", ratio, "<= 8", ratio <= 8, detail)
 
 
+def beyond_bars() -> None:
+    """Where the step's bar was not set: T = 1, a small floating-point format, and the plain-torch reference."""
+    for fmt, temperature in (("bfp8", 1.0), ("fixed8.8", 1.0), ("e4m3", 1e-3)):
+        params, _ = model_tensors()
+        ours = SGLD(params, 0.5, num_data=50_000, temperature=temperature, weight_format=fmt, gradient_format=fmt)
+        ours.round_parameters_()
+        plain, _ = model_tensors()
+        fused = torch.optim.SGD(plain, lr=0.5, fused=True)
+        fast = medians(15, ours=ours.step, fused=fused.step)
+        detail = f"{1e3 * fast['ours']:.1f} ms / {1e3 * fast['fused']:.1f} ms"
+        what = f"VC step, {fmt}, T = {temperature:g}: ours / torch fused SGD"
+        report(what, fast["ours"] / fast["fused"], "none", True, detail)
+    x = torch.randn(64, 64, 32, 32, generator=torch.Generator().manual_seed(0))
+    slow = medians(3, reference=lambda: quantize(x, "bfp8", key=DrawKey(0), backend="reference"))["reference"]
+    detail = f"{1e3 * slow:.0f} ms for {x.numel() / 1e6:.1f} M"
+    report("quantize bfp8 stochastic, reference backend, ns an element", 1e9 * slow / x.numel(), "none", True, detail)
+
+
 def quantize_bars() -> None:
     """bfp8 rounding of 128x64x32x32 float32 values."""
     from qtorch.quant import block_quantize
@@ -257,6 +275,7 @@ def import_bars() -> None:
 GROUPS = {
     "step": step_bars,
     "quantize": quantize_bars,
+    "beyond": beyond_bars,
     "training": training_bars,
     "memory": memory_bars,
     "import": import_bars,
@@ -276,8 +295,19 @@ def main() -> None:
     print(json.dumps(machine))
     for name in args.groups or GROUPS:
         GROUPS[name]()
+    print(markdown(machine))
     if args.json:
         args.json.write_text(json.dumps({"machine": machine, "rows": ROWS}, indent=1))
+
+
+def markdown(machine: dict[str, object]) -> str:
+    """The table of README and docs."""
+    where = "{processor}, {threads} threads, torch {torch}, lightning {lightning}, Python {python}".format(**machine)
+    lines = [f"\nMedians, one run, {where}:\n", "| what | ratio | bar | measured |", "|---|---|---|---|"]
+    for row in ROWS:
+        missed = "" if row["met"] else " (missed)"
+        lines.append(f"| {row['what']} | {row['value']:.2f}{missed} | {row['bar']} | {row['detail']} |")
+    return "\n".join(lines)
 
 
 def processor() -> str:
