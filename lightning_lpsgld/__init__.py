@@ -13,7 +13,7 @@ from lightning_lpsgld.formats import BlockFloatingPoint, FixedPoint, FloatingPoi
 
 if TYPE_CHECKING:
     from lightning_lpsgld.bank import SampleBank
-    from lightning_lpsgld.callbacks import EffectiveTemperature, EnsembleEvaluation, SampleCollector
+    from lightning_lpsgld.callbacks import EffectiveTemperature, EnsembleEvaluation, GradientShrinkage, SampleCollector
     from lightning_lpsgld.precision import LowPrecisionSGLD
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "EnsembleEvaluation",
     "FixedPoint",
     "FloatingPoint",
+    "GradientShrinkage",
     "LowPrecisionSGLD",
     "SampleBank",
     "SampleCollector",
@@ -34,6 +35,7 @@ _LAZY = {
     "SampleBank": "bank",
     "EffectiveTemperature": "callbacks",
     "EnsembleEvaluation": "callbacks",
+    "GradientShrinkage": "callbacks",
     "SampleCollector": "callbacks",
     "LowPrecisionSGLD": "precision",
 }

@@ -68,6 +68,8 @@ class LangevinOptimizer(Optimizer):
         self.schedule: StepSize = ConstantStepSize() if schedule is None else schedule
         self.check_finite = check_finite
         self.source: Optimizer | None = None
+        #: Called in every step with (group, parameters, gradients), just before the update; they must change nothing.
+        self.gradient_observers: list[Callable[[dict[str, Any], list[Tensor], list[Tensor]], None]] = []
         self._indices: dict[Tensor, int] = {}
         self._names: dict[Tensor, str] = {}
         self._pending: tuple[Tensor, list[Tensor]] | None = None
@@ -201,6 +203,8 @@ class LangevinOptimizer(Optimizer):
             self._refuse_non_finite(loss, work)
         for group, params, grads in work:
             if params:
+                for observe in self.gradient_observers:
+                    observe(group, params, grads)
                 self.update(group, params, grads)
         for group in self.param_groups:
             group["step"] += 1

@@ -8,14 +8,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lightning_lpsgld.formats import FormatLike, NumberFormat, check_dtype, parse_format
 from lightning_lpsgld.ops import quantize
 from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.ops.spec import Accumulation
-from lightning_lpsgld.random import DrawKey
+from lightning_lpsgld.random import DrawKey, Role, stream_id
 from lightning_lpsgld.samplers.base import LangevinOptimizer
-from lightning_lpsgld.samplers.shards import apply_to_whole_blocks_
+from lightning_lpsgld.samplers.shards import apply_to_whole_blocks_, first_index, local_part
 from lightning_lpsgld.samplers.step_size import StepSize
 
 __all__ = ["GridSampler"]
@@ -137,6 +138,21 @@ class GridSampler(LangevinOptimizer):
 
     def _draw_key(self, group: dict[str, Any], param: Tensor) -> DrawKey:
         return self.key(group)
+
+    @torch.no_grad()
+    def rounded_gradient(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Tensor:
+        """The gradient as the current step rounds it, by the step's own draws; for those who watch, changes nothing.
+
+        Of a sharded gradient it is this rank's shard, rounded by itself: the step's own values unless a block crosses
+        shards. QPyTorch's draws cannot be repeated; with ``backend="qtorch"`` they are others of the same law.
+        """
+        own, fmt = local_part(grad), self.gradient_format_of(param)
+        if fmt is None or own.numel() == 0:
+            return own
+        key = self._draw_key(group, param).at(stream=stream_id(Role.GRADIENT, self.index_of(param)))
+        if isinstance(grad, DTensor):
+            key = key.at(offset=key.offset + (first_index(grad) or 0))
+        return quantize(own, fmt, key=key, backend="auto" if self.backend == "qtorch" else self.backend)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
