@@ -138,7 +138,7 @@ def test_a_box_that_is_too_small_saturates_and_says_so(regression):
 
 @pytest.mark.slow
 def test_the_published_self_check(regression):
-    """n=200, d=10, batch 1, T=2n (PAPERS 8.4): SVRG and HALP to machine precision, 4 bits not, the box slows."""
+    """n=200, d=10, batch 1, T=2n, as published: SVRG and HALP to machine precision, 4 bits not, the box slows."""
     problem = LeastSquares(rows=200, features=10)
     run = {"epochs": 21, "steps": 400, "batch": 1}
     halp = problem.norms(lambda p: HALP(p, 0.02, mu=problem.mu), **run)[0]
