@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_lpsgld.callbacks.noise_budget import Case, LayerNoise, overall, remedies
+from lightning_lpsgld.callbacks.tables import log_table
 from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.samplers import SGLD
 from lightning_lpsgld.samplers.updates import descend
@@ -137,21 +138,7 @@ class EffectiveTemperature(Callback):
                 self.message = _verdict(trainer, total, layers)
                 rank_zero_warn(self.message)
         if not trainer.barebones:
-            self._log(trainer, pl_module)
-
-    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        total = {f"noise/{name}": value for name, value in self.table["overall"].items()}
-        # For monitoring callbacks; loggers are served directly, because Lightning would drop what is logged on a step
-        # that is not a multiple of `log_every_n_steps`.
-        pl_module.log_dict(total, on_step=True, on_epoch=False, logger=False, batch_size=1)
-        layers = {
-            f"noise/{quantity}/{name}": value
-            for name, values in self.table.items()
-            if name != "overall"
-            for quantity, value in values.items()
-        }
-        for logger in trainer.loggers:
-            logger.log_metrics(total | layers, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            log_table(trainer, pl_module, "noise", self.table)
 
     # -------------------------------------------------------------------------------------------------- saved state
 

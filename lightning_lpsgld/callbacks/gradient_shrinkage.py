@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_lpsgld.analysis import Shrinkage, gradient_shrinkage, suggest_gradient_format
+from lightning_lpsgld.callbacks.tables import log_table
 from lightning_lpsgld.formats import BlockFloatingPoint, NumberFormat
 from lightning_lpsgld.ops import quantize
 from lightning_lpsgld.ops.reference import code_limits
@@ -141,7 +142,7 @@ class GradientShrinkage(Callback):
             self.message = _verdict(worst, rows[worst.name], self.threshold, layers)
             rank_zero_warn(self.message)
         if not trainer.barebones:
-            self._log(trainer, pl_module)
+            log_table(trainer, pl_module, "shrinkage", self.table)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Watch no longer."""
@@ -175,19 +176,6 @@ class GradientShrinkage(Callback):
                         (exact != 0).sum().double(),
                     )
                 )
-
-    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        total = {f"shrinkage/{name}": value for name, value in self.table["overall"].items()}
-        # As in EffectiveTemperature: for monitoring callbacks; loggers are served whatever `log_every_n_steps`.
-        pl_module.log_dict(total, on_step=True, on_epoch=False, logger=False, batch_size=1)
-        layers = {
-            f"shrinkage/{quantity}/{name}": value
-            for name, values in self.table.items()
-            if name != "overall"
-            for quantity, value in values.items()
-        }
-        for logger in trainer.loggers:
-            logger.log_metrics(total | layers, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     # -------------------------------------------------------------------------------------------------- saved state
 

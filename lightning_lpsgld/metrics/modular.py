@@ -6,6 +6,7 @@ would change it.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -30,7 +31,35 @@ def _zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float64)
 
 
-class CategoricalNLL(Metric):
+class _MeanScore(Metric):
+    """Mean of a score over predictions; a subclass gives the score of each."""
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("total", _zeros(), dist_reduce_fx="sum")
+        self.add_state("count", _zeros(), dist_reduce_fx="sum")
+
+    @abstractmethod
+    def terms(self, probabilities: Tensor, targets: Tensor) -> Tensor:
+        """Score of each prediction, shape ``(n,)``."""
+
+    def update(self, probabilities: Tensor, targets: Tensor) -> None:
+        """Add predictions of shape ``(n, classes)`` and targets of shape ``(n,)``."""
+        self.total += self.terms(probabilities, targets).sum()
+        self.count += len(targets)
+
+    def compute(self) -> Tensor:
+        """Mean over all predictions, float64."""
+        return self.total / self.count
+
+
+class CategoricalNLL(_MeanScore):
     """Mean negative log likelihood from probabilities; see :func:`~lightning_lpsgld.metrics.categorical_nll`.
 
     State: sum of the terms and number of predictions, both added over ranks.
@@ -43,28 +72,12 @@ class CategoricalNLL(Metric):
         tensor(0.4904, dtype=torch.float64)
     """
 
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("total", _zeros(), dist_reduce_fx="sum")
-        self.add_state("count", _zeros(), dist_reduce_fx="sum")
-
-    def update(self, probabilities: Tensor, targets: Tensor) -> None:
-        """Add predictions of shape ``(n, classes)`` and targets of shape ``(n,)``."""
-        self.total += nll_terms(probabilities, targets).sum()
-        self.count += len(targets)
-
-    def compute(self) -> Tensor:
-        """Mean in nats, float64."""
-        return self.total / self.count
+    def terms(self, probabilities: Tensor, targets: Tensor) -> Tensor:
+        """Score of each prediction, shape ``(n,)``."""
+        return nll_terms(probabilities, targets)
 
 
-class BrierScore(Metric):
+class BrierScore(_MeanScore):
     """Mean Brier score, summed over classes; see :func:`~lightning_lpsgld.metrics.brier_score`.
 
     State: sum of the terms and number of predictions, both added over ranks.
@@ -77,25 +90,9 @@ class BrierScore(Metric):
         tensor(0.3125, dtype=torch.float64)
     """
 
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("total", _zeros(), dist_reduce_fx="sum")
-        self.add_state("count", _zeros(), dist_reduce_fx="sum")
-
-    def update(self, probabilities: Tensor, targets: Tensor) -> None:
-        """Add predictions of shape ``(n, classes)`` and targets of shape ``(n,)``."""
-        self.total += brier_terms(probabilities, targets).sum()
-        self.count += len(targets)
-
-    def compute(self) -> Tensor:
-        """Mean in [0, 2], float64."""
-        return self.total / self.count
+    def terms(self, probabilities: Tensor, targets: Tensor) -> Tensor:
+        """Score of each prediction, shape ``(n,)``."""
+        return brier_terms(probabilities, targets)
 
 
 class CalibrationError(Metric):

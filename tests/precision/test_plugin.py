@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from helpers.loaders import ResumableLoader
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_compatibility import Module, fit, loader, on_grid, trainer
 from torch import nn
@@ -98,36 +99,6 @@ def test_seed_is_that_of_seed_everything_else_drawn_and_shown(tmp_path, monkeypa
     assert "PL_GLOBAL_SEED" not in os.environ
 
 
-class ResumableLoader:
-    """Shuffled batches whose position is in a ``state_dict``, as ``torchdata.StatefulDataLoader`` has it.
-
-    Lightning neither saves the global generator nor skips the batches that a plain ``DataLoader`` already gave, so a
-    run that must resume bitwise in mid-epoch needs such a loader.
-    """
-
-    def __init__(self):
-        self.dataset = loader(count=80).dataset
-        self.epoch, self.position = 0, 0
-
-    def __len__(self):
-        return 5
-
-    def __iter__(self):
-        if self.position == 5:
-            self.epoch, self.position = self.epoch + 1, 0
-        order = torch.randperm(80, generator=torch.Generator().manual_seed(self.epoch)).view(5, 16)
-        while self.position < 5:
-            rows = order[self.position]
-            self.position += 1
-            yield [t[rows] for t in self.dataset.tensors]
-
-    def state_dict(self):
-        return {"epoch": self.epoch, "position": self.position}
-
-    def load_state_dict(self, state):
-        self.epoch, self.position = state["epoch"], state["position"]
-
-
 @pytest.mark.parametrize("preset", ["vc-sgldlp-l-bfp8", "sgldlp-f-fixed8", "naive-sgldlp-l-bfp8", "vc-csgldlp-l-bfp8"])
 @pytest.mark.parametrize("stop", [5, 7], ids=["epoch-end", "mid-epoch"])
 def test_resume_equals_uninterrupted_bitwise(tmp_path, preset, stop):
@@ -142,7 +113,7 @@ def test_resume_equals_uninterrupted_bitwise(tmp_path, preset, stop):
         made = trainer(
             tmp_path, plugin, max_epochs=-1, max_steps=max_steps, callbacks=[saver], enable_checkpointing=True
         )
-        made.fit(module, ResumableLoader(), ckpt_path=options.get("ckpt"))
+        made.fit(module, ResumableLoader(loader(count=80).dataset, 16), ckpt_path=options.get("ckpt"))
         return made
 
     cycles = {"cycles": None, "schedule": CyclicalStepSize(5, 2)} if "csgld" in preset else {}
