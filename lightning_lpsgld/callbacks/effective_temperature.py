@@ -194,7 +194,8 @@ def _cases(trainer: pl.Trainer, layers: Mapping[str, LayerNoise]) -> list[Case]:
                 layer, mode = layers.get(sampler.name_of(param)), sampler.accumulation(param)
                 if layer is None or param.grad is None or mode not in ("vc", "naive"):
                     continue
-                mean = _mean_of_step(param, layer.lr, float(group["weight_decay"]))
+                q = sampler.shrinkage_of(param)
+                mean = _mean_of_step(param, layer.lr / q, float(group["weight_decay"]) * q)
                 cases.append(Case(mean, param.numel(), layer.lr, sampler.num_data, mode == "vc"))
     return cases
 

@@ -1,4 +1,4 @@
-"""What rounding leaves of the gradients."""
+"""What rounding leaves of the gradients, and dividing by it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lightning_lpsgld.analysis import Shrinkage, gradient_shrinkage, suggest_gradient_format
+from lightning_lpsgld.callbacks.compensation import Compensation
 from lightning_lpsgld.callbacks.tables import log_table
 from lightning_lpsgld.formats import BlockFloatingPoint, NumberFormat
 from lightning_lpsgld.ops import quantize
@@ -69,41 +71,70 @@ class GradientShrinkage(Callback):
       ``norm_ratio``, ``cosine``, ``noise`` (:math:`\lVert\varepsilon\rVert / \lVert g\rVert`), ``zeroed``,
       ``zeroed_nearest``, and ``nonzero``, the number of entries that were not zero before.
 
-    The chain is not changed by measuring, and nothing compensates the step size: a factor that depends on gradients
-    would bias the chain. :attr:`ConvergenceModel.compensated_step_size` tells the learning rate that would.
+    Measuring does not change the chain. ``compensate=True`` does: every rounded gradient is divided by the running
+    average of its parameter's expected q, while noise and weight decay stay as they are
+    (:meth:`~lightning_lpsgld.samplers.SGLD.compensate`). For SGLD at T = 0 without weight decay that is the learning
+    rate lr/q. With noise, lr/q alone would be wrong: a drift of q g with the noise of g has the temperature T/q, and
+    only the drift may be changed. A step is divided by what *earlier* steps measured. Logged in addition:
+    ``shrinkage/gain`` and ``shrinkage/gain/<parameter>``, 1 over the divisor.
 
-    **Where the promise stops.** On a sharded parameter it is this rank's shard, rounded by itself. With
+    **Where the promise stops.** What saturation cuts off depends on the weights, so a divisor that follows it makes the
+    drift :math:`q(\theta)\,g/\bar q` with :math:`\bar q` of the past: no gradient of anything, and neither is the
+    drift with a fixed one. Use it in burn-in and optimisation, and fix it for sampling (``compensate_until``): the law
+    is then right as far as q is constant over the posterior; better is a format without saturation. One q per tensor
+    restores the length, not the direction (``cosine``). Ranks agree because they see the same averaged gradient. On a
+    sharded parameter the measurement is this rank's shard, rounded by itself, and compensation is refused. With
     ``backend="qtorch"`` the draws are others of the same law. SVRG and HALP are not measured.
 
     Args:
         every_n_steps: Measure steps 0, n, 2n, ... of each sampler.
         threshold: Warn once, with what would help, when ``q_min`` falls below; 0 never warns.
+        compensate: Divide gradients by q, from the step after the first measurement on.
+        compensate_until: Step (of the sampler) from which on the divisors stay as they are; ``None``: never.
+        smoothing: Weight of the past in the average of q, in [0, 1).
+        q_floor: Smallest q that is believed, in (0, 1].
 
     Raises:
-        ValueError: If ``every_n_steps`` is not an int >= 1, or ``threshold`` not in [0, 1].
+        ValueError: If ``every_n_steps`` is not an int >= 1, or another argument is out of its range.
         RuntimeError: When training starts, if no optimizer of the trainer is a sampler that rounds gradients.
+        TypeError: When training starts, if shrinkage of sharded parameters is to be compensated.
 
     Example:
         >>> GradientShrinkage(every_n_steps=100).table
         {}
+        >>> GradientShrinkage(every_n_steps=10, compensate=True, compensate_until=5000).compensation.floor
+        0.1
 
     Reference:
         Yun, 2025, arXiv:2508.07142 (the model).
     """
 
-    def __init__(self, every_n_steps: int = 50, threshold: float = 0.5) -> None:
+    def __init__(
+        self,
+        every_n_steps: int = 50,
+        threshold: float = 0.5,
+        *,
+        compensate: bool = False,
+        compensate_until: int | None = None,
+        smoothing: float = 0.9,
+        q_floor: float = 0.1,
+    ) -> None:
         if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
             raise ValueError(f"GradientShrinkage: `every_n_steps` must be an int >= 1, got {every_n_steps!r}.")
         if not 0 <= threshold <= 1:
             raise ValueError(f"GradientShrinkage: `threshold` must be in [0, 1], got {threshold!r}.")
         self.every_n_steps = every_n_steps
         self.threshold = threshold
+        settings = Compensation(compensate_until, smoothing, q_floor)
+        #: How q is followed; ``None``: gradients are only measured.
+        self.compensation = settings if compensate else None
         #: Parameter name -> quantity -> value, of the last measured step; ``"overall"`` for all together.
         self.table: dict[str, dict[str, float]] = {}
         #: The sentence that was warned, if any.
         self.message: str | None = None
-        self._layers: list[_Layer] = []
-        self._attached: list[tuple[GridSampler, Callable[..., None]]] = []
+        self._observed: list[_Layer] = []
+        self._read: dict[Tensor, tuple[_Layer, dict[str, float]]] = {}
+        self._detachers: list[Callable[[], None]] = []
 
     # ------------------------------------------------------------------------------------------------------ the run
 
@@ -124,18 +155,17 @@ class GradientShrinkage(Callback):
             )
         self._detach()
         for sampler in samplers:
-            observe = partial(self._observe, sampler)
-            sampler.gradient_observers.append(observe)
-            self._attached.append((sampler, observe))
+            self._attach(sampler)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Report what was measured, if a step was made."""
-        if not self._layers:
+        if not self._read:
             return
-        layers, self._layers = self._layers, []
-        rows = {layer.name: layer.quantities() for layer in layers}
+        layers = [layer for layer, _ in self._read.values()]
+        rows = {layer.name: row for layer, row in self._read.values()}
+        self._read = {}
         self.table = {"overall": _overall(list(rows.values())), **rows}
         if self.message is None and self.table["overall"]["q_min"] < self.threshold:
             worst = min(layers, key=lambda layer: rows[layer.name]["q"])
@@ -152,10 +182,29 @@ class GradientShrinkage(Callback):
         """Watch no longer."""
         self._detach()
 
+    def _attach(self, sampler: GridSampler) -> None:
+        if self.compensation is not None:
+            _refuse_shards(sampler)
+        observe = partial(self._observe, sampler)
+        sampler.gradient_observers.append(observe)
+        self._detachers.append(partial(sampler.gradient_observers.remove, observe))
+        # Read within the step: whatever saves the sampler after it saves the divisor of the next step, too.
+        self._detachers.append(sampler.register_step_post_hook(self._after_step).remove)
+
     def _detach(self) -> None:
-        for sampler, observe in self._attached:
-            sampler.gradient_observers.remove(observe)
-        self._attached, self._layers = [], []
+        for detach in self._detachers:
+            detach()
+        self._detachers, self._observed, self._read = [], [], {}
+
+    def _after_step(self, sampler: GridSampler, *_: Any) -> None:
+        """Numbers of what was observed in the step, and the divisors of the next."""
+        observed, self._observed = self._observed, []
+        for layer in observed:
+            row = layer.quantities()
+            self._read[layer.param] = (layer, row)
+            if self.compensation is not None:
+                self.compensation.follow(sampler, layer.param, row["q_expected"])
+                row["gain"] = 1.0 / sampler.shrinkage_of(layer.param)
 
     def _observe(self, sampler: GridSampler, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         if group["step"] % self.every_n_steps:
@@ -165,7 +214,7 @@ class GradientShrinkage(Callback):
             if fmt is not None and exact.numel():
                 rounded = sampler.rounded_gradient(group, param, grad)
                 nearest = quantize(exact, fmt, rounding="nearest")
-                self._layers.append(
+                self._observed.append(
                     _Layer(
                         param,
                         sampler.name_of(param),
@@ -200,13 +249,26 @@ def _expected(grad: Tensor, fmt: NumberFormat) -> Tensor:
 def _overall(rows: list[dict[str, float]]) -> dict[str, float]:
     alive = max(sum(row["nonzero"] for row in rows), 1.0)
     slowest = min(row["q_expected"] for row in rows)
+    gains = {"gain": max(row["gain"] for row in rows)} if "gain" in rows[0] else {}
     return {
         "q_min": min(row["q"] for row in rows),
         "q_mean": sum(row["q"] for row in rows) / len(rows),
         "zeroed": sum(row["zeroed"] * row["nonzero"] for row in rows) / alive,
         "zeroed_nearest": sum(row["zeroed_nearest"] * row["nonzero"] for row in rows) / alive,
         "predicted_slowdown": 1.0 / slowest if slowest > 0 else math.inf,
+        **gains,
     }
+
+
+def _refuse_shards(sampler: GridSampler) -> None:
+    for group in sampler.param_groups:
+        for param in group["params"]:
+            if isinstance(param, DTensor):
+                raise TypeError(
+                    f"GradientShrinkage(compensate=True) does not take sharded parameters, and "
+                    f"{sampler.name_of(param)} is one: every rank would divide its shard by another q. Use "
+                    "DDPStrategy, a block format for gradients, or compensate=False."
+                )
 
 
 def _verdict(layer: _Layer, row: dict[str, float], threshold: float, layers: list[_Layer]) -> str:

@@ -1,7 +1,8 @@
-"""What samplers with weights on a grid share: formats, accumulators, the first rounding, counts of saturation."""
+"""What samplers with weights on a grid share: formats, accumulators, the first rounding, saturation, compensation."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, Literal
@@ -107,6 +108,41 @@ class GridSampler(LangevinOptimizer):
     def description(self) -> str:
         """Name of the variant, for display."""
         return type(self).__name__
+
+    # -------------------------------------------------------------------------------------------------- compensation
+
+    def shrinkage_of(self, param: Tensor) -> float:
+        """What the rounded gradient of a parameter is divided by, q; 1 unless :meth:`compensate` was called."""
+        return float(self.state.get(param, {}).get("shrinkage", 1.0))
+
+    def compensate(self, param: Tensor, shrinkage: float) -> None:
+        r"""Divide the rounded gradient of a parameter by q from the next step on.
+
+        The drift is then that of :math:`Q_G(g)/q + \lambda\theta`; noise and weight decay are as they were. Rounding
+        that leaves :math:`q\,g` slows the drift by q but leaves the noise, so that the chain samples the likelihood at
+        the temperature T/q; this undoes both. For SGLD at T = 0 without weight decay it *is* the learning rate η/q.
+
+        Args:
+            param: One of the sampler's parameters.
+            shrinkage: q > 0; 1 ends the compensation. Kept in the state (``shrinkage``), so saved and resumed.
+
+        Raises:
+            ValueError: If q is not finite and > 0.
+
+        Example:
+            >>> weight = torch.nn.Parameter(torch.zeros(3))
+            >>> from lightning_lpsgld.samplers import SGLD
+            >>> opt = SGLD([weight], lr=0.1, num_data=100, gradient_format="fixed8.7")
+            >>> opt.compensate(weight, 0.25)
+            >>> opt.shrinkage_of(weight)
+            0.25
+
+        Reference:
+            Yun, 2025, arXiv:2508.07142 (the model; the step size μ/q); ``docs/theory.md``, section 5 (with noise).
+        """
+        if not (shrinkage > 0 and math.isfinite(shrinkage)):
+            raise ValueError(f"`shrinkage` must be finite and > 0, got {shrinkage}. Clamp a measured q from below.")
+        self.state[param]["shrinkage"] = float(shrinkage)
 
     # ------------------------------------------------------------------------------------------------------ stepping
 

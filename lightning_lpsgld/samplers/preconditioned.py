@@ -56,6 +56,7 @@ class PreconditionedSpec:
         weight_format: Grid of the weight.
         gradient_format: Grid of the gradient.
         accumulation: As in ``StepSpec``; not ``"lattice"``.
+        shrinkage: q that the rounded gradient is divided by.
     """
 
     lr: float
@@ -67,6 +68,7 @@ class PreconditionedSpec:
     weight_format: NumberFormat | None
     gradient_format: NumberFormat | None
     accumulation: Accumulation
+    shrinkage: float = 1.0
 
 
 def preconditioned_step_(
@@ -81,7 +83,7 @@ def preconditioned_step_(
 ) -> Tensor:
     r"""One step of one tensor, in place: mean :math:`\theta - \eta G f`, variance :math:`vG`.
 
-    With the force :math:`f = Q_G(g) + \lambda\theta`.
+    With the force :math:`f = Q_G(g)/q + \lambda\theta`, q = 1 unless shrinkage is compensated.
 
     Args:
         param: θ, any shape, floating dtype; overwritten.
@@ -100,7 +102,8 @@ def preconditioned_step_(
     if spec.gradient_format is not None:
         grad = quantize(grad, spec.gradient_format, key=key.at(stream=stream_id(Role.GRADIENT, index)), backend=backend)
     theta = (param if accumulator is None else accumulator).to(second_moment.dtype)
-    force = grad.to(theta.dtype) + spec.weight_decay * theta
+    grad = grad.to(theta.dtype) if spec.shrinkage == 1.0 else grad.to(theta.dtype) / spec.shrinkage
+    force = grad + spec.weight_decay * theta
     scale = preconditioner_(second_moment, force, beta=spec.beta, weight=spec.weight, eps=spec.eps)
     mean, variance = theta - spec.lr * scale * force, spec.noise_variance * scale.double()
     fmt = spec.weight_format
@@ -165,7 +168,7 @@ class PreconditionedSGLD(GridSampler):
 
     State (all in ``state_dict``): per group ``step``, ``seed``, ``temperature``, ``lr``, ``weight_decay``, ``beta``,
     ``eps``; per parameter ``second_moment`` (float32: four bytes a weight, not rounded), ``weight`` (a float),
-    ``accumulator`` (only with ``accumulator="full"``).
+    ``accumulator`` (only with ``accumulator="full"``), ``shrinkage`` (only where :meth:`compensate` set it).
 
     Raises:
         ValueError: If an argument is out of range, or a format is wider than a parameter's dtype.
@@ -306,6 +309,7 @@ class PreconditionedSGLD(GridSampler):
                 weight_format=self.format_of(param),
                 gradient_format=self.gradient_format_of(param),
                 accumulation=accumulation,
+                shrinkage=self.shrinkage_of(param),
             )
             accumulator = self._accumulator(param) if accumulation == "full" else None
             counts.append(

@@ -72,7 +72,8 @@ class SGHMC(GridSampler):
 
     State (all in ``state_dict``): per group ``step``, ``seed``, ``temperature``, ``lr``, ``weight_decay``,
     ``friction``, ``inverse_mass``; per parameter ``velocity`` (float32, weight units per time, on its grid; starts at
-    0), ``velocity_scale`` (0-d, only where rescaled), ``accumulator`` (only with ``accumulator="full"``).
+    0), ``velocity_scale`` (0-d, only where rescaled), ``accumulator`` (only with ``accumulator="full"``), ``shrinkage``
+    (only where :meth:`compensate` set it).
 
     Raises:
         ValueError: If an argument is out of range, a format is wider than its tensor's dtype, or a velocity format is
@@ -218,10 +219,11 @@ class SGHMC(GridSampler):
         """Move the parameters of a group; see :func:`.underdamped.underdamped_step_` for the equations."""
         counts = []
         for param, grad in zip(params, grads):
-            accumulation = self.accumulation(param)
+            accumulation, shrinkage = self.accumulation(param), self.shrinkage_of(param)
+            flow = self.flow(group, accumulation)
             spec = UnderdampedSpec(
-                flow=self.flow(group, accumulation),
-                weight_decay=float(group["weight_decay"]),
+                flow=replace(flow, kick=flow.kick / shrinkage, shift=flow.shift / shrinkage),
+                weight_decay=float(group["weight_decay"]) * shrinkage,
                 weight_format=self.format_of(param),
                 velocity_format=self.velocity_format,
                 gradient_format=self.gradient_format_of(param),

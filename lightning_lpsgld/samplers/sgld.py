@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import FloatingPoint, FormatLike
+from lightning_lpsgld.formats import FloatingPoint, FormatLike, MicroscalingFloat
 from lightning_lpsgld.ops import StepSpec
 from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.ops.lattice import RATES, Rates
@@ -63,7 +63,7 @@ class SGLD(GridSampler):
             with exact gradients; see there.
 
     State (all in ``state_dict``): per group ``step``, ``seed``, ``temperature``, ``lr``, ``weight_decay``; per
-    parameter ``accumulator`` (only with ``accumulator="full"``).
+    parameter ``accumulator`` (only with ``accumulator="full"``), ``shrinkage`` (only where :meth:`compensate` set it).
 
     Raises:
         ValueError: If an argument is out of range, ``weight_format`` is wider than a parameter's dtype, or
@@ -150,7 +150,8 @@ class SGLD(GridSampler):
             self._check_lattice(float(self.param_groups[-1]["temperature"]))
 
     def _check_lattice(self, temperature: float) -> None:
-        if self.weight_format is None or isinstance(self.weight_format, FloatingPoint) or self.accumulator == "full":
+        uneven = isinstance(self.weight_format, (FloatingPoint, MicroscalingFloat))
+        if self.weight_format is None or uneven or self.accumulator == "full":
             raise ValueError(
                 "`variant='lattice'` walks on the grid of the weights: it needs a fixed-point or block `weight_format` "
                 f"and accumulator='low', got {self.weight_format} and {self.accumulator!r}."
@@ -182,12 +183,12 @@ class SGLD(GridSampler):
             return "SGDLP-L"
         return ("VC " if self.variance_corrected else "naive ") + "SGLDLP-L (low-precision accumulator)"
 
-    def spec(self, group: dict[str, Any], accumulation: Accumulation) -> StepSpec:
-        """What the current step does to the parameters of a group that share an accumulation."""
+    def spec(self, group: dict[str, Any], accumulation: Accumulation, shrinkage: float = 1.0) -> StepSpec:
+        """What the current step does to the parameters of a group that share an accumulation and a compensation."""
         exempt = accumulation == "float" and self.weight_format is not None
         return StepSpec(
-            lr=self.step_size(group),
-            weight_decay=float(group["weight_decay"]),
+            lr=self.step_size(group) / shrinkage,
+            weight_decay=float(group["weight_decay"]) * shrinkage,
             noise_variance=self.noise_variance(group),
             weight_format=None if accumulation == "float" else self.weight_format,
             gradient_format=None if exempt else self.gradient_format,
@@ -199,17 +200,17 @@ class SGLD(GridSampler):
 
     def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         """Move the parameters of a group; see :func:`.updates.langevin_step_` for the equations."""
-        modes: dict[Accumulation, list[int]] = {}
+        modes: dict[tuple[Accumulation, float], list[int]] = {}
         for i, param in enumerate(params):
-            modes.setdefault(self.accumulation(param), []).append(i)
+            modes.setdefault((self.accumulation(param), self.shrinkage_of(param)), []).append(i)
         if self._measure_next is not None:
             self._measure(group, params, grads)
-        for accumulation, chosen in modes.items():
+        for (accumulation, shrinkage), chosen in modes.items():
             some = [params[i] for i in chosen]
             accumulators = [self._accumulator(p) for p in some] if accumulation == "full" else None
             keys = [self._draw_key(group, p) for p in some]
             indices = [self.index_of(p) for p in some]
-            spec = self.spec(group, accumulation)
+            spec = self.spec(group, accumulation, shrinkage)
             counts = sharded_steps_(
                 some, [grads[i] for i in chosen], accumulators, spec, keys, indices, backend=self.backend
             )
@@ -239,7 +240,8 @@ class SGLD(GridSampler):
         for param, grad in zip(params, grads):
             accumulation = self.accumulation(param)
             theta = self._accumulator(param) if accumulation == "full" else param
-            spec, key = self.spec(group, accumulation), self._draw_key(group, param)
+            spec = self.spec(group, accumulation, self.shrinkage_of(param))
+            key = self._draw_key(group, param)
             theta, grad = local_part(theta), local_part(grad)  # of sharded ones, this rank's part
             self.measured.append(
                 step_statistics(self.name_of(param), theta, grad, spec, key, self.index_of(param), self._measure_next)

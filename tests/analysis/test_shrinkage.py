@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers.stats import assert_moments, draws_for_moments
+from helpers.stats import assert_means_equal, assert_moments, draws_for_means, draws_for_moments
 from torch.nn.functional import softplus
 
 from lightning_lpsgld.analysis import (
@@ -170,6 +170,40 @@ def test_contraction_by_the_shrinkage_that_quantization_causes(fmt, scale):
     assert measured == pytest.approx(1 - lr * q, rel=1e-12)
     error = lr * float(((rough - q * g) * g).std() / g.square().mean()) / math.sqrt(n)
     assert abs(measured - predicted) <= 5 * error
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+def test_contraction_along_a_trajectory_that_saturates(compensated):
+    """U = x²/2 by the real quantizer: |g| > 6 is cut to e2m1's largest value, without a draw, so q_k = 6/|x_k|.
+
+    Every step contracts by 1 − μ q_k, and the gap stays below the bound with the smallest q. The compensated step size
+    μ/q_k contracts by 1 − μ.
+    """
+    lr, x, gaps, predicted = 2.0**-5, torch.full((16,), 48.0).double(), [], 1.0
+    for k in range(40):
+        q = 6.0 / float(x[0])
+        step = ConvergenceModel(lr=lr, smoothness=1.0, q_min=q, q_max=q).compensated_step_size if compensated else lr
+        gaps.append(float(x[0]) ** 2 / 2)
+        predicted *= 1 - lr if compensated else 1 - lr * q
+        x = x - step * quantize(x, "e2m1", key=DrawKey(82, step=k))
+    assert float(x[0]) > 6.0, "left the saturated range"
+    assert float(x[0]) / 48.0 == pytest.approx(predicted, rel=1e-12)
+    if not compensated:
+        model = ConvergenceModel(lr=lr, smoothness=1.0, curvature=1.0, q_min=6.0 / 48.0)
+        assert all(gap <= model.optimality_gap(k, gaps[0]) * (1 + 1e-12) for k, gap in enumerate(gaps))
+
+
+def test_contraction_along_a_trajectory_of_stochastic_rounding():
+    """Within the range q = 1 on average: 20 steps on U = x²/2 contract the mean by (1 − μ)^20, at a tenth of the gap.
+
+    The noise of step k moves the end by less than μ Δ (1 − μ)^(19 − k), so all ends lie within Δ.
+    """
+    lr, start, gap, detect = 0.1, 0.3, 2.0**-3, 0.02
+    x = torch.full((draws_for_means(detect, 1), 1), start).double()
+    for k in range(20):
+        x = x - lr * quantize(x, "fixed8.3", key=DrawKey(83, step=k))
+    expected = torch.tensor([start * (1 - lr) ** 20]).double()
+    assert_means_equal(x, expected, width=gap, detect=detect)
 
 
 def test_floor_is_linear_in_the_quantization_noise_and_below_the_bound():
