@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lightning_lpsgld.formats import BlockFloatingPoint, FixedPoint, FloatingPoint
+from lightning_lpsgld.formats import BlockFloatingPoint, FixedPoint, FloatingPoint, MicroscalingFloat
 
 if TYPE_CHECKING:
     from lightning_lpsgld.bank import SampleBank
@@ -24,6 +24,7 @@ __all__ = [
     "FloatingPoint",
     "GradientShrinkage",
     "LowPrecisionSGLD",
+    "MicroscalingFloat",
     "SampleBank",
     "SampleCollector",
     "__version__",

@@ -14,6 +14,7 @@ from lightning_lpsgld.analysis.plan_report import TOLERANCE, LayerPlan, Plan
 from lightning_lpsgld.analysis.shrinkage import gradient_shrinkage
 from lightning_lpsgld.formats import (
     BlockFloatingPoint,
+    BlockFormat,
     FixedPoint,
     FormatLike,
     NumberFormat,
@@ -80,7 +81,7 @@ def _gradients(module: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], T
 
 
 def _bytes(shape: torch.Size, fmt: NumberFormat) -> int:
-    exponents = block_count(shape, fmt) if isinstance(fmt, BlockFloatingPoint) else 0
+    exponents = block_count(shape, fmt) if isinstance(fmt, BlockFormat) else 0
     return -(-fmt.bits // 8) * math.prod(shape) + exponents
 
 

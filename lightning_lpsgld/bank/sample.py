@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lpsgld.bank.errors import BankError
 from lightning_lpsgld.bank.spec import EntrySpec, ModuleSpec, check_storable, identity, module_tensors
-from lightning_lpsgld.formats import BlockFloatingPoint, FixedPoint, FloatingPoint
+from lightning_lpsgld.formats import BlockFloatingPoint, FixedPoint, FloatingPoint, MicroscalingFloat
 from lightning_lpsgld.ops import Encoded, decode, encode
 from lightning_lpsgld.ops.blocks import expand_blocks
 from lightning_lpsgld.ops.reference import power_of_two
@@ -143,7 +143,7 @@ def decode_into_(target: Tensor, encoded: Encoded) -> Tensor:
         ``target``.
     """
     fmt = encoded.format
-    if isinstance(fmt, FloatingPoint):
+    if isinstance(fmt, (FloatingPoint, MicroscalingFloat)):
         return target.copy_(decode(encoded.to(target.device), target.dtype))
     target.copy_(encoded.codes)
     if isinstance(fmt, FixedPoint):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lightning_lpsgld.bank.errors import BankError
-from lightning_lpsgld.formats import BlockFloatingPoint, FormatLike, NumberFormat, check_dtype, code_dtype, parse_format
+from lightning_lpsgld.formats import BlockFormat, FormatLike, NumberFormat, check_dtype, code_dtype, parse_format
 from lightning_lpsgld.ops.blocks import exponents_shape
 
 __all__ = ["EntrySpec", "Formats", "ModuleSpec", "formats_by_name", "module_tensors"]
@@ -121,7 +121,7 @@ class EntrySpec:
         if self.format is None:
             return {f"values.{self.name}": (self.dtype, self.shape)}
         tensors = {f"codes.{self.name}": (code_dtype(self.format), self.shape)}
-        if isinstance(self.format, BlockFloatingPoint):
+        if isinstance(self.format, BlockFormat):
             tensors[f"exponents.{self.name}"] = (torch.int8, exponents_shape(self.shape, self.format))
         return tensors
 

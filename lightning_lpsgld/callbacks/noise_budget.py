@@ -12,7 +12,14 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from lightning_lpsgld.formats import BlockFloatingPoint, FixedPoint, FloatingPoint, NumberFormat, with_word_length
+from lightning_lpsgld.formats import (
+    BlockFloatingPoint,
+    FixedPoint,
+    FloatingPoint,
+    MicroscalingFloat,
+    NumberFormat,
+    with_word_length,
+)
 from lightning_lpsgld.ops.reference import power_of_two, variance_plan
 from lightning_lpsgld.samplers.statistics import StepStatistics
 
@@ -148,7 +155,7 @@ def remedies(cases: Sequence[Case], fmt: NumberFormat, temperature: float, *, li
         kinds.append(BlockFloatingPoint(fmt.word_length))
     for kind in kinds:
         shortest = fmt.bits + (kind is fmt)  # another kind may do at the same length
-        lengths = range(shortest, 0 if isinstance(kind, FloatingPoint) else _LONGEST + 1)
+        lengths = range(shortest, 0 if isinstance(kind, (FloatingPoint, MicroscalingFloat)) else _LONGEST + 1)
         longer = (with_word_length(kind, length) for length in lengths)
         enough = next((f for f in longer if expected_excess(cases, f, temperature) <= limit), None)
         if isinstance(enough, FixedPoint):

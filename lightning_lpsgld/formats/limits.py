@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from lightning_lpsgld.formats.numbers import BlockFloatingPoint, FixedPoint, NumberFormat
+from lightning_lpsgld.formats.kinds import NumberFormat
+from lightning_lpsgld.formats.microscaling import MicroscalingFloat
+from lightning_lpsgld.formats.numbers import BlockFloatingPoint, FixedPoint
 
-__all__ = ["block_exponent_range", "check_dtype", "code_dtype", "with_word_length"]
+__all__ = ["block_exponent_range", "check_dtype", "code_dtype", "scale_exponent_range", "with_word_length"]
 
 #: (significand bits with the hidden bit, exponent of the smallest subnormal, exponent of the largest power of two)
 _DTYPE_FACTS: dict[torch.dtype, tuple[int, int, int]] = {
@@ -42,6 +44,8 @@ def check_dtype(fmt: NumberFormat, dtype: torch.dtype) -> None:
         need, low, high = fmt.word_length - 1, -fmt.fraction_length, fmt.word_length - 1 - fmt.fraction_length
     elif isinstance(fmt, BlockFloatingPoint):
         need, low, high = fmt.word_length - 1, lowest, min(fmt.exponent_max, highest)
+    elif isinstance(fmt, MicroscalingFloat):
+        need, low, high = fmt.mantissa_bits + 1, lowest, highest  # the scale adapts to the dtype
     else:
         need, low, high = fmt.mantissa_bits + 1, fmt.exponent_min - fmt.mantissa_bits, fmt.exponent_max
     if need > significand or low < lowest or high > highest:
@@ -58,6 +62,13 @@ def block_exponent_range(fmt: BlockFloatingPoint, dtype: torch.dtype) -> tuple[i
     """
     _, lowest, highest = _DTYPE_FACTS[dtype]
     return max(fmt.exponent_min, lowest + fmt.word_length - 2), min(fmt.exponent_max, highest)
+
+
+def scale_exponent_range(fmt: MicroscalingFloat, dtype: torch.dtype) -> tuple[int, int]:
+    """log2 of the smallest and largest scale of a run whose whole grid is representable in ``dtype``."""
+    _, lowest, highest = _DTYPE_FACTS[dtype]
+    finest = fmt.element.exponent_min - fmt.element.mantissa_bits
+    return max(fmt.exponent_min, lowest - finest), min(fmt.exponent_max, highest - fmt.element.exponent_max)
 
 
 def with_word_length(fmt: NumberFormat, word_length: int) -> NumberFormat:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Union
+from typing import Literal
 
-__all__ = ["BlockFloatingPoint", "FixedPoint", "FloatingPoint", "FormatLike", "NumberFormat", "Specials"]
+__all__ = ["BlockFloatingPoint", "FixedPoint", "FloatingPoint", "Specials", "require_int"]
 
 
-def _require_int(owner: str, name: str, value: object, low: int, high: int) -> None:
+def require_int(owner: str, name: str, value: object, low: int, high: int) -> None:
+    """Refuse a field that is not an int in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{owner}: `{name}` must be an int, got {value!r}.")
     if not low <= value <= high:
@@ -43,8 +44,8 @@ class FixedPoint:
     symmetric: bool = False
 
     def __post_init__(self) -> None:
-        _require_int("FixedPoint", "word_length", self.word_length, 2, 24)
-        _require_int("FixedPoint", "fraction_length", self.fraction_length, -100, 120)
+        require_int("FixedPoint", "word_length", self.word_length, 2, 24)
+        require_int("FixedPoint", "fraction_length", self.fraction_length, -100, 120)
 
     @property
     def bits(self) -> int:
@@ -115,12 +116,12 @@ class BlockFloatingPoint:
     block_size: int | None = None
 
     def __post_init__(self) -> None:
-        _require_int("BlockFloatingPoint", "word_length", self.word_length, 2, 24)
-        _require_int("BlockFloatingPoint", "exponent_bits", self.exponent_bits, 2, 8)
+        require_int("BlockFloatingPoint", "word_length", self.word_length, 2, 24)
+        require_int("BlockFloatingPoint", "exponent_bits", self.exponent_bits, 2, 8)
         if self.block_dim is not None:
-            _require_int("BlockFloatingPoint", "block_dim", self.block_dim, -8, 8)
+            require_int("BlockFloatingPoint", "block_dim", self.block_dim, -8, 8)
         if self.block_size is not None:
-            _require_int("BlockFloatingPoint", "block_size", self.block_size, 1, 2**20)
+            require_int("BlockFloatingPoint", "block_size", self.block_size, 1, 2**20)
             if self.block_dim != 0:
                 raise ValueError(
                     f"BlockFloatingPoint: `block_size` cuts the last dim and excludes `block_dim`, "
@@ -210,8 +211,8 @@ class FloatingPoint:
     specials: Specials | None = None
 
     def __post_init__(self) -> None:
-        _require_int("FloatingPoint", "exponent_bits", self.exponent_bits, 2, 8)
-        _require_int("FloatingPoint", "mantissa_bits", self.mantissa_bits, 1, 23)
+        require_int("FloatingPoint", "exponent_bits", self.exponent_bits, 2, 8)
+        require_int("FloatingPoint", "mantissa_bits", self.mantissa_bits, 1, 23)
         usual: Specials = "ieee" if self.exponent_bits >= 5 else "nan" if self.exponent_bits == 4 else "none"
         if self.specials not in (None, "ieee", "nan", "none"):
             raise ValueError(f"FloatingPoint: `specials` must be 'ieee', 'nan' or 'none', got {self.specials!r}.")
@@ -262,7 +263,3 @@ class FloatingPoint:
     def __str__(self) -> str:
         default = FloatingPoint(self.exponent_bits, self.mantissa_bits)
         return f"e{self.exponent_bits}m{self.mantissa_bits}" + ("" if self == default else f"-{self.specials}")
-
-
-NumberFormat = Union[FixedPoint, BlockFloatingPoint, FloatingPoint]
-FormatLike = Union[NumberFormat, str, Any]

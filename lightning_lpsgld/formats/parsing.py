@@ -5,19 +5,23 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from lightning_lpsgld.formats.numbers import BlockFloatingPoint, FixedPoint, FloatingPoint, FormatLike, NumberFormat
+from lightning_lpsgld.formats.kinds import FormatLike, NumberFormat
+from lightning_lpsgld.formats.microscaling import MicroscalingFloat
+from lightning_lpsgld.formats.numbers import BlockFloatingPoint, FixedPoint, FloatingPoint
 
 __all__ = ["parse_format", "to_qtorch"]
 
 _FIXED = re.compile(r"fixed(\d+)\.(-?\d+)(s?)")
 _BLOCK = re.compile(r"bfp(\d+)(?:b(\d+)|-(tensor)|-dim(-?\d+))?(?:e(\d))?")
 _FLOAT = re.compile(r"e(\d+)m(\d+)(?:-(ieee|nan|none))?")
+_MICROSCALING = re.compile(r"mxfp(\d)e(\d)m(\d)(?:b(\d+))?(-fit)?")
 _ALIASES: dict[str, NumberFormat] = {
     "fp32": FloatingPoint(8, 23),
     "tf32": FloatingPoint(8, 10),
     "bf16": FloatingPoint(8, 7),
     "fp16": FloatingPoint(5, 10),
     "mxint8": BlockFloatingPoint(8, block_size=32),
+    "mxfp4": MicroscalingFloat(2, 1),
 }
 
 
@@ -26,7 +30,8 @@ def parse_format(fmt: FormatLike) -> NumberFormat:
 
     Args:
         fmt: A format; a string such as ``"fixed8.6"`` (W.F), ``"bfp8"`` (a block per index of dim 0),
-            ``"bfp8-tensor"`` (one block), ``"bfp8b32"`` (runs of 32), ``"e4m3"``, ``"bf16"``; or an instance of
+            ``"bfp8-tensor"`` (one block), ``"bfp8b32"`` (runs of 32), ``"e4m3"``, ``"bf16"``, ``"mxfp8e4m3"``
+            (runs of 32 floats with one scale; ``"mxfp8e4m3b16-fit"``: runs of 16, scale rounded up); or an instance of
             ``qtorch.FixedPoint``, ``qtorch.BlockFloatingPoint``, ``qtorch.FloatingPoint``.
 
     Returns:
@@ -40,15 +45,15 @@ def parse_format(fmt: FormatLike) -> NumberFormat:
         >>> parse_format("fixed8.6")
         FixedPoint(word_length=8, fraction_length=6, symmetric=False)
     """
-    if isinstance(fmt, (FixedPoint, BlockFloatingPoint, FloatingPoint)):
+    if isinstance(fmt, NumberFormat):
         return fmt
     if isinstance(fmt, str):
         return _parse_string(fmt)
     if type(fmt).__module__.split(".")[0] == "qtorch":
         return _from_qtorch(fmt)
     raise TypeError(
-        f"A number format must be a FixedPoint, BlockFloatingPoint or FloatingPoint, a string such as 'bfp8', "
-        f"or a qtorch number; got {fmt!r}."
+        f"A number format must be a FixedPoint, BlockFloatingPoint, FloatingPoint or MicroscalingFloat, a string such "
+        f"as 'bfp8', or a qtorch number; got {fmt!r}."
     )
 
 
@@ -69,10 +74,21 @@ def _parse_string(text: str) -> NumberFormat:
     if match := _FLOAT.fullmatch(name):
         specials: Any = match[3]
         return FloatingPoint(int(match[1]), int(match[2]), specials)
+    if match := _MICROSCALING.fullmatch(name):
+        return _microscaling(text, match)
     raise ValueError(
         f"No number format is called {text!r}; use 'fixed<W>.<F>' (e.g. 'fixed8.6'), 'bfp<W>' (e.g. 'bfp8', "
-        f"'bfp8-tensor', 'bfp8b32'), 'e<E>m<M>' (e.g. 'e4m3') or one of {sorted(_ALIASES)}."
+        f"'bfp8-tensor', 'bfp8b32'), 'e<E>m<M>' (e.g. 'e4m3'), 'mxfp<W>e<E>m<M>' (e.g. 'mxfp8e4m3', "
+        f"'mxfp8e4m3-fit') or one of {sorted(_ALIASES)}."
     )
+
+
+def _microscaling(text: str, match: re.Match[str]) -> MicroscalingFloat:
+    bits, exponent, mantissa, size, fit = match.groups()
+    fmt = MicroscalingFloat(int(exponent), int(mantissa), int(size or 32), "fit" if fit else "floor")
+    if fmt.bits != int(bits):
+        raise ValueError(f"{text!r}: an element e{exponent}m{mantissa} has {fmt.bits} bits; write {str(fmt)!r}.")
+    return fmt
 
 
 def _from_qtorch(number: Any) -> NumberFormat:
@@ -98,7 +114,7 @@ def to_qtorch(fmt: FormatLike) -> Any:
 
     Raises:
         ValueError: If QPyTorch has no such number: a fixed point without fraction bits, runs of ``block_size``
-            elements, an exponent of other than 8 bits, or a negative ``block_dim``.
+            elements (microscaling floats too), an exponent of other than 8 bits, or a negative ``block_dim``.
     """
     import qtorch
 
@@ -111,4 +127,6 @@ def to_qtorch(fmt: FormatLike) -> Any:
         if fmt.block_size is not None or fmt.exponent_bits != 8 or (fmt.block_dim or 0) < 0:
             raise ValueError(f"QPyTorch's blocks are whole dims with 8-bit exponents; it has no {fmt}.")
         return qtorch.BlockFloatingPoint(wl=fmt.word_length, dim=-1 if fmt.block_dim is None else fmt.block_dim)
+    if isinstance(fmt, MicroscalingFloat):
+        raise ValueError(f"QPyTorch's floats share no scale; it has no {fmt}.")
     return qtorch.FloatingPoint(exp=fmt.exponent_bits, man=fmt.mantissa_bits)

@@ -26,6 +26,7 @@ from lightning_lpsgld.formats import (
     BlockFloatingPoint,
     FixedPoint,
     FloatingPoint,
+    MicroscalingFloat,
     NumberFormat,
     block_exponent_range,
     code_dtype,
@@ -102,6 +103,8 @@ def refusal(op: str, x: Tensor, formats: Sequence[NumberFormat]) -> str | None:
     if op != "decode" and x.dtype not in _DTYPES:
         return f"the kernels take float32, bfloat16 and float16, got {x.dtype}."
     for fmt in formats:
+        if isinstance(fmt, MicroscalingFloat):
+            return f"no kernel has the scales of {fmt} built in."
         if _inner(x.shape, fmt) < 0:
             return f"blocks of {fmt} are not runs of equal length in a tensor of shape {tuple(x.shape)}."
         if op == "decode" and isinstance(fmt, FloatingPoint) and fmt.bits > 16:
@@ -116,6 +119,7 @@ def _native(fmt: NumberFormat, dtype: torch.dtype) -> Format:
     if isinstance(fmt, BlockFloatingPoint):
         low, high = block_exponent_range(fmt, dtype)
         return Format(1, 2 - fmt.word_length, low, high, fmt.code_min, fmt.code_max)
+    assert isinstance(fmt, FloatingPoint)
     top = 2.0 ** (fmt.mantissa_bits + 1)
     fields = (fmt.mantissa_bits, fmt.bias, fmt.bits, 2 ** (fmt.bits - 1) - 1)
     return Format(2, -fmt.mantissa_bits, fmt.exponent_min, fmt.exponent_max, -top, top, fmt.min, fmt.max, *fields)
@@ -239,7 +243,7 @@ def _decode(encoded: Encoded, out: Tensor) -> None:
 def decode(encoded: Encoded, dtype: torch.dtype) -> Tensor:
     """See :func:`lightning_lpsgld.ops.decode`; equal to the reference bit for bit."""
     codes = encoded.codes
-    if codes.numel() == 0 or dtype == torch.float64:
+    if codes.numel() == 0 or dtype == torch.float64 or isinstance(encoded.format, MicroscalingFloat):
         return reference.decode(encoded, dtype)
     if _layout(codes, encoded.format) is None:
         codes = codes.contiguous()

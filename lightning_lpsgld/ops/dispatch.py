@@ -7,12 +7,13 @@ import logging
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import NumberFormat
+from lightning_lpsgld.formats import MicroscalingFloat, NumberFormat
+from lightning_lpsgld.ops.microscaling import element_of
 
 __all__ = ["BACKENDS", "BackendName", "backend_report", "choose", "choose_step", "unavailable"]
 
@@ -23,6 +24,11 @@ BackendName = Literal["auto", "reference", "cpu", "triton", "qtorch"]
 #: Order in which ``"auto"`` asks on each device type; the reference runs everywhere.
 _AUTO: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 BACKENDS = ("reference", "cpu", "triton", "qtorch")
+#: Ops that a backend runs on microscaling formats by way of their elements (:class:`.scaled.Scaled`).
+_SCALED: dict[str, tuple[str, ...]] = {
+    "cpu": ("quantize", "quantize_variance_corrected", "encode", "decode"),
+    "triton": ("quantize", "encode", "decode"),  # Q^vc would wait for the device, to learn which scales there are
+}
 
 
 @cache
@@ -62,11 +68,19 @@ def _refusal(name: str, op: str, x: Tensor, formats: Sequence[NumberFormat]) -> 
     missing = unavailable(name)
     if missing is not None:
         return missing
+    if op in _SCALED.get(name, ()):
+        formats = [element_of(fmt) for fmt in formats]
     reason: str | None = _module(name).refusal(op, x, formats)
     return reason
 
 
-def choose(backend: str, op: str, x: Tensor, *formats: NumberFormat) -> ModuleType:
+def _engine(name: str, formats: Sequence[NumberFormat]) -> Any:
+    if name not in _SCALED or not any(isinstance(fmt, MicroscalingFloat) for fmt in formats):
+        return _module(name)
+    return _module("scaled").Scaled(_module(name))
+
+
+def choose(backend: str, op: str, x: Tensor, *formats: NumberFormat) -> Any:
     """Module that runs ``op`` on ``x``.
 
     Args:
@@ -76,7 +90,7 @@ def choose(backend: str, op: str, x: Tensor, *formats: NumberFormat) -> ModuleTy
         formats: Formats of the call.
 
     Returns:
-        A module with a function of that name.
+        A module, or :class:`.scaled.Scaled`, with a function of that name.
 
     Raises:
         ValueError: If there is no such backend.
@@ -86,11 +100,11 @@ def choose(backend: str, op: str, x: Tensor, *formats: NumberFormat) -> ModuleTy
         reason = _refusal(backend, op, x, formats)
         if reason is not None:
             raise RuntimeError(f"backend={backend!r} cannot run {op} here: {reason} Use backend='auto' or 'reference'.")
-        return _module(backend)
+        return _engine(backend, formats)
     for name in _AUTO.get(x.device.type, ("reference",)):
         reason = _refusal(name, op, x, formats)
         if reason is None:
-            return _module(name)
+            return _engine(name, formats)
         _say_once(f"{op} on {x.device.type} does not use backend {name!r}: {reason}")
     return _module("reference")
 

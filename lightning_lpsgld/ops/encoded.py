@@ -18,10 +18,11 @@ class Encoded:
 
     Attributes:
         codes: Shape of the tensor. Fixed point and block floating point: the integer k of the value
-            :math:`k\Delta`. Floating point: the bit pattern, sign on top. ``int8`` up to 8 bits, ``int16`` up to 16,
-            else ``int32``.
-        exponents: ``None`` except for block formats: int8 shared exponents E, one per block: shape
-            ``(size(block_dim),)``, ``()`` for a whole-tensor block, ``(*leading, runs)`` for ``block_size``.
+            :math:`k\Delta`. Floating point, microscaled or not: the bit pattern, sign on top. ``int8`` up
+            to 8 bits, ``int16`` up to 16, else ``int32``.
+        exponents: ``None`` except for block formats: int8, one per block: shape ``(size(block_dim),)``, ``()`` for a
+            whole-tensor block, ``(*leading, runs)`` for ``block_size``. Block floating point: the shared exponent E;
+            microscaling: log2 of the scale (E8M0 without its bias of 127).
         format: The number format.
     """
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_lpsgld.formats import (
-    BlockFloatingPoint,
+    BlockFormat,
     FormatLike,
     NumberFormat,
     check_dtype,
@@ -192,7 +192,7 @@ def encode(
     _check_rounding(rounding, key)
     if torch.compiler.is_compiling():
         codes, exponents = library.encode(x.detach(), str(number), rounding, *library.key_fields(key), backend)
-        return Encoded(codes, exponents if isinstance(number, BlockFloatingPoint) else None, number)
+        return Encoded(codes, exponents if isinstance(number, BlockFormat) else None, number)
     out: Encoded = choose(backend, "encode", x, number).encode(x.detach(), number, rounding, key)
     return out
 

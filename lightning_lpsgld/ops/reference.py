@@ -6,7 +6,7 @@ All scaling is by powers of two built from exponent bits, so scaled values are e
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,17 +14,22 @@ from torch import Tensor
 
 from lightning_lpsgld.formats import (
     BlockFloatingPoint,
+    BlockFormat,
     FixedPoint,
     FloatingPoint,
+    MicroscalingFloat,
     NumberFormat,
     block_exponent_range,
     code_dtype,
 )
 from lightning_lpsgld.ops.blocks import block_max, expand_blocks
 from lightning_lpsgld.ops.encoded import Encoded
+from lightning_lpsgld.ops.exponents import NOISE_REACH, exponent_of, finite_magnitude, power_of_two
+from lightning_lpsgld.ops.microscaling import element_of, scale_exponents, scale_exponents_with_noise, settled
 from lightning_lpsgld.random import DrawKey, normals, uniforms, words
 
 __all__ = [
+    "NOISE_REACH",
     "VariancePlan",
     "decode",
     "encode",
@@ -37,30 +42,12 @@ __all__ = [
 
 Rounding = Literal["nearest", "stochastic"]
 
-#: No normal draw exceeds this (random.normals), so a block with this much headroom never clips noise.
-NOISE_REACH = 6.77
-
-
-def power_of_two(exponent: Tensor) -> Tensor:
-    """``2.0 ** exponent`` as float64 from the bits; int64 exponents in [-1022, 1023]."""
-    return ((exponent + 1023) << 52).view(torch.float64)
-
-
-def exponent_of(x: Tensor) -> Tensor:
-    """``floor(log2(x))`` of positive finite float64 values as int64, exact; very small (-2000) for zero."""
-    _, exponent = torch.frexp(x)
-    return torch.where(x > 0, exponent.long() - 1, torch.full_like(exponent.long(), -2000))
-
-
-def _finite_magnitude(x: Tensor) -> Tensor:
-    return torch.where(x.isfinite(), x, torch.zeros_like(x)).abs()
-
 
 def _block_exponents(x: Tensor, fmt: BlockFloatingPoint, dtype: torch.dtype) -> Tensor:
     """Shared exponents, compact shape. Infinities take no part unless a block has nothing else (then: the largest)."""
     low, high = block_exponent_range(fmt, dtype)
-    exponents = exponent_of(block_max(_finite_magnitude(x), fmt)).clamp(low, high)
-    only_infinite = (block_max(x.isinf().double(), fmt) > 0) & (block_max(_finite_magnitude(x), fmt) == 0)
+    exponents = exponent_of(block_max(finite_magnitude(x), fmt)).clamp(low, high)
+    only_infinite = (block_max(x.isinf().double(), fmt) > 0) & (block_max(finite_magnitude(x), fmt) == 0)
     return torch.where(only_infinite, torch.full_like(exponents, high), exponents)
 
 
@@ -70,12 +57,14 @@ def _gap_exponents(x: Tensor, fmt: NumberFormat, dtype: torch.dtype) -> Tensor:
         return torch.tensor(-fmt.fraction_length, device=x.device)
     if isinstance(fmt, BlockFloatingPoint):
         return expand_blocks(_block_exponents(x, fmt, dtype), x.shape, fmt) + (2 - fmt.word_length)
-    return exponent_of(_finite_magnitude(x)).clamp(fmt.exponent_min, fmt.exponent_max) - fmt.mantissa_bits
+    assert isinstance(fmt, FloatingPoint)  # microscaling formats are asked for their elements
+    return exponent_of(finite_magnitude(x)).clamp(fmt.exponent_min, fmt.exponent_max) - fmt.mantissa_bits
 
 
 def _code_bounds(gap: Tensor, fmt: NumberFormat) -> tuple[Tensor, Tensor]:
     if isinstance(fmt, FloatingPoint):
         return fmt.min / gap, fmt.max / gap
+    assert isinstance(fmt, (FixedPoint, BlockFloatingPoint))
     return torch.full_like(gap, fmt.code_min), torch.full_like(gap, fmt.code_max)
 
 
@@ -90,11 +79,20 @@ def _round(scaled: Tensor, rounding: Rounding, key: DrawKey | None) -> Tensor:
 def _codes(x: Tensor, fmt: NumberFormat, rounding: Rounding, key: DrawKey | None) -> tuple[Tensor, Tensor]:
     """Rounded and saturated codes (float64, NaN kept) and log2 of the gap."""
     wide = x.double()
+    if isinstance(fmt, MicroscalingFloat):
+        shift = _scale_exponents(wide, fmt, x.dtype)
+        codes, gap_exponents = _codes(wide * power_of_two(-shift), fmt.element, rounding, key)
+        return codes, gap_exponents + shift
     gap_exponents = _gap_exponents(wide, fmt, x.dtype)
     gap = power_of_two(gap_exponents)
     low, high = _code_bounds(gap, fmt)
     codes = _round(wide * power_of_two(-gap_exponents), rounding, key)
     return codes.clamp(low, high), gap_exponents
+
+
+def _scale_exponents(x: Tensor, fmt: MicroscalingFloat, dtype: torch.dtype) -> Tensor:
+    """log2 of the scale at every element."""
+    return expand_blocks(scale_exponents(x, fmt, dtype), x.shape, fmt)
 
 
 def quantize(x: Tensor, fmt: NumberFormat, rounding: Rounding, key: DrawKey | None) -> Tensor:
@@ -114,6 +112,8 @@ class VariancePlan:
         high: target above 1/4, the most that one stochastic rounding can add: Gaussian first.
         rounding: p(1-p), what stochastic rounding of the mean has by itself, in units of gap**2.
         corrective: variance of the categorical draw of the small-variance regime, ``max(target - rounding, 0)``.
+        low_code: Smallest code, broadcastable.
+        high_code: Largest code, broadcastable.
     """
 
     scaled: Tensor
@@ -122,6 +122,8 @@ class VariancePlan:
     high: Tensor
     rounding: Tensor
     corrective: Tensor
+    low_code: Tensor
+    high_code: Tensor
 
     @property
     def unreachable(self) -> Tensor:
@@ -149,13 +151,14 @@ def _with_headroom(exponents: Tensor, reach: Tensor, sigma: Tensor, gap_offset: 
 def _vc_gap_exponents(mean: Tensor, sigma: Tensor, fmt: NumberFormat, dtype: torch.dtype) -> Tensor:
     if isinstance(fmt, FixedPoint):
         return _gap_exponents(mean, fmt, dtype)
-    magnitude = _finite_magnitude(mean)
+    magnitude = finite_magnitude(mean)
     reach = magnitude + NOISE_REACH * sigma
     if isinstance(fmt, FloatingPoint):
         offset, (low, high) = -fmt.mantissa_bits, (fmt.exponent_min, fmt.exponent_max)
         exponents = exponent_of(magnitude).clamp(low, high)
         exponents = _with_headroom(exponents, reach, sigma, offset, 2 ** (fmt.mantissa_bits + 1))
         return exponents.clamp(low, high) + offset
+    assert isinstance(fmt, BlockFloatingPoint)
     offset, (low, high) = 2 - fmt.word_length, block_exponent_range(fmt, dtype)
     smallest = -block_max(-sigma, fmt, fill=-math.inf)
     exponents = _with_headroom(
@@ -180,13 +183,20 @@ def variance_plan(
     """
     wide = mean.double()
     spread = torch.as_tensor(variance, dtype=torch.float64, device=mean.device).expand(mean.shape)
+    if isinstance(fmt, MicroscalingFloat):
+        compact = scale_exponents_with_noise(wide, spread.sqrt(), fmt, dtype or mean.dtype)
+        shift = expand_blocks(compact, mean.shape, fmt)
+        inverse = power_of_two(-shift)
+        plan = variance_plan(wide * inverse, spread * inverse * inverse, fmt.element)
+        return replace(plan, gap_exponents=plan.gap_exponents + shift)
     gap_exponents = _vc_gap_exponents(wide, spread.sqrt(), fmt, dtype or mean.dtype)
     inverse = power_of_two(-gap_exponents)
     scaled, target = wide * inverse, spread * inverse * inverse
+    bounds = _code_bounds(power_of_two(gap_exponents), fmt)
     part = scaled - scaled.floor()
     rounding = torch.where(scaled.isfinite(), part * (1.0 - part), torch.zeros_like(part))
     corrective = (target - rounding).clamp(min=0.0)
-    return VariancePlan(scaled, gap_exponents, target, target > 0.25, rounding, corrective)
+    return VariancePlan(scaled, gap_exponents, target, target > 0.25, rounding, corrective, *bounds)
 
 
 def _large_variance_codes(plan: VariancePlan, z: Tensor, u: Tensor) -> Tensor:
@@ -207,7 +217,7 @@ def _small_variance_codes(plan: VariancePlan, u: Tensor) -> Tensor:
     return lower - 1 + (u >= minus).double() + (u >= minus + zero).double() + (u >= 1.0 - two).double()
 
 
-def _mend_binade(codes: Tensor, fmt: FloatingPoint, gap_exponents: Tensor, coin: Tensor) -> Tensor:
+def _mend_binade(codes: Tensor, fmt: FloatingPoint, coin: Tensor) -> Tensor:
     """Beyond the next power of two only every second code exists: send odd ones up or down with equal probability."""
     unit = torch.where(codes.abs() >= 2.0 ** (fmt.mantissa_bits + 2), 4.0, 2.0)
     beyond = (codes.abs() > 2.0 ** (fmt.mantissa_bits + 1)) & (codes % unit != 0)
@@ -222,24 +232,31 @@ def vc_codes(plan: VariancePlan, fmt: NumberFormat, key: DrawKey) -> Tensor:
     u = uniforms(shape, key, device=device)
     z = normals(shape, key, device=device)
     codes = torch.where(plan.high, _large_variance_codes(plan, z, u), _small_variance_codes(plan, u))
-    if isinstance(fmt, FloatingPoint):
+    grid = element_of(fmt)
+    if isinstance(grid, FloatingPoint):
         coin = ((words(shape, key, device=device) & 511).double() + 0.5) / 512  # bits that `uniforms` leaves unused
-        codes = _mend_binade(codes, fmt, plan.gap_exponents, coin)
+        codes = _mend_binade(codes, grid, coin)
     return torch.where(plan.scaled.isfinite(), codes, plan.scaled)
 
 
 def quantize_variance_corrected(mean: Tensor, variance: float | Tensor, fmt: NumberFormat, key: DrawKey) -> Tensor:
     """See :func:`lightning_lpsgld.ops.quantize_variance_corrected`."""
     plan = variance_plan(mean, variance, fmt)
-    gap = power_of_two(plan.gap_exponents)
-    low, high = _code_bounds(gap, fmt)
-    return (vc_codes(plan, fmt, key).clamp(low, high) * gap + 0.0).to(mean.dtype)
+    codes = vc_codes(plan, fmt, key).clamp(plan.low_code, plan.high_code)
+    values = codes * power_of_two(plan.gap_exponents)
+    if isinstance(fmt, MicroscalingFloat):  # the lowest bit: the binade's coin looks at the highest two of the nine
+        values = settled(values, fmt, mean.dtype, words(mean.shape, key, device=mean.device) & 1)
+    return (values + 0.0).to(mean.dtype)
 
 
 def encode(x: Tensor, fmt: NumberFormat, rounding: Rounding, key: DrawKey | None) -> Encoded:
     """See :func:`lightning_lpsgld.ops.encode`."""
     if isinstance(fmt, FloatingPoint):
         return Encoded(_bit_patterns(quantize(x, fmt, rounding, key), fmt), None, fmt)
+    if isinstance(fmt, MicroscalingFloat):
+        compact = scale_exponents(x.double(), fmt, x.dtype)
+        elements = quantize(x, fmt, rounding, key).double() * power_of_two(-expand_blocks(compact, x.shape, fmt))
+        return Encoded(_bit_patterns(elements, fmt.element), compact.to(torch.int8), fmt)
     missing = int(x.isnan().sum())
     if missing:
         raise ValueError(f"encode: the codes of {fmt} have no NaN, but {missing} of {x.numel()} elements are NaN.")
@@ -258,8 +275,10 @@ def decode(encoded: Encoded, dtype: torch.dtype) -> Tensor:
     if isinstance(fmt, FixedPoint):
         return (codes.double() * fmt.gap).to(dtype)
     assert encoded.exponents is not None
-    shift = expand_blocks(encoded.exponents.long(), codes.shape, fmt) + (2 - fmt.word_length)
-    return (codes.double() * power_of_two(shift)).to(dtype)
+    shift = expand_blocks(encoded.exponents.long(), codes.shape, fmt)
+    if isinstance(fmt, MicroscalingFloat):
+        return (_from_bit_patterns(codes, fmt.element) * power_of_two(shift)).to(dtype)
+    return (codes.double() * power_of_two(shift + (2 - fmt.word_length))).to(dtype)
 
 
 def _bit_patterns(values: Tensor, fmt: FloatingPoint) -> Tensor:
@@ -268,7 +287,7 @@ def _bit_patterns(values: Tensor, fmt: FloatingPoint) -> Tensor:
     if missing and fmt.specials == "none":
         raise ValueError(f"encode: {fmt} has no NaN, but {missing} of {values.numel()} elements are NaN.")
     wide = values.double()
-    exponents = exponent_of(_finite_magnitude(wide)).clamp(min=fmt.exponent_min)
+    exponents = exponent_of(finite_magnitude(wide)).clamp(min=fmt.exponent_min)
     ulps = torch.nan_to_num(wide.abs() * power_of_two(fmt.mantissa_bits - exponents)).long()
     hidden = 2**fmt.mantissa_bits
     normal = ((exponents + fmt.bias) << fmt.mantissa_bits) + (ulps - hidden)
@@ -290,7 +309,10 @@ def _from_bit_patterns(codes: Tensor, fmt: FloatingPoint) -> Tensor:
     return torch.where(pattern >> (fmt.bits - 1) > 0, -value, value) + 0.0
 
 
-def code_limits(x: Tensor, fmt: BlockFloatingPoint) -> tuple[Tensor, Tensor]:
+def code_limits(x: Tensor, fmt: BlockFormat) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of each element's block, float64, broadcastable against ``x``."""
+    if isinstance(fmt, MicroscalingFloat):
+        scale = power_of_two(_scale_exponents(x.double(), fmt, x.dtype))
+        return scale * fmt.element.min, scale * fmt.element.max
     gap = power_of_two(_gap_exponents(x.double(), fmt, x.dtype))
     return gap * fmt.code_min, gap * fmt.code_max

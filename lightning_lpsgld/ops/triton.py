@@ -19,7 +19,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import BlockFloatingPoint, FixedPoint, NumberFormat, block_exponent_range, code_dtype
+from lightning_lpsgld.formats import (
+    BlockFloatingPoint,
+    FixedPoint,
+    FloatingPoint,
+    MicroscalingFloat,
+    NumberFormat,
+    block_exponent_range,
+    code_dtype,
+)
 from lightning_lpsgld.ops import reference
 from lightning_lpsgld.ops.blocks import exponents_shape
 from lightning_lpsgld.ops.encoded import Encoded
@@ -76,6 +84,8 @@ def refusal(op: str, x: Tensor, formats: Sequence[NumberFormat]) -> str | None:
     if op == "langevin_step_" and not x.is_contiguous():
         return "the fused step takes contiguous parameters."
     for fmt in formats:
+        if isinstance(fmt, MicroscalingFloat):
+            return f"no Triton kernel has the scales of {fmt} built in."
         if rows_of(x.shape, fmt) is None:
             return f"the Triton kernels have no blocks of {fmt} for a tensor of shape {tuple(x.shape)}."
     blocks = {rows_of(x.shape, fmt) for fmt in formats if isinstance(fmt, BlockFloatingPoint)}
@@ -273,7 +283,7 @@ def encode(x: Tensor, fmt: NumberFormat, rounding: Literal["nearest", "stochasti
         **facts(fmt, x.dtype), STOCHASTIC=rounding == "stochastic", **job.meta,
         BITS=fmt.bits, TOP=top, WIDTH=torch.iinfo(codes.dtype).bits,
     )  # fmt: skip
-    has_nan = not isinstance(fmt, (FixedPoint, BlockFloatingPoint)) and fmt.specials != "none"
+    has_nan = isinstance(fmt, FloatingPoint) and fmt.specials != "none"
     if not has_nan and (count := int(missing)):
         raise ValueError(f"encode: {fmt} has no NaN, but {count} of {x.numel()} elements are NaN.")
     return Encoded(codes, exponents, fmt)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import BlockFloatingPoint, NumberFormat
+from lightning_lpsgld.formats import BlockFormat, NumberFormat
 from lightning_lpsgld.ops.blocks import block_count
 from lightning_lpsgld.ops.reference import power_of_two, variance_plan
 from lightning_lpsgld.samplers import SGLD, LangevinOptimizer
@@ -22,7 +22,7 @@ def stored_bits(shape: torch.Size, fmt: NumberFormat | None, dtype: torch.dtype)
     """Bits that a tensor takes when stored: codes and shared exponents, or the plain dtype."""
     if fmt is None:
         return shape.numel() * torch.finfo(dtype).bits
-    exponents = 8 * block_count(shape, fmt) if isinstance(fmt, BlockFloatingPoint) else 0
+    exponents = 8 * block_count(shape, fmt) if isinstance(fmt, BlockFormat) else 0
     return shape.numel() * (8 if fmt.bits <= 8 else 16 if fmt.bits <= 16 else 32) + exponents
 
 

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from lightning_lpsgld.formats import BlockFloatingPoint, NumberFormat
+from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops import StepSpec
+from lightning_lpsgld.ops.blocks import crosses_rows
 from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.random import DrawKey
 from lightning_lpsgld.samplers.updates import langevin_steps_
@@ -43,19 +44,10 @@ def first_index(x: DTensor) -> int | None:
     return start * math.prod(x.shape[1:])
 
 
-def _crosses(fmt: NumberFormat | None, ndim: int) -> bool:
-    """Whether a block can hold elements of several rows, and so of several shards."""
-    if not isinstance(fmt, BlockFloatingPoint):
-        return False
-    if fmt.block_size is not None:
-        return ndim == 1
-    return fmt.block_dim is None or fmt.block_dim % ndim != 0
-
-
 def _offset(x: DTensor, formats: Sequence[NumberFormat | None]) -> int | None:
     """Where this rank's shard begins, if it can be moved by itself; ``None`` if the whole tensor is needed."""
     start = first_index(x)
-    return None if any(_crosses(fmt, x.ndim) for fmt in formats) and start is not None and not _whole(x) else start
+    return None if any(crosses_rows(fmt, x.ndim) for fmt in formats) and start is not None and not _whole(x) else start
 
 
 def _whole(x: DTensor) -> bool:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import BlockFloatingPoint, NumberFormat
+from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops import StepSpec, quantize
+from lightning_lpsgld.ops.blocks import crosses_rows
 from lightning_lpsgld.ops.lattice import jump_odds, lattice_step, walk_plan
 from lightning_lpsgld.ops.reference import power_of_two, quantize_variance_corrected, variance_plan
 from lightning_lpsgld.random import DrawKey, Role, normals, stream_id
@@ -52,8 +53,7 @@ class StepStatistics:
 
 def _subset(x: Tensor, fmt: NumberFormat | None, max_elements: int) -> Tensor:
     """Evenly spaced indices of dim 0; all of ``x`` where blocks run across them."""
-    across = isinstance(fmt, BlockFloatingPoint) and fmt.block_dim != 0
-    if x.numel() <= max_elements or x.ndim == 0 or across:
+    if x.numel() <= max_elements or x.ndim == 0 or crosses_rows(fmt, x.ndim):
         return x
     keep = max(1, x.shape[0] * max_elements // x.numel())
     return x[torch.linspace(0, x.shape[0] - 1, keep, device=x.device).long()]

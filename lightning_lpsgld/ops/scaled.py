@@ -1,0 +1,96 @@
+"""A fused backend's ops for microscaling formats, made of its ops for floating-point elements.
+
+Dividing a float32 by the scale of its run loses nothing that the grid of the elements can see: what underflows is far
+below the smallest draw. So results are those of :mod:`.reference`, bit for bit where the backend's are for elements.
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_lpsgld.formats import MicroscalingFloat
+from lightning_lpsgld.ops import reference
+from lightning_lpsgld.ops.blocks import expand_blocks
+from lightning_lpsgld.ops.encoded import Encoded
+from lightning_lpsgld.ops.exponents import power_of_two
+from lightning_lpsgld.ops.microscaling import has_hole, scale_exponents, scale_exponents_with_noise, settled
+from lightning_lpsgld.random import DrawKey, words
+
+__all__ = ["Scaled"]
+
+#: With more scales than this in one tensor the reference is faster than a pass of the kernel for each.
+_MOST_SCALES = 24
+
+
+def _times(x: Tensor, exponents: Tensor, fmt: MicroscalingFloat) -> Tensor:
+    """``x`` with every run multiplied by its power of two."""
+    factors = power_of_two(exponents).to(x.dtype)
+    if x.ndim and x.numel() and x.shape[-1] % fmt.block_size == 0:
+        return (x.unflatten(-1, (-1, fmt.block_size)) * factors.unsqueeze(-1)).flatten(-2)
+    return x * expand_blocks(factors, x.shape, fmt)
+
+
+class Scaled:
+    """A fused backend's ops for a microscaling format, made of those for its elements.
+
+    Args:
+        module: Backend that takes the element format and float32 tensors.
+    """
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+
+    def quantize(
+        self, x: Tensor, fmt: MicroscalingFloat, rounding: Literal["nearest", "stochastic"], key: DrawKey | None
+    ) -> Tensor:
+        """See :func:`lightning_lpsgld.ops.quantize`."""
+        exponents = scale_exponents(x, fmt, x.dtype)
+        elements = self.module.quantize(_times(x.float(), -exponents, fmt), fmt.element, rounding, key)
+        return _times(elements, exponents, fmt).to(x.dtype)
+
+    def quantize_variance_corrected(
+        self, mean: Tensor, variance: float | Tensor, fmt: MicroscalingFloat, key: DrawKey
+    ) -> Tensor:
+        """See :func:`lightning_lpsgld.ops.quantize_variance_corrected`.
+
+        The kernel takes one variance, so it runs once for every scale there is in the tensor, most often three to six.
+        """
+        if isinstance(variance, Tensor) and variance.numel() != 1:
+            return reference.quantize_variance_corrected(mean, variance, fmt, key)
+        exponents = scale_exponents_with_noise(mean, math.sqrt(float(variance)), fmt, mean.dtype)
+        scales = exponents.unique().tolist()
+        if len(scales) > _MOST_SCALES:
+            return reference.quantize_variance_corrected(mean, variance, fmt, key)
+        elements = _times(mean.float(), -exponents, fmt)
+        values = torch.empty_like(elements)
+        for exponent in scales:
+            target = math.ldexp(float(variance), -2 * exponent)
+            drawn = self.module.quantize_variance_corrected(elements, target, fmt.element, key)
+            own = expand_blocks(exponents == exponent, mean.shape, fmt)
+            values = torch.where(own, drawn, values)
+        values = _times(values, exponents, fmt)
+        if has_hole(fmt) and bool((scale_exponents(values, fmt, mean.dtype) < exponents).any()):
+            values = settled(values, fmt, mean.dtype, words(mean.shape, key, device=mean.device) & 1)
+        return values.to(mean.dtype)
+
+    def encode(
+        self, x: Tensor, fmt: MicroscalingFloat, rounding: Literal["nearest", "stochastic"], key: DrawKey | None
+    ) -> Encoded:
+        """See :func:`lightning_lpsgld.ops.encode`."""
+        exponents = scale_exponents(x, fmt, x.dtype)
+        elements = self.module.encode(_times(x.float(), -exponents, fmt), fmt.element, rounding, key)
+        return Encoded(elements.codes, exponents.to(torch.int8), fmt)
+
+    def decode(self, encoded: Encoded, dtype: torch.dtype) -> Tensor:
+        """See :func:`lightning_lpsgld.ops.decode`."""
+        fmt, exponents = encoded.format, encoded.exponents
+        assert isinstance(fmt, MicroscalingFloat)
+        assert exponents is not None
+        wide = torch.promote_types(dtype, torch.float32)
+        elements = self.module.decode(Encoded(encoded.codes, None, fmt.element), wide)
+        return _times(elements, exponents.long(), fmt).to(dtype)
