@@ -4,6 +4,7 @@ from lightning_lpsgld.analysis.budget import VarianceBudget, rounding_variance_a
 from lightning_lpsgld.analysis.diagnostics import ChainDiagnostic, chain_diagnostics, to_inference_data
 from lightning_lpsgld.analysis.distance import best_on_grid, gibbs_on_grid, moments, variance_ratio, wasserstein2
 from lightning_lpsgld.analysis.onestep import lattice_law, naive_law, vc_law
+from lightning_lpsgld.analysis.phase_space import underdamped_stationary_law
 from lightning_lpsgld.analysis.plan_report import LayerPlan, Plan
 from lightning_lpsgld.analysis.planner import fraction_length_for, plan
 from lightning_lpsgld.analysis.shrinkage import (
@@ -15,6 +16,7 @@ from lightning_lpsgld.analysis.shrinkage import (
     suggest_gradient_format,
 )
 from lightning_lpsgld.analysis.stationary import stationary_law, stationary_of, transition_matrix
+from lightning_lpsgld.analysis.underdamped import underdamped_law
 
 __all__ = [
     "ChainDiagnostic",
@@ -40,6 +42,8 @@ __all__ = [
     "suggest_gradient_format",
     "to_inference_data",
     "transition_matrix",
+    "underdamped_law",
+    "underdamped_stationary_law",
     "variance_budget",
     "variance_ratio",
     "vc_law",
