@@ -145,7 +145,7 @@ def naive_law(mean: Tensor, variance: float | Tensor, fmt: FormatLike) -> Tensor
 
 
 def vc_masses(
-    mean: Tensor, variance: float | Tensor, fmt: FixedPoint, grid: Tensor, extra_variance: float = 0.0
+    mean: Tensor, variance: float | Tensor, fmt: FixedPoint, grid: Tensor, extra_variance: float | Tensor = 0.0
 ) -> Masses:
     """As :func:`vc_law`, flat; ``mean`` of shape ``(M,)``; ``extra_variance`` counts in the large-variance regime."""
     codes, plan = grid / fmt.gap, variance_plan(mean.double(), variance, fmt)
@@ -187,10 +187,19 @@ def _four_point_masses(scaled: Tensor, corrective: Tensor, codes: Tensor) -> Mas
 
 
 def lattice_masses(
-    theta: Tensor, drift: Tensor, variance: float, fmt: FixedPoint, grid: Tensor, rates: Rates, curvature: float
+    theta: Tensor,
+    drift: Tensor,
+    variance: float,
+    fmt: FixedPoint,
+    grid: Tensor,
+    rates: Rates,
+    curvature: float,
+    gradient_std: float | Tensor = 0.0,
 ) -> Masses:
     """As :func:`lattice_law`, flat."""
-    codes, masses, plan = walk_law(theta.double(), drift, variance, fmt, rates=rates, curvature=curvature)
+    codes, masses, plan = walk_law(
+        theta.double(), drift, variance, fmt, rates=rates, curvature=curvature, gradient_std=gradient_std
+    )
     walked = _flat(codes, masses, grid / fmt.gap)
     if not bool(plan.ballistic.any()):
         return walked
@@ -205,8 +214,9 @@ def lattice_law(
     *,
     rates: Rates = "exponential",
     curvature: float = 0.0,
+    gradient_std: float | Tensor = 0.0,
 ) -> Tensor:
-    r"""Law of :func:`lightning_lpsgld.ops.lattice.lattice_step`.
+    r"""Law of :func:`lightning_lpsgld.ops.lattice.lattice_step`, given the drift.
 
     Args:
         theta: θ on the grid, shape ``(M,)``.
@@ -215,10 +225,11 @@ def lattice_law(
         fmt: Fixed-point format of at most 12 bits.
         rates: Jump rates of the walk.
         curvature: η·∂²U >= 0 that the walk is told.
+        gradient_std: η·s >= 0 that it is told, of ``"exponential"`` only; float or shape ``(M,)``.
 
     Returns:
         Probability of every code in increasing order, float64, shape ``(M, 2**W)``.
     """
     number, grid = finite_grid(fmt)
-    masses = lattice_masses(theta, drift, variance, number, grid, rates, curvature)
+    masses = lattice_masses(theta, drift, variance, number, grid, rates, curvature, gradient_std)
     return _dense(masses, theta.shape, len(grid))

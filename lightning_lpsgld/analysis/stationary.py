@@ -37,34 +37,44 @@ _REACH = 8.5
 _NEGLIGIBLE = 1e-20
 
 
-def _check(update: str, lr: float, temperature: float, gradient_std: float) -> None:
+def _check(update: str, lr: float, temperature: float) -> None:
     if update not in get_args(Update):
         raise ValueError(
             f"`update` must be one of {get_args(Update)}, got {update!r}. A full-precision accumulator (SGLDLP-F) is "
             f"no chain on the grid; temperature=0 with 'naive' is SGDLP-L."
         )
-    for name, value in (("lr", lr), ("temperature", temperature), ("gradient_std", gradient_std)):
+    for name, value in (("lr", lr), ("temperature", temperature)):
         if not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"`{name}` must be finite and >= 0, got {value}.")
 
 
-def _gradient_nodes(exact: Tensor, std: float, fmt: FixedPoint | None) -> tuple[Tensor, Tensor, Tensor]:
+def _noise_on(grid: Tensor, gradient_std: float | Gradient) -> Tensor:
+    """Standard deviation of the gradient's noise at every state."""
+    given = gradient_std(grid) if callable(gradient_std) else gradient_std
+    std = torch.as_tensor(given, dtype=torch.float64).expand(grid.shape)
+    if not bool(((std >= 0) & std.isfinite()).all()):
+        raise ValueError(f"`gradient_std` must be finite and >= 0, got {given}.")
+    return std
+
+
+def _gradient_nodes(exact: Tensor, std: float | Tensor, fmt: FixedPoint | None) -> tuple[Tensor, Tensor, Tensor]:
     """State index, gradient and weight of every value that the (noisy, rounded) gradient can take at each state."""
     states = len(exact)
     if fmt is not None:
         _, grid = finite_grid(fmt)
-        spread = torch.tensor(std**2 / fmt.gap**2)
+        spread = torch.as_tensor(std, dtype=torch.float64) ** 2 / fmt.gap**2
         index, code, weight = rounding_masses(exact / fmt.gap, spread, grid / fmt.gap, splines=2)
         likely = weight > _NEGLIGIBLE
         return index[likely], grid[code[likely]], weight[likely]
-    if std == 0:
+    spread = torch.as_tensor(std, dtype=torch.float64).expand(exact.shape)
+    if not bool((spread > 0).any()):
         return torch.arange(states), exact, torch.ones(states, dtype=torch.float64)
     count = 2 * int(_REACH * _NODES_PER_STD)
     z = (torch.arange(count, dtype=torch.float64) + 0.5) / _NODES_PER_STD - _REACH
     weight = torch.exp(-0.5 * z * z)
     weight = weight / weight.sum()
     index = torch.arange(states).repeat_interleave(count)
-    return index, (exact[:, None] + std * z).flatten(), weight.repeat(states)
+    return index, (exact[:, None] + spread[:, None] * z).flatten(), weight.repeat(states)
 
 
 def transition_matrix(
@@ -74,10 +84,11 @@ def transition_matrix(
     lr: float,
     temperature: float,
     grad: Gradient,
-    gradient_std: float = 0.0,
+    gradient_std: float | Gradient = 0.0,
     gradient_format: FormatLike | None = None,
     rates: Rates = "exponential",
     curvature: float = 0.0,
+    penalty: bool = False,
 ) -> Tensor:
     r"""One-step transition probabilities between all values of ``fmt``.
 
@@ -88,10 +99,11 @@ def transition_matrix(
         lr: Step size η >= 0.
         temperature: T >= 0; a step has noise of variance v = 2ηT.
         grad: Gradient of U, called once on the grid (float64, shape ``(2**W,)``).
-        gradient_std: Standard deviation of Gaussian noise on the gradient.
+        gradient_std: Standard deviation of Gaussian noise on the gradient; callable on the grid where it depends on θ.
         gradient_format: Fixed-point format to which the noisy gradient is rounded stochastically; ``None``: it is not.
         rates: For ``"lattice"``.
         curvature: For ``"lattice"``: second derivative of U that the walk is told; 0: it is told none.
+        penalty: For ``"lattice"`` with exponential rates: whether the walk is told ``gradient_std``, too.
 
     Returns:
         Matrix P, float64, shape ``(2**W, 2**W)``; row k is the law after one step from the k-th smallest value.
@@ -109,20 +121,22 @@ def transition_matrix(
         >>> matrix.shape, bool((matrix.sum(1) - 1).abs().max() < 1e-12)
         (torch.Size([16, 16]), True)
     """
-    _check(update, lr, temperature, gradient_std)
+    _check(update, lr, temperature)
     number, grid = finite_grid(fmt)
+    std = _noise_on(grid, gradient_std)
     rounded = None if gradient_format is None else finite_grid(gradient_format)[0]
     exact, variance = grad(grid).double().expand(grid.shape), 2.0 * lr * temperature
-    extra = 0.0 if rounded is not None else (lr * gradient_std) ** 2
+    extra = (lr * std) ** 2 if rounded is None else torch.zeros_like(std)
     closed = update == "naive" or (update == "vc" and variance > number.gap**2 / 4)
-    nodes = _gradient_nodes(exact, 0.0 if closed and rounded is None else gradient_std, rounded)
+    nodes = _gradient_nodes(exact, 0.0 if closed and rounded is None else std, rounded)
 
     def law(at: Tensor, g: Tensor) -> Masses:
         if update == "naive":
-            return naive_masses(grid[at] - lr * g, variance + extra, number, grid)
+            return naive_masses(grid[at] - lr * g, variance + extra[at], number, grid)
         if update == "vc":
-            return vc_masses(grid[at] - lr * g, variance, number, grid, extra if closed else 0.0)
-        return lattice_masses(grid[at], -lr * g, variance, number, grid, rates, lr * curvature)
+            return vc_masses(grid[at] - lr * g, variance, number, grid, extra[at] if closed else 0.0)
+        told = lr * std[at] if penalty else 0.0
+        return lattice_masses(grid[at], -lr * g, variance, number, grid, rates, lr * curvature, told)
 
     return _mixture(nodes, len(grid), law)
 
@@ -196,10 +210,11 @@ def stationary_law(
     lr: float,
     temperature: float,
     grad: Gradient,
-    gradient_std: float = 0.0,
+    gradient_std: float | Gradient = 0.0,
     gradient_format: FormatLike | None = None,
     rates: Rates = "exponential",
     curvature: float | None = None,
+    penalty: bool = False,
 ) -> tuple[Tensor, Tensor]:
     r"""Exact long-run law of a one-dimensional low-precision sampler on the grid of its weight.
 
@@ -210,11 +225,12 @@ def stationary_law(
         temperature: T >= 0; the target is :math:`\exp(-U/T)` and a step adds noise of variance 2ηT. With 0 and
             ``"naive"`` this is SGDLP-L.
         grad: Gradient of U, called on the grid.
-        gradient_std: Standard deviation of Gaussian noise on the gradient.
+        gradient_std: Standard deviation of Gaussian noise on the gradient; callable on the grid where it depends on θ.
         gradient_format: Fixed-point format of the gradient (stochastic rounding); ``None``: full precision.
         rates: For ``"lattice"``; see :mod:`lightning_lpsgld.ops.lattice`.
         curvature: For ``"lattice"``: the second derivative of U that the walk is told. ``None`` takes the one at the
             lowest point of U (by differences of ``grad``); 0 tells it none, as in training.
+        penalty: As :func:`transition_matrix`.
 
     Returns:
         The grid in increasing order and the probability of each value, both float64, shape ``(2**W,)``.
@@ -244,6 +260,7 @@ def stationary_law(
         gradient_format=gradient_format,
         rates=rates,
         curvature=told,
+        penalty=penalty,
     )
     return grid, stationary_of(matrix, height.argsort())
 

@@ -3,6 +3,7 @@
 from lightning_lpsgld.ops.dispatch import backend_report
 from lightning_lpsgld.ops.encoded import Encoded
 from lightning_lpsgld.ops.functional import decode, encode, quantize, quantize_variance_corrected
+from lightning_lpsgld.ops.lattice import lattice_step
 from lightning_lpsgld.ops.spec import StepSpec
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "backend_report",
     "decode",
     "encode",
+    "lattice_step",
     "quantize",
     "quantize_variance_corrected",
 ]

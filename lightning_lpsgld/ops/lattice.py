@@ -19,6 +19,9 @@ rates              f(±1, y)                    law on the grid for a slope that
 ``"heat-bath"``    2 / (1 + exp(∓2y))          exp(−U) cosh(y): the variance is larger by Δ²/4; never above 1
 =================  ==========================  ====================================================================
 
+With minibatch gradients of noise s, a standard deviation σ = Δηs/v of y, both odds of ``"exponential"`` grow by
+exp(j²σ²/2); told s, the walk divides that out again.
+
 ``"exponential"`` is the walk for exact gradients. ``"bernoulli"`` (exponential fitting, Scharfetter-Gummel) is linear
 in the gradient where the gradient is large, so it survives the noise of minibatches, and turns into the stochastic
 rounding of SGDLP-L where the temperature is too low for the grid. The derivations are in ``docs/theory.md``.
@@ -32,7 +35,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import FixedPoint, FloatingPoint, FormatLike, NumberFormat, check_dtype, parse_format
+from lightning_lpsgld.formats import (
+    FixedPoint,
+    FloatingPoint,
+    FormatLike,
+    MicroscalingFloat,
+    NumberFormat,
+    check_dtype,
+    parse_format,
+)
 from lightning_lpsgld.ops import reference
 from lightning_lpsgld.random import DrawKey, normals, words
 
@@ -43,6 +54,8 @@ RATES: tuple[Rates, ...] = ("exponential", "bernoulli", "linear", "heat-bath")
 
 #: exp() of more than this overflows float64; odds are capped at 1 long before.
 _LOG_MAX = 600.0
+#: Steeper slopes count as this steep, so that no difference of two of them is that of infinities.
+_SLOPE_MAX = 1e150
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,7 @@ class WalkPlan:
         clock: A, twice the probability of a jump of each length on a flat target.
         slope: y = Δm/v, half the log of the odds between up and down; 0 where v = 0.
         bend: κ = Δ²·curvature/v, half the target's log-curvature over one gap; of the shape of the weight.
+        blur: σ, the standard deviation of the slope that gradient noise causes; of the shape of the weight.
         step: m/Δ, the mean step in gaps.
         target: v/Δ², the variance in squared gaps.
         rates: Which f.
@@ -67,6 +81,7 @@ class WalkPlan:
     clock: Tensor
     slope: Tensor
     bend: Tensor
+    blur: Tensor
     step: Tensor
     target: Tensor
     rates: Rates
@@ -103,22 +118,32 @@ def walk_plan(
     *,
     rates: Rates = "exponential",
     curvature: float | Tensor = 0.0,
+    gradient_std: float | Tensor = 0.0,
 ) -> WalkPlan:
     """Decide gap, jump lengths and odds of every element; arguments as :func:`lattice_step`, ``theta`` on the grid."""
+    if rates != "exponential" and (isinstance(gradient_std, Tensor) or gradient_std != 0):
+        raise ValueError(
+            f"`gradient_std` is for rates='exponential', whose odds gradient noise multiplies; got rates={rates!r}, "
+            "whose mean step it does not change. Leave it at 0."
+        )
     wide, drift = theta.double(), drift.double()
-    spread = torch.as_tensor(variance, dtype=torch.float64, device=theta.device).expand(theta.shape)
-    bending = torch.as_tensor(curvature, dtype=torch.float64, device=theta.device).expand(theta.shape).clamp(min=0.0)
+
+    def wanted(value: float | Tensor) -> Tensor:
+        return torch.as_tensor(value, dtype=torch.float64, device=theta.device).expand(theta.shape)
+
+    spread, bending, noise = wanted(variance), wanted(curvature).clamp(min=0.0), wanted(gradient_std)
     gap_exponents = reference._gap_exponents(wide, fmt, theta.dtype)
     inverse = reference.power_of_two(-gap_exponents)
     step, target = drift * inverse, spread * inverse * inverse
     safe = torch.where(target > 0, target, torch.ones_like(target))
     slope = torch.where(target > 0, step / safe, torch.zeros_like(step))
     bend = torch.where(target > 0, bending / safe, torch.zeros_like(step))
+    blur = torch.where(target > 0, (noise * inverse / safe).clamp(0.0, _SLOPE_MAX), torch.zeros_like(step))
     reach = _reach(target)
     clock = 6.0 * target / ((reach + 1.0) * (2.0 * reach + 1.0))
     if rates == "exponential":  # slow enough that the odds one gap from the mode still fit under 1
         clock = torch.minimum(clock, 1.0 / torch.cosh(bend.clamp(max=_LOG_MAX)))
-    return WalkPlan(wide * inverse, gap_exponents, reach, clock, slope, bend, step, target, rates)
+    return WalkPlan(wide * inverse, gap_exponents, reach, clock, slope, bend, blur, step, target, rates)
 
 
 def _cell(y: Tensor, bend: Tensor) -> Tensor:
@@ -136,7 +161,8 @@ def _factor(plan: WalkPlan, length: Tensor) -> tuple[Tensor, Tensor]:
     """f(+length, y) and f(-length, y)."""
     y = plan.slope.abs()
     if plan.rates == "exponential":
-        along, against = torch.exp((length * y).clamp(max=_LOG_MAX)), torch.exp(-length * y)
+        y, penalty = y.clamp(max=_SLOPE_MAX), (length * plan.blur) ** 2 / 2
+        along, against = torch.exp((length * y - penalty).clamp(max=_LOG_MAX)), torch.exp(-length * y - penalty)
     elif plan.rates == "heat-bath":
         along, against = 1.0 + torch.tanh(length * y), 1.0 - torch.tanh(length * y)
     elif plan.rates == "linear":
@@ -176,7 +202,7 @@ def jump_odds(plan: WalkPlan, length: Tensor) -> tuple[Tensor, Tensor]:
 def _checked(theta: Tensor, fmt: FormatLike, rates: str) -> NumberFormat:
     number = parse_format(fmt)
     check_dtype(number, theta.dtype)
-    if isinstance(number, FloatingPoint):
+    if isinstance(number, (FloatingPoint, MicroscalingFloat)):
         raise ValueError(
             f"The lattice walk needs equal gaps up and down, which {number} has not at powers of two. Use a "
             f"fixed-point or block format, or the variance-corrected quantizer."
@@ -184,6 +210,14 @@ def _checked(theta: Tensor, fmt: FormatLike, rates: str) -> NumberFormat:
     if rates not in RATES:
         raise ValueError(f"`rates` must be one of {RATES}, got {rates!r}.")
     return number
+
+
+def _refuse_negative(**values: float | Tensor) -> None:
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            continue
+        if not bool((torch.as_tensor(value) >= 0).all()):
+            raise ValueError(f"`{name}` must be >= 0 everywhere, got {value}.")
 
 
 def lattice_step(
@@ -195,6 +229,7 @@ def lattice_step(
     key: DrawKey,
     rates: Rates = "exponential",
     curvature: float | Tensor = 0.0,
+    gradient_std: float | Tensor = 0.0,
 ) -> Tensor:
     r"""One step of the lattice walk: jump by whole gaps, with odds that keep the target's law on the grid.
 
@@ -208,9 +243,11 @@ def lattice_step(
     its clock instead. (2) A mean step too large for jumps (``.ballistic``) is taken by
     :func:`~lightning_lpsgld.ops.quantize_variance_corrected`. (3) Minibatch noise of standard deviation s multiplies
     both odds of ``"exponential"`` by :math:`\exp(\Delta^2 s^2/8T^2)`: harmless where it is the same everywhere and
-    small, fatal where :math:`\Delta s \gg T` (deep nets): use ``"bernoulli"`` or Q^vc there. (4) Block formats: the gap
-    is the one of the block's present exponent. A jump that raises the exponent rounds the block's odd codes
-    stochastically (mean exact), one that lowers it makes the gap finer; neither keeps detailed balance.
+    small; where it changes with θ, ``gradient_std`` takes it out again, exactly for Gaussian noise as far as odds stay
+    below 1. Beyond :math:`\Delta s/2T` of about 2 rare large odds carry the mean and are cut off, with or without the
+    remedy, and :math:`\Delta s \gg T` (deep nets) is out of reach: use ``"bernoulli"`` or Q^vc there. (4) Block
+    formats: the gap is the one of the block's present exponent. A jump that raises the exponent rounds the block's odd
+    codes stochastically (mean exact), one that lowers it makes the gap finer; neither keeps detailed balance.
 
     Args:
         theta: θ, any shape, floating dtype; on the grid (what is not, is rounded stochastically first). Not modified.
@@ -223,13 +260,18 @@ def lattice_step(
         curvature: η·∂²U >= 0, how much the mean step shrinks per unit of θ (a Gauss-Newton diagonal, say); float or
             tensor. With it ``"bernoulli"`` keeps the target's mass per cell exactly on a quadratic (the best law on the
             grid in W2), and ``"exponential"`` chooses a clock that is never capped next to the mode. 0: unknown.
+        gradient_std: η·s >= 0, standard deviation of the noise in ``drift``, weight units; float or tensor, of
+            ``"exponential"`` only. Both odds of a jump of j gaps are divided by :math:`\exp(j^2\sigma^2/2)`, σ the
+            standard deviation of y (the penalty method). It should be known, or estimated from other batches: an
+            estimate from the same one is as noisy as the batch is small. 0: gradients are exact.
 
     Returns:
         Tensor of the shape and dtype of ``theta``, on the grid. Jumps that leave the range are not made.
 
     Raises:
-        ValueError: If ``rates`` is unknown, ``variance`` is negative or NaN, shapes differ, or ``fmt`` has gaps that
-            change from value to value.
+        ValueError: If ``rates`` is unknown, ``variance`` or ``gradient_std`` is negative or NaN (tensors on an
+            accelerator are not looked at, which would synchronise; no jump is made there), shapes differ, ``fmt`` has
+            gaps that change from value to value, or ``gradient_std`` is given with other rates.
 
     Example:
         >>> import torch
@@ -239,19 +281,21 @@ def lattice_step(
         [-0.125, 0.0, 0.125]
 
     Reference:
-        Locally balanced jumps: Zanella, 2017, arXiv:1711.07424; exponential fitting: Scharfetter & Gummel, 1969, IEEE
-        Trans. Electron Devices 16. Compare "Stochastic gradient lattice random walk", arXiv:2602.15925.
+        Locally balanced jumps: Zanella, 2017, arXiv:1711.07424; penalty: Ceperley & Dewing, 1999, J. Chem. Phys. 110;
+        exponential fitting: Scharfetter & Gummel, 1969, IEEE Trans. Electron Devices 16. Compare "Stochastic gradient
+        lattice random walk", arXiv:2602.15925.
     """
     number = _checked(theta, fmt, rates)
     if drift.shape != theta.shape:
         raise ValueError(f"`drift` must have the shape of `theta`, {tuple(theta.shape)}, got {tuple(drift.shape)}.")
-    if not bool((torch.as_tensor(variance) >= 0).all()):
-        raise ValueError(f"`variance` must be >= 0 everywhere, got {variance}.")
+    _refuse_negative(variance=variance, gradient_std=gradient_std)
     theta = reference.quantize(theta.detach(), number, "stochastic", key)
-    plan = walk_plan(theta, drift.detach(), variance, number, rates=rates, curvature=curvature)
+    plan = walk_plan(
+        theta, drift.detach(), variance, number, rates=rates, curvature=curvature, gradient_std=gradient_std
+    )
     gap = reference.power_of_two(plan.gap_exponents)
     new = (_moved(plan, number, key) * gap + 0.0).to(theta.dtype)
-    if bool(plan.ballistic.any()):
+    if theta.device.type != "cpu" or bool(plan.ballistic.any()):  # elsewhere than on a CPU, to look would synchronise
         leapt = reference.quantize_variance_corrected(theta + drift.to(theta.dtype), variance, number, key)
         new = torch.where(plan.ballistic, leapt, new)
     if isinstance(number, FixedPoint):
@@ -291,6 +335,7 @@ def walk_law(
     *,
     rates: Rates = "exponential",
     curvature: float = 0.0,
+    gradient_std: float | Tensor = 0.0,
 ) -> tuple[Tensor, Tensor, WalkPlan]:
     """Exact law of one step: the new codes, their probabilities, and the plan (whose ballistic elements are Q^vc's).
 
@@ -301,11 +346,12 @@ def walk_law(
         fmt: Fixed-point format.
         rates: As :func:`lattice_step`.
         curvature: As :func:`lattice_step`.
+        gradient_std: As :func:`lattice_step`: what the walk is told. The law is that for the ``drift`` given.
 
     Returns:
         Codes and probabilities, float64, shape ``(M, 2J + 1)``, a code may occur more than once; and the plan.
     """
-    plan = walk_plan(theta, drift, variance, fmt, rates=rates, curvature=curvature)
+    plan = walk_plan(theta, drift, variance, fmt, rates=rates, curvature=curvature, gradient_std=gradient_std)
     codes, masses = [], []
     for j in range(1, int(plan.reach.max()) + 1):
         length = torch.full_like(plan.codes, j)
