@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from lightning_lpsgld.linear.state import LinearState
 
-__all__ = ["derivative", "inner", "outer"]
+__all__ = ["derivative", "inner", "normal_product", "outer"]
 
 _CHUNK = 256
 
@@ -23,6 +23,12 @@ def derivative(loss: str, margin: NDArray[np.float64], y: NDArray[np.float32]) -
 def _stochastic(x: NDArray[np.float64], draw: np.random.Generator) -> NDArray[np.float64]:
     lower: NDArray[np.float64] = np.floor(x)
     return lower + (draw.random(x.shape) < x - lower)
+
+
+def normal_product(x: NDArray[np.float32], v: NDArray[np.float32]) -> NDArray[np.float32]:
+    """``x.T @ (x @ v)``, shape (d,), for contiguous rows x of shape (rows, d)."""
+    product: NDArray[np.float32] = x.T @ (x @ v)
+    return product
 
 
 def outer(state: LinearState, threads: int = 1) -> None:

@@ -101,7 +101,7 @@ inline double derivative(int32_t loss, double m, double y) {
 
 // ------------------------------------------------------------------------ dot products and accumulation, portable
 
-inline void dots_int8_plain(const int8_t* x, int64_t rows, int64_t d, const int8_t* z, int32_t* out) {
+inline void dots_int8_plain(const int8_t* x, int64_t rows, int64_t d, const int8_t* z, int32_t* out, const int8_t*) {
   for (int64_t i = 0; i < rows; ++i) {
     int32_t sum = 0;
     for (int64_t j = 0; j < d; ++j) sum += int32_t(x[i * d + j]) * z[j];
@@ -109,13 +109,13 @@ inline void dots_int8_plain(const int8_t* x, int64_t rows, int64_t d, const int8
   }
 }
 
-inline void sums_int8_plain(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int32_t* out) {
+inline void sums_int8_plain(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int32_t* out, const int8_t*) {
   std::memset(out, 0, d * sizeof(int32_t));
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < d; ++j) out[j] += int32_t(x[i * d + j]) * q[i];
 }
 
-inline void dots_float_plain(const float* x, int64_t rows, int64_t d, const float* z, float* out) {
+inline void dots_float_plain(const float* x, int64_t rows, int64_t d, const float* z, float* out, const float*) {
   for (int64_t i = 0; i < rows; ++i) {
     float lane[32] = {};
     for (int64_t j = 0; j < d; j += 32)
@@ -126,9 +126,10 @@ inline void dots_float_plain(const float* x, int64_t rows, int64_t d, const floa
   }
 }
 
-inline void sums_float_plain(const float* x, int64_t rows, int64_t d, const float* q, float* out) {
+inline void sums_float_plain(const float* x, int64_t rows, int64_t d, const float* q, float* out, const float*) {
   for (int64_t j = 0; j < d; j += 64) {
-    float lane[64] = {};
+    float lane[64];
+    std::memcpy(lane, out + j, sizeof lane);
     for (int64_t i = 0; i < rows; ++i)
       for (int l = 0; l < 64; ++l) lane[l] += x[i * d + j + l] * q[i];
     std::memcpy(out + j, lane, sizeof lane);
@@ -144,7 +145,7 @@ TARGET("avx2,fma") inline int32_t hsum256(__m256i v) {
   return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
 
-TARGET("avx2,fma") void dots_int8_avx2(const int8_t* x, int64_t rows, int64_t d, const int8_t* z, int32_t* out) {
+TARGET("avx2,fma") void dots_int8_avx2(const int8_t* x, int64_t rows, int64_t d, const int8_t* z, int32_t* out, const int8_t*) {
   for (int64_t i = 0; i < rows; ++i) {
     __m256i a = _mm256_setzero_si256(), b = a;
     for (int64_t j = 0; j < d; j += 32) {
@@ -160,7 +161,7 @@ TARGET("avx2,fma") void dots_int8_avx2(const int8_t* x, int64_t rows, int64_t d,
 }
 
 // Two rows at a time: (x_i, x_i+1) in neighbouring int16 lanes against (q_i, q_i+1).
-TARGET("avx2,fma") void sums_int8_avx2(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int32_t* out) {
+TARGET("avx2,fma") void sums_int8_avx2(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int32_t* out, const int8_t*) {
   for (int64_t j = 0; j < d; j += 16) {
     __m256i low = _mm256_setzero_si256(), high = low;
     for (int64_t i = 0; i < rows; i += 2) {
@@ -176,7 +177,7 @@ TARGET("avx2,fma") void sums_int8_avx2(const int8_t* x, int64_t rows, int64_t d,
   }
 }
 
-TARGET("avx2,fma") void dots_float_avx2(const float* x, int64_t rows, int64_t d, const float* z, float* out) {
+TARGET("avx2,fma") void dots_float_avx2(const float* x, int64_t rows, int64_t d, const float* z, float* out, const float*) {
   for (int64_t i = 0; i < rows; ++i) {
     __m256 s[4] = {};
     for (int64_t j = 0; j < d; j += 32)
@@ -188,9 +189,10 @@ TARGET("avx2,fma") void dots_float_avx2(const float* x, int64_t rows, int64_t d,
   }
 }
 
-TARGET("avx2,fma") void sums_float_avx2(const float* x, int64_t rows, int64_t d, const float* q, float* out) {
+TARGET("avx2,fma") void sums_float_avx2(const float* x, int64_t rows, int64_t d, const float* q, float* out, const float*) {
   for (int64_t j = 0; j < d; j += 64) {
-    __m256 s[8] = {};
+    __m256 s[8];
+    for (int k = 0; k < 8; ++k) s[k] = _mm256_loadu_ps(out + j + 8 * k);
     for (int64_t i = 0; i < rows; ++i) {
       const __m256 w = _mm256_set1_ps(q[i]);
       for (int k = 0; k < 8; ++k) s[k] = _mm256_fmadd_ps(_mm256_loadu_ps(x + i * d + j + 8 * k), w, s[k]);
@@ -202,22 +204,25 @@ TARGET("avx2,fma") void sums_float_avx2(const float* x, int64_t rows, int64_t d,
 // ------------------------------------------------------------------------------------------- AVX-512 with VNNI
 #define AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma"
 
+// Into the second-level cache. Fetching past the end of the data is harmless.
+inline void fetch(const void* line) { _mm_prefetch(static_cast<const char*>(line), _MM_HINT_T1); }
+
 // vpdpbusd takes unsigned by signed bytes: x ^ 0x80 is x + 128, and 128 * sum(z) is taken off again.
-TARGET(AVX512) void dots_int8_avx512(const int8_t* x, int64_t rows, int64_t d, const int8_t* z, int32_t* out) {
+TARGET(AVX512) void dots_int8_avx512(const int8_t* x, int64_t rows, int64_t d, const int8_t* z, int32_t* out,
+                                     const int8_t* ahead) {
   const __m512i flip = _mm512_set1_epi8(int8_t(0x80));
-  int32_t bias = 0;
-  for (int64_t j = 0; j < d; ++j) bias += z[j];
-  bias *= 128;
+  __m512i total = _mm512_setzero_si512();
+  for (int64_t j = 0; j < d; j += 64) total = _mm512_dpbusd_epi32(total, flip, _mm512_loadu_si512(z + j));
+  const int32_t bias = _mm512_reduce_add_epi32(total);
   int64_t i = 0;
   for (; i + 4 <= rows; i += 4) {
     __m512i s[4] = {};
     const int8_t* p = x + i * d;
     for (int64_t j = 0; j < d; j += 64) {
       const __m512i w = _mm512_loadu_si512(z + j);
-      for (int k = 0; k < 4; ++k) {
-        _mm_prefetch(reinterpret_cast<const char*>(p + (k + 4) * d + j), _MM_HINT_T0);
+      fetch(ahead + i * d / 2 + 2 * j), fetch(ahead + i * d / 2 + 2 * j + 64);
+      for (int k = 0; k < 4; ++k)
         s[k] = _mm512_dpbusd_epi32(s[k], _mm512_xor_si512(_mm512_loadu_si512(p + k * d + j), flip), w);
-      }
     }
     for (int k = 0; k < 4; ++k) out[i + k] = _mm512_reduce_add_epi32(s[k]) - bias;
   }
@@ -233,63 +238,69 @@ TARGET(AVX512) void dots_int8_avx512(const int8_t* x, int64_t rows, int64_t d, c
 // share the loads: out[k * d + j] belongs to the codes at q + k * stride.
 template <int Digits>
 TARGET(AVX512) inline void sums_avx512(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int64_t stride,
-                                       int32_t* out) {
+                                       int32_t* out, const int8_t* ahead) {
   const __m512i flip = _mm512_set1_epi8(int8_t(0x80));
-  int32_t bias[Digits] = {};
-  for (int k = 0; k < Digits; ++k)
-    for (int64_t i = 0; i < rows; ++i) bias[k] += q[k * stride + i];
-  for (int64_t j = 0; j < d; j += 64) {
-    __m512i s[Digits][4];
-    for (int k = 0; k < Digits; ++k)
-      for (auto& part : s[k]) part = _mm512_set1_epi32(-128 * bias[k]);
-    for (int64_t i = 0; i < rows; i += 4) {
-      __m512i r[4];
-      const int64_t left = rows - i < 4 ? rows - i : 4;
-      for (int64_t k = 0; k < 4; ++k) {
-        const int8_t* from = x + (i + (k < left ? k : 0)) * d + j;
-        _mm_prefetch(reinterpret_cast<const char*>(from + 64), _MM_HINT_T0);
-        r[k] = _mm512_xor_si512(_mm512_loadu_si512(from), flip);
+  const int8_t* next = ahead + rows * d / 2;
+  for (int k = 0; k < Digits; ++k) {
+    int32_t bias = 0;
+    for (int64_t i = 0; i < rows; ++i) bias += q[k * stride + i];
+    for (int64_t j = 0; j < d; j += 16) _mm512_storeu_si512(out + k * d + j, _mm512_set1_epi32(-128 * bias));
+  }
+  for (int64_t top = 0; top < rows; top += 16) {
+    const int64_t bottom = top + 16 < rows ? top + 16 : rows;
+    for (int64_t j = 0; j < d; j += 64) {
+      __m512i s[Digits][4];
+      for (int k = 0; k < 4 * Digits; ++k) s[k / 4][k % 4] = _mm512_loadu_si512(out + k / 4 * d + j + 16 * (k % 4));
+      for (int64_t i = top; i < bottom; i += 4) {
+        __m512i r[4];
+        const int64_t left = rows - i < 4 ? rows - i : 4;
+        for (int64_t k = 0; k < 4; ++k)
+          r[k] = _mm512_xor_si512(_mm512_loadu_si512(x + (i + (k < left ? k : 0)) * d + j), flip);
+        fetch(next), fetch(next + 64), next += 128;
+        const __m512i a = _mm512_unpacklo_epi8(r[0], r[1]), b = _mm512_unpacklo_epi8(r[2], r[3]);
+        const __m512i c = _mm512_unpackhi_epi8(r[0], r[1]), e = _mm512_unpackhi_epi8(r[2], r[3]);
+        const __m512i t0 = _mm512_unpacklo_epi16(a, b), t1 = _mm512_unpackhi_epi16(a, b);
+        const __m512i t2 = _mm512_unpacklo_epi16(c, e), t3 = _mm512_unpackhi_epi16(c, e);
+        for (int k = 0; k < Digits; ++k) {
+          int32_t packed = 0;
+          if (left == 4) std::memcpy(&packed, q + k * stride + i, 4);
+          else std::memcpy(&packed, q + k * stride + i, left);
+          const __m512i w = _mm512_set1_epi32(packed);
+          s[k][0] = _mm512_dpbusd_epi32(s[k][0], t0, w), s[k][1] = _mm512_dpbusd_epi32(s[k][1], t1, w);
+          s[k][2] = _mm512_dpbusd_epi32(s[k][2], t2, w), s[k][3] = _mm512_dpbusd_epi32(s[k][3], t3, w);
+        }
       }
-      const __m512i a = _mm512_unpacklo_epi8(r[0], r[1]), b = _mm512_unpacklo_epi8(r[2], r[3]);
-      const __m512i c = _mm512_unpackhi_epi8(r[0], r[1]), e = _mm512_unpackhi_epi8(r[2], r[3]);
-      const __m512i t0 = _mm512_unpacklo_epi16(a, b), t1 = _mm512_unpackhi_epi16(a, b);
-      const __m512i t2 = _mm512_unpacklo_epi16(c, e), t3 = _mm512_unpackhi_epi16(c, e);
-      for (int k = 0; k < Digits; ++k) {
-        int32_t packed = 0;
-        if (left == 4) std::memcpy(&packed, q + k * stride + i, 4);
-        else std::memcpy(&packed, q + k * stride + i, left);
-        const __m512i w = _mm512_set1_epi32(packed);
-        s[k][0] = _mm512_dpbusd_epi32(s[k][0], t0, w), s[k][1] = _mm512_dpbusd_epi32(s[k][1], t1, w);
-        s[k][2] = _mm512_dpbusd_epi32(s[k][2], t2, w), s[k][3] = _mm512_dpbusd_epi32(s[k][3], t3, w);
-      }
+      for (int k = 0; k < 4 * Digits; ++k) _mm512_storeu_si512(out + k / 4 * d + j + 16 * (k % 4), s[k / 4][k % 4]);
     }
-    // Unpacking works within 128-bit lanes: lane L of s[k] holds columns 16 L + 4 k .. 16 L + 4 k + 3.
-    for (int digit = 0; digit < Digits; ++digit)
-      for (int k = 0; k < 4; ++k) {
-        __m128i* to = reinterpret_cast<__m128i*>(out + digit * d + j + 4 * k);
-        _mm_storeu_si128(to, _mm512_extracti32x4_epi32(s[digit][k], 0));
-        _mm_storeu_si128(to + 4, _mm512_extracti32x4_epi32(s[digit][k], 1));
-        _mm_storeu_si128(to + 8, _mm512_extracti32x4_epi32(s[digit][k], 2));
-        _mm_storeu_si128(to + 12, _mm512_extracti32x4_epi32(s[digit][k], 3));
-      }
+  }
+  // Unpacking works within 128-bit lanes: lane L of s[k] holds columns 16 L + 4 k .. 16 L + 4 k + 3.
+  for (int64_t j = 0; j < Digits * d; j += 64) {
+    __m512i s[4];
+    for (int k = 0; k < 4; ++k) s[k] = _mm512_loadu_si512(out + j + 16 * k);
+    const __m512i a = _mm512_shuffle_i32x4(s[0], s[1], 0x44), b = _mm512_shuffle_i32x4(s[2], s[3], 0x44);
+    const __m512i c = _mm512_shuffle_i32x4(s[0], s[1], 0xee), e = _mm512_shuffle_i32x4(s[2], s[3], 0xee);
+    _mm512_storeu_si512(out + j, _mm512_shuffle_i32x4(a, b, 0x88));
+    _mm512_storeu_si512(out + j + 16, _mm512_shuffle_i32x4(a, b, 0xdd));
+    _mm512_storeu_si512(out + j + 32, _mm512_shuffle_i32x4(c, e, 0x88));
+    _mm512_storeu_si512(out + j + 48, _mm512_shuffle_i32x4(c, e, 0xdd));
   }
 }
 
-TARGET(AVX512) void sums_int8_avx512(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int32_t* out) {
-  sums_avx512<1>(x, rows, d, q, 0, out);
+TARGET(AVX512) void sums_int8_avx512(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int32_t* out,
+                                     const int8_t* ahead) {
+  sums_avx512<1>(x, rows, d, q, 0, out, ahead);
 }
 
-TARGET(AVX512) void dots_float_avx512(const float* x, int64_t rows, int64_t d, const float* z, float* out) {
+TARGET(AVX512) void dots_float_avx512(const float* x, int64_t rows, int64_t d, const float* z, float* out,
+                                      const float* ahead) {
   int64_t i = 0;
   for (; i + 4 <= rows; i += 4) {
     __m512 s[4] = {};
     const float* p = x + i * d;
     for (int64_t j = 0; j < d; j += 16) {
       const __m512 w = _mm512_loadu_ps(z + j);
-      for (int k = 0; k < 4; ++k) {
-        _mm_prefetch(reinterpret_cast<const char*>(p + (k + 4) * d + j), _MM_HINT_T0);
-        s[k] = _mm512_fmadd_ps(_mm512_loadu_ps(p + k * d + j), w, s[k]);
-      }
+      fetch(ahead + i * d / 2 + 2 * j), fetch(ahead + i * d / 2 + 2 * j + 16);
+      for (int k = 0; k < 4; ++k) s[k] = _mm512_fmadd_ps(_mm512_loadu_ps(p + k * d + j), w, s[k]);
     }
     for (int k = 0; k < 4; ++k) out[i + k] = _mm512_reduce_add_ps(s[k]);
   }
@@ -300,12 +311,18 @@ TARGET(AVX512) void dots_float_avx512(const float* x, int64_t rows, int64_t d, c
   }
 }
 
-TARGET(AVX512) void sums_float_avx512(const float* x, int64_t rows, int64_t d, const float* q, float* out) {
+TARGET(AVX512) void sums_float_avx512(const float* x, int64_t rows, int64_t d, const float* q, float* out,
+                                      const float* ahead) {
+  const float* next = ahead + rows * d / 2;
   for (int64_t j = 0; j < d; j += 64) {
-    __m512 s[4] = {};
+    __m512 s[4];
+    for (int k = 0; k < 4; ++k) s[k] = _mm512_loadu_ps(out + j + 16 * k);
     for (int64_t i = 0; i < rows; ++i) {
       const __m512 w = _mm512_set1_ps(q[i]);
-      for (int k = 0; k < 4; ++k) s[k] = _mm512_fmadd_ps(_mm512_loadu_ps(x + i * d + j + 16 * k), w, s[k]);
+      for (int k = 0; k < 4; ++k) {
+        if (k % 2) fetch(next), next += 16;
+        s[k] = _mm512_fmadd_ps(_mm512_loadu_ps(x + i * d + j + 16 * k), w, s[k]);
+      }
     }
     for (int k = 0; k < 4; ++k) _mm512_storeu_ps(out + j + 16 * k, s[k]);
   }
@@ -336,24 +353,39 @@ TARGET(AVX512) void philox_avx512(uint32_t* out, int64_t count, uint32_t step, u
   }
 }
 
+// Down to the integer below, or up where the uniform of the word is less than the fraction.
+TARGET(AVX512) inline __m512 rounded_avx512(__m512 t, const uint32_t* words) {
+  const __m512 lower = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  const __m512 u = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(_mm512_loadu_si512(words), 8)),
+                                 _mm512_set1_ps(1.0f / 16777216));
+  const __mmask16 up = _mm512_cmp_ps_mask(u, _mm512_sub_ps(t, lower), _CMP_LT_OQ);
+  return _mm512_mask_add_ps(lower, up, lower, _mm512_set1_ps(1.0f));
+}
+
 // One step of 16 offsets at a time; see `move_low`.
 TARGET(AVX512) int64_t move_low_avx512(int8_t* z, const float* g, const float* drift, const float* shrink,
-                                       const uint32_t* words, int64_t begin, int64_t end) {
+                                       const uint32_t* words, int64_t d) {
   int64_t outside = 0;
-  const __m512 top = _mm512_set1_ps(127.0f), bottom = _mm512_set1_ps(-127.0f), unit = _mm512_set1_ps(1.0f / 16777216);
-  for (int64_t j = begin; j < end; j += 16) {
+  const __m512 top = _mm512_set1_ps(127.0f), bottom = _mm512_set1_ps(-127.0f);
+  for (int64_t j = 0; j < d; j += 16) {
     const __m512 old = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<__m128i*>(z + j))));
-    __m512 t = _mm512_sub_ps(_mm512_sub_ps(old, _mm512_loadu_ps(g + j)), _mm512_loadu_ps(drift + j));
-    t = _mm512_mul_ps(t, _mm512_loadu_ps(shrink + j));
-    const __m512 lower = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    const __m512 u = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(_mm512_loadu_si512(words + j), 8)), unit);
-    const __mmask16 up = _mm512_cmp_ps_mask(u, _mm512_sub_ps(t, lower), _CMP_LT_OQ);
-    const __m512 value = _mm512_mask_add_ps(lower, up, lower, _mm512_set1_ps(1.0f));
+    const __m512 t = _mm512_sub_ps(_mm512_sub_ps(old, _mm512_loadu_ps(g + j)), _mm512_loadu_ps(drift + j));
+    const __m512 value = rounded_avx512(_mm512_mul_ps(t, _mm512_loadu_ps(shrink + j)), words + j);
     outside += __builtin_popcount(_mm512_cmp_ps_mask(_mm512_abs_ps(value), top, _CMP_GT_OQ));
     const __m512i code = _mm512_cvtps_epi32(_mm512_max_ps(bottom, _mm512_min_ps(top, value)));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(z + j), _mm512_cvtepi32_epi8(code));
   }
   return outside;
+}
+
+// See `code_weights`; reads and writes up to 15 elements past the end.
+TARGET(AVX512) void code_weights_avx512(const float* weights, float inverse, const uint32_t* bits, int64_t rows,
+                                        int8_t* codes) {
+  for (int64_t i = 0; i < rows; i += 16) {
+    const __m512 value = rounded_avx512(_mm512_mul_ps(_mm512_loadu_ps(weights + i), _mm512_set1_ps(inverse)), bits + i);
+    const __m128i code = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(value));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), code);
+  }
 }
 #endif  // HAVE_X86
 
@@ -391,22 +423,22 @@ inline void words(const Problem& p, uint32_t* out, int64_t count, uint32_t step,
 }
 
 // Both digits of 16-bit codes: out[j] for those at q, out[d + j] for those at q + stride.
-inline void sums_two(const Problem& p, const int8_t* x, int64_t rows, const int8_t* q, int64_t stride, int32_t* out) {
+inline void sums_two(const Problem& p, const int8_t* x, int64_t rows, const int8_t* q, int64_t stride, int32_t* out,
+                     const int8_t* ahead) {
 #if HAVE_X86
-  if (p.level == 2) return sums_avx512<2>(x, rows, p.d, q, stride, out);
+  if (p.level == 2) return sums_avx512<2>(x, rows, p.d, q, stride, out, ahead);
 #endif
-  DISPATCH(sums_int8, x, rows, p.d, q, out);
-  DISPATCH(sums_int8, x, rows, p.d, q + stride, out + p.d);
+  DISPATCH(sums_int8, x, rows, p.d, q, out, ahead);
+  DISPATCH(sums_int8, x, rows, p.d, q + stride, out + p.d, ahead);
 }
 
 // z <- Q((z - lr g / gap - drift) * shrink): the step and the implicit penalty, in units of the gap.
-int64_t move_low(const Problem& p, const float* g, const uint32_t* bits, int64_t begin, int64_t end) {
-  int8_t* z = static_cast<int8_t*>(p.offset);
+int64_t move_low(const Problem& p, int8_t* z, const float* g, const uint32_t* bits) {
 #if HAVE_X86
-  if (p.level == 2) return move_low_avx512(z, g, p.drift, p.shrink, bits, begin, end);
+  if (p.level == 2) return move_low_avx512(z, g, p.drift, p.shrink, bits, p.d);
 #endif
   int64_t outside = 0;
-  for (int64_t j = begin; j < end; ++j) {
+  for (int64_t j = 0; j < p.d; ++j) {
     const float value = round_up_if((z[j] - g[j] - p.drift[j]) * p.shrink[j], float(bits[j] >> 8) / 16777216.0f);
     outside += std::fabs(value) > 127.0f;
     z[j] = int8_t(value > 127.0f ? 127.0f : value < -127.0f ? -127.0f : value);
@@ -414,13 +446,27 @@ int64_t move_low(const Problem& p, const float* g, const uint32_t* bits, int64_t
   return outside;
 }
 
+// Codes of weights in units of `1 / inverse`, rounded stochastically.
+void code_weights(const Problem& p, const float* weights, float inverse, const uint32_t* bits, int64_t rows, int8_t* codes) {
+#if HAVE_X86
+  if (p.level == 2) return code_weights_avx512(weights, inverse, bits, rows, codes);
+#endif
+  for (int64_t i = 0; i < rows; ++i) codes[i] = int8_t(round_up_if(weights[i] * inverse, float(bits[i] >> 8) / 16777216.0f));
+}
+
+// Rows that are read twice in a row, once for the dot products and once for the sums: a quarter of a megabyte, so that
+// they and the piece fetched meanwhile stay in the second-level cache.
+inline int64_t piece_rows(const Problem& p, bool low) {
+  return std::max<int64_t>(4, (int64_t(1) << 18) / (p.d * (low ? 1 : 4)) / 4 * 4);
+}
+
 struct Scratch {
   std::vector<int32_t> dots, sums;
-  std::vector<float> floats, weights, partial;
+  std::vector<float> floats, weights;
   std::vector<int8_t> codes;
   std::vector<uint32_t> bits;
   Scratch(int64_t rows, int64_t d)
-      : dots(rows), sums(d), floats(rows), weights(rows), partial(d), codes(rows + 4), bits(((rows + 63) / 64) * 64) {}
+      : dots(rows + 16), sums(d), floats(rows + 16), weights(rows + 16), codes(rows + 64), bits((rows + 63) / 64 * 64) {}
 };
 
 template <class Body>
@@ -433,49 +479,117 @@ void parallel(int threads, Body body) {
 
 // Change of the derivative when the margin of row i moves by `change`; no cancellation however small that is.
 // Logistic, with E = exp(y m) cached at the centre: y (1/(1+E) - 1/(1+Ee)), e = exp(y change).
-inline float response(const Problem& p, int64_t i, float change) {
-  if (p.loss == 0) return change;
+inline float logistic_response(const Problem& p, int64_t i, float change) {
   const float y = p.y[i], odds = p.odds[i];
   const float less = std::expm1(std::fmax(-60.0f, std::fmin(60.0f, y * change)));
   return y * (odds / (1.0f + odds)) * (less / (1.0f + odds * (1.0f + less)));
 }
 
-// One thread's share of a mini-batch: partial[j] = sum over its rows of response_i x_ij, scaled by `factor`.
-void share_low(const Problem& p, Scratch& s, int64_t begin, int64_t rows, int64_t step, float factor) {
-  const int8_t* x = static_cast<const int8_t*>(p.x) + begin * p.d;
-  DISPATCH(dots_int8, x, rows, p.d, static_cast<const int8_t*>(p.offset), s.dots.data());
-  float largest = 0;
+// Rows [begin, begin + rows) of the data, and where the rows that are wanted after them begin.
+struct Piece {
+  int64_t begin, rows, ahead;
+};
+
+// partial += sum over the rows of a piece of response_i x_ij, times `factor`.
+void piece_low(const Problem& p, Scratch& s, const int8_t* z, const Piece& piece, int64_t step, float factor, float* partial) {
+  const int8_t* x = static_cast<const int8_t*>(p.x) + piece.begin * p.d;
+  const int8_t* ahead = static_cast<const int8_t*>(p.x) + piece.ahead * p.d;
+  DISPATCH(dots_int8, x, piece.rows, p.d, z, s.dots.data(), ahead);
   const float unit = float(p.unit * p.gap);
-  for (int64_t i = 0; i < rows; ++i) {
-    s.weights[i] = response(p, begin + i, unit * s.dots[i]);
-    largest = std::fmax(largest, std::fabs(s.weights[i]));
-  }
-  if (largest == 0) {
-    std::fill(s.partial.begin(), s.partial.end(), 0.0f);
-    return;
-  }
-  const float inverse = 127.0f / largest;
-  words(p, s.bits.data(), s.bits.size(), uint32_t(step), uint32_t(begin) | 0x80000000u);
-  for (int64_t i = 0; i < rows; ++i)
-    s.codes[i] = int8_t(round_up_if(s.weights[i] * inverse, float(s.bits[i] >> 8) / 16777216.0f));
-  DISPATCH(sums_int8, x, rows, p.d, s.codes.data(), s.sums.data());
+  for (int64_t i = 0; i < piece.rows; ++i) s.weights[i] = unit * s.dots[i];
+  if (p.loss == 1)
+    for (int64_t i = 0; i < piece.rows; ++i) s.weights[i] = logistic_response(p, piece.begin + i, s.weights[i]);
+  float largest = 0;
+  for (int64_t i = 0; i < piece.rows; ++i) largest = std::max(largest, std::fabs(s.weights[i]));
+  if (largest == 0) return;
+  words(p, s.bits.data(), (piece.rows + 63) / 64 * 64, uint32_t(step), uint32_t(piece.begin) | 0x80000000u);
+  code_weights(p, s.weights.data(), 127.0f / largest, s.bits.data(), piece.rows, s.codes.data());
+  DISPATCH(sums_int8, x, piece.rows, p.d, s.codes.data(), s.sums.data(), ahead);
   const float scale = factor * largest / 127.0f;
-  for (int64_t j = 0; j < p.d; ++j) s.partial[j] = scale * s.sums[j];
+  for (int64_t j = 0; j < p.d; ++j) partial[j] += scale * s.sums[j];
 }
 
-void share_full(const Problem& p, Scratch& s, int64_t begin, int64_t rows, float factor) {
-  const float* x = static_cast<const float*>(p.x) + begin * p.d;
-  DISPATCH(dots_float, x, rows, p.d, static_cast<const float*>(p.offset), s.floats.data());
-  for (int64_t i = 0; i < rows; ++i) s.weights[i] = factor * response(p, begin + i, s.floats[i]);
-  DISPATCH(sums_float, x, rows, p.d, s.weights.data(), s.partial.data());
+void piece_full(const Problem& p, Scratch& s, const float* z, const Piece& piece, float factor, float* partial) {
+  const float* x = static_cast<const float*>(p.x) + piece.begin * p.d;
+  const float* ahead = static_cast<const float*>(p.x) + piece.ahead * p.d;
+  DISPATCH(dots_float, x, piece.rows, p.d, z, s.floats.data(), ahead);
+  for (int64_t i = 0; i < piece.rows; ++i) s.weights[i] = factor * s.floats[i];
+  if (p.loss == 1)
+    for (int64_t i = 0; i < piece.rows; ++i) s.weights[i] = factor * logistic_response(p, piece.begin + i, s.floats[i]);
+  DISPATCH(sums_float, x, piece.rows, p.d, s.weights.data(), partial, ahead);
 }
 
 // Rows of block b that are thread t's: about equal shares, in multiples of 4.
-inline void my_rows(const Problem& p, int64_t block, int t, int64_t& begin, int64_t& rows) {
+inline void my_rows(const Problem& p, int64_t block, int t, int64_t& begin, int64_t& end) {
   const int64_t first = block * p.batch, last = std::min(p.n, first + p.batch);
   const int64_t part = ((last - first + p.threads - 1) / p.threads + 3) / 4 * 4;
   begin = std::min(last, first + t * part);
-  rows = std::min(last, begin + part) - begin;
+  end = std::min(last, begin + part);
+}
+
+// One thread's epoch. Every thread keeps its own copy of the offset and moves all of it, by the same sums and the same
+// draws: one meeting per mini-batch is enough, as the sums of two of them in turn are kept apart.
+template <bool Low, class Code>
+int64_t walk_epoch(const Problem& p, int t, Barrier& barrier, std::vector<std::vector<float>>& partial) {
+  const int64_t rows = piece_rows(p, Low);
+  Scratch s(rows, p.d);
+  std::vector<Code> z(static_cast<Code*>(p.offset), static_cast<Code*>(p.offset) + p.d);
+  std::vector<float> g(p.d);
+  std::vector<uint32_t> bits(p.d);
+  int64_t outside = 0;
+  for (int64_t k = 0; k < p.blocks; ++k) {
+    const int64_t step = p.first_step + k, first = int64_t(p.order[k]) * p.batch;
+    const float count = float(std::min(p.n, first + p.batch) - first);
+    float* mine = partial[(k % 2) * p.threads + t].data();
+    std::fill(mine, mine + p.d, 0.0f);
+    int64_t begin, end, next, unused;
+    my_rows(p, p.order[k], t, begin, end);
+    my_rows(p, p.order[k + 1 < p.blocks ? k + 1 : k], t, next, unused);
+    for (int64_t at = begin; at < end; at += rows) {
+      const Piece piece{at, std::min(rows, end - at), at + rows < end ? at + rows : next};
+      if constexpr (Low) piece_low(p, s, z.data(), piece, step, float(p.lr * p.unit / p.gap) / count, mine);
+      else piece_full(p, s, z.data(), piece, float(p.lr) / count, mine);
+    }
+    if constexpr (Low) words(p, bits.data(), p.d, uint32_t(step), 0);
+    barrier.wait();
+    std::copy_n(partial[(k % 2) * p.threads].data(), p.d, g.data());
+    for (int other = 1; other < p.threads; ++other) {
+      const float* theirs = partial[(k % 2) * p.threads + other].data();
+      for (int64_t j = 0; j < p.d; ++j) g[j] += theirs[j];
+    }
+    if constexpr (Low) outside += move_low(p, z.data(), g.data(), bits.data());
+    else
+      for (int64_t j = 0; j < p.d; ++j) z[j] = (z[j] - g[j] - p.drift[j]) * p.shrink[j];
+  }
+  if (t == 0) std::copy(z.begin(), z.end(), static_cast<Code*>(p.offset));
+  return outside;
+}
+
+// Margins and missing derivatives of a chunk after its margins moved; returns the largest magnitude of the latter.
+double missing_derivatives(const Problem& p, const Scratch& s, bool low, int64_t begin, int64_t rows, double* missing) {
+  double largest = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    double& m = p.margin[begin + i];
+    m += low ? p.unit * p.gap * s.dots[i] : double(s.floats[i]);
+    if (p.loss == 1) p.odds[begin + i] = float(std::exp(std::fmax(-40.0, std::fmin(40.0, p.y[begin + i] * m))));
+    missing[i] = derivative(p.loss, m, p.y[begin + i]) - p.residual[begin + i];
+    largest = std::max(largest, std::fabs(missing[i]));
+  }
+  return largest;
+}
+
+// sum[j] += what `full` lacks of the rows of a chunk, rounded to 16 bits; what was added is in `residual`.
+void add_low(const Problem& p, const int8_t* x, const Piece& c, const double* missing, double largest, int8_t* digits,
+             int64_t stride, int32_t* counts, const int8_t* ahead, double* sum) {
+  const double scale = largest / 32639.0, inverse = 32639.0 / largest;
+  for (int64_t i = 0; i < c.rows; ++i) {
+    const int32_t q = int32_t(std::lrint(missing[i] * inverse));
+    digits[i] = int8_t(q & 0xff);
+    digits[stride + i] = int8_t((q - digits[i]) / 256);
+    p.residual[c.begin + i] += q * scale;
+  }
+  sums_two(p, x, c.rows, digits, stride, counts, ahead);
+  for (int64_t j = 0; j < p.d; ++j) sum[j] += scale * p.unit * (counts[j] + 256.0 * counts[p.d + j]);
 }
 
 }  // namespace
@@ -489,43 +603,31 @@ EXPORT void lpsgld_linear_words(uint32_t* out, int64_t count, uint32_t step, uin
   words(p, out, count, step, stream);
 }
 
+// out = X^T X v for float32 rows, on one thread; for the step size.
+EXPORT void lpsgld_linear_normal(const float* x, int64_t rows, int64_t d, const float* v, float* out, int32_t level) {
+  Problem p{};
+  p.level = level;
+  const int64_t chunk = 64;
+  float dots[chunk];
+  std::fill(out, out + d, 0.0f);
+  for (int64_t i = 0; i < rows; i += chunk) {
+    const int64_t count = std::min(chunk, rows - i);
+    DISPATCH(dots_float, x + i * d, count, d, v, dots, x + (i + count) * d);
+    DISPATCH(sums_float, x + i * d, count, d, dots, out, x + (i + count) * d);
+  }
+}
+
 // Mini-batches of one epoch. Returns the number of offsets that left the range (low precision only).
 EXPORT int64_t lpsgld_linear_inner(const Problem* problem, int32_t low) {
   const Problem& p = *problem;
   Barrier barrier(p.threads);
-  std::vector<Scratch> scratch(p.threads, Scratch(p.batch, p.d));
-  std::vector<int64_t> outside(p.threads * 8);
+  std::vector<std::vector<float>> partial(2 * p.threads, std::vector<float>(p.d + 64));
+  int64_t outside = 0;
   parallel(p.threads, [&](int t) {
-    const int64_t strips = p.d / 64, from = strips * t / p.threads * 64, to = strips * (t + 1) / p.threads * 64;
-    std::vector<float> g(p.d);
-    std::vector<uint32_t> bits(p.d);
-    for (int64_t k = 0; k < p.blocks; ++k) {
-      const int64_t step = p.first_step + k, first = int64_t(p.order[k]) * p.batch;
-      const float count = float(std::min(p.n, first + p.batch) - first);
-      int64_t begin, rows;
-      my_rows(p, p.order[k], t, begin, rows);
-      if (low) {
-        share_low(p, scratch[t], begin, rows, step, float(p.lr * p.unit / p.gap) / count);
-        words(p, bits.data(), p.d, uint32_t(step), 0);
-      } else {
-        share_full(p, scratch[t], begin, rows, float(p.lr) / count);
-      }
-      barrier.wait();
-      for (int64_t j = from; j < to; ++j) g[j] = scratch[0].partial[j];
-      for (int other = 1; other < p.threads; ++other)
-        for (int64_t j = from; j < to; ++j) g[j] += scratch[other].partial[j];
-      if (low) {
-        outside[t * 8] += move_low(p, g.data(), bits.data(), from, to);
-      } else {
-        float* z = static_cast<float*>(p.offset);
-        for (int64_t j = from; j < to; ++j) z[j] = (z[j] - g[j] - p.drift[j]) * p.shrink[j];
-      }
-      barrier.wait();
-    }
+    const int64_t found = low ? walk_epoch<true, int8_t>(p, t, barrier, partial) : walk_epoch<false, float>(p, t, barrier, partial);
+    if (t == 0) outside = found;
   });
-  int64_t total = 0;
-  for (int t = 0; t < p.threads; ++t) total += outside[t * 8];
-  return total;
+  return outside;
 }
 
 // Move the margins by the offset and bring `full` up to date. Low precision: what is missing in `full`, the difference
@@ -533,44 +635,33 @@ EXPORT int64_t lpsgld_linear_inner(const Problem* problem, int32_t low) {
 // the error shrinks with the differences, so `full` converges to the exact sum though no float touches the data.
 EXPORT void lpsgld_linear_outer(const Problem* problem, int32_t low) {
   const Problem& p = *problem;
-  const int64_t chunk = 256, chunks = (p.n + chunk - 1) / chunk;
+  const int64_t chunk = low ? 256 : piece_rows(p, false), chunks = (p.n + chunk - 1) / chunk;
   std::vector<std::vector<double>> sums(p.threads, std::vector<double>(p.d));
   parallel(p.threads, [&](int t) {
     Scratch s(chunk, p.d);
-    std::vector<int8_t> digits(2 * chunk);
+    std::vector<int8_t> digits(2 * chunk + 64);
     std::vector<int32_t> counts(2 * p.d);
+    std::vector<double> missing(chunk);
+    std::vector<float> partial(p.d);
     double* sum = sums[t].data();
-    for (int64_t c = chunks * t / p.threads; c < chunks * (t + 1) / p.threads; ++c) {
-      const int64_t begin = c * chunk, rows = std::min(chunk, p.n - begin);
-      double largest = 0;
-      std::vector<double> missing(rows);
-      const int8_t* x8 = static_cast<const int8_t*>(p.x) + begin * p.d;
-      const float* x32 = static_cast<const float*>(p.x) + begin * p.d;
-      if (low) DISPATCH(dots_int8, x8, rows, p.d, static_cast<const int8_t*>(p.offset), s.dots.data());
-      else DISPATCH(dots_float, x32, rows, p.d, static_cast<const float*>(p.offset), s.floats.data());
-      for (int64_t i = 0; i < rows; ++i) {
-        double& m = p.margin[begin + i];
-        m += low ? p.unit * p.gap * s.dots[i] : double(s.floats[i]);
-        if (p.loss == 1) p.odds[begin + i] = float(std::exp(std::fmax(-40.0, std::fmin(40.0, p.y[begin + i] * m))));
-        missing[i] = derivative(p.loss, m, p.y[begin + i]) - p.residual[begin + i];
-        largest = std::fmax(largest, std::fabs(missing[i]));
-      }
+    for (int64_t k = chunks * t / p.threads; k < chunks * (t + 1) / p.threads; ++k) {
+      const Piece c{k * chunk, std::min(chunk, p.n - k * chunk), (k + 1) * chunk};
+      const int8_t* x8 = static_cast<const int8_t*>(p.x) + c.begin * p.d;
+      const float* x32 = static_cast<const float*>(p.x) + c.begin * p.d;
+      const int8_t* ahead8 = x8 + chunk * p.d;
+      const float* ahead32 = x32 + chunk * p.d;
+      if (low) DISPATCH(dots_int8, x8, c.rows, p.d, static_cast<const int8_t*>(p.offset), s.dots.data(), ahead8);
+      else DISPATCH(dots_float, x32, c.rows, p.d, static_cast<const float*>(p.offset), s.floats.data(), ahead32);
+      const double largest = missing_derivatives(p, s, low, c.begin, c.rows, missing.data());
       if (largest == 0) continue;
-      if (!low) {
-        for (int64_t i = 0; i < rows; ++i) p.residual[begin + i] += (s.weights[i] = float(missing[i]));
-        DISPATCH(sums_float, x32, rows, p.d, s.weights.data(), s.partial.data());
-        for (int64_t j = 0; j < p.d; ++j) sum[j] += s.partial[j];
+      if (low) {
+        add_low(p, x8, c, missing.data(), largest, digits.data(), chunk, counts.data(), ahead8, sum);
         continue;
       }
-      const double scale = largest / 32639.0;
-      for (int64_t i = 0; i < rows; ++i) {
-        const int32_t q = int32_t(std::lrint(missing[i] / scale));
-        digits[i] = int8_t(q & 0xff);
-        digits[chunk + i] = int8_t((q - digits[i]) / 256);
-        p.residual[begin + i] += q * scale;
-      }
-      sums_two(p, x8, rows, digits.data(), chunk, counts.data());
-      for (int64_t j = 0; j < p.d; ++j) sum[j] += scale * p.unit * (counts[j] + 256.0 * counts[p.d + j]);
+      for (int64_t i = 0; i < c.rows; ++i) p.residual[c.begin + i] += (s.weights[i] = float(missing[i]));
+      std::fill(partial.begin(), partial.end(), 0.0f);
+      DISPATCH(sums_float, x32, c.rows, p.d, s.weights.data(), partial.data(), ahead32);
+      for (int64_t j = 0; j < p.d; ++j) sum[j] += partial[j];
     }
   });
   for (const auto& part : sums)

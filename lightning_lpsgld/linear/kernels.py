@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lightning_lpsgld.linear.state import LOSSES, LinearState
 
-__all__ = ["draw_words", "inner", "instruction_set", "outer", "unavailable"]
+__all__ = ["draw_words", "inner", "instruction_set", "normal_product", "outer", "unavailable"]
 
 _LEVELS = ("baseline", "avx2", "avx512-vnni")
 _POINTERS = ("x", "y", "margin", "odds", "residual", "full", "offset", "drift", "shrink", "order")
@@ -92,6 +92,16 @@ def draw_words(count: int, *, step: int, stream: int, seed: int) -> NDArray[np.u
     _library()[0].lpsgld_linear_words(
         ctypes.c_void_p(out.ctypes.data), ctypes.c_int64(count), ctypes.c_uint32(step), ctypes.c_uint32(stream),
         ctypes.c_uint64(seed % 2**64), ctypes.c_int32(_level()),
+    )  # fmt: skip
+    return out
+
+
+def normal_product(x: NDArray[np.float32], v: NDArray[np.float32]) -> NDArray[np.float32]:
+    """See :func:`.fallback.normal_product`; on the calling thread alone, rows a multiple of 64 wide."""
+    out = np.empty(x.shape[1], dtype=np.float32)
+    _library()[0].lpsgld_linear_normal(
+        ctypes.c_void_p(x.ctypes.data), ctypes.c_int64(x.shape[0]), ctypes.c_int64(x.shape[1]),
+        ctypes.c_void_p(v.ctypes.data), ctypes.c_void_p(out.ctypes.data), ctypes.c_int32(_level()),
     )  # fmt: skip
     return out
 

@@ -69,16 +69,30 @@ def pack_rows(
     return packed, scale
 
 
-def step_size(x: NDArray[np.generic], *, unit: float, loss: str, batch: int, seed: int) -> float:
-    """Half the inverse of a mini-batch's smoothness, estimated on up to 2048 rows by power iteration."""
-    draw = np.random.default_rng(seed)
+def _engine(compiled: bool | None) -> Any:
+    """The module with the epochs: the compiled one where it can run, unless it is not wanted."""
+    reason = kernels.unavailable()
+    if compiled and reason is not None:
+        raise RuntimeError(f"The compiled kernels cannot run: {reason} Use compiled=None for the numpy fallback.")
+    return fallback if reason is not None or compiled is False else kernels
+
+
+def step_size(
+    x: NDArray[np.generic], *, unit: float, loss: str, batch: int, seed: int, compiled: bool | None = None
+) -> float:
+    """Half the inverse of a mini-batch's smoothness, estimated on up to 2048 rows by power iteration.
+
+    The compiled product runs on one thread: the threads of a BLAS go on spinning for a while after a product, on the
+    cores that the epochs are about to use.
+    """
+    draw, engine = np.random.default_rng(seed), _engine(compiled)
     rows = np.sort(draw.choice(len(x), min(len(x), 2048), replace=False))
     sample = x[rows].astype(np.float32) * np.float32(unit)
     v: NDArray[Any] = draw.standard_normal((int(x.shape[1]),), dtype=np.float32)
     top = 0.0
     for _ in range(20):
         length = max(float(np.linalg.norm(v)), 1e-30)
-        v = np.asarray(sample.T @ (sample @ (v / length)) / len(sample))
+        v = engine.normal_product(sample, v / np.float32(length)) / np.float32(len(sample))
         top = float(np.linalg.norm(v))
     row = float((sample.astype(np.float64) ** 2).sum(1).mean())
     return 0.5 / (LOSSES[loss][1] * (top + 2.0 * row / batch) + 1e-30)
@@ -129,12 +143,9 @@ def solve(
     Raises:
         RuntimeError: If ``compiled`` is True and there are no kernels.
     """
-    reason = kernels.unavailable()
-    if compiled and reason is not None:
-        raise RuntimeError(f"The compiled kernels cannot run: {reason} Use compiled=None for the numpy fallback.")
-    engine: Any = fallback if reason is not None or compiled is False else kernels
-    n = len(state.x)
-    lr = step_size(state.x, unit=state.unit, loss=state.loss, batch=batch, seed=seed) if lr is None else lr
+    engine, n = _engine(compiled), len(state.x)
+    if lr is None:
+        lr = step_size(state.x, unit=state.unit, loss=state.loss, batch=batch, seed=seed, compiled=compiled)
     draw, blocks, box = np.random.default_rng(seed), -(-n // batch), None
     report, start = SolveReport(), time.perf_counter()
     for epoch in range(max_iter + 1):
