@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops.lattice import Rates
 
@@ -28,6 +30,8 @@ class StepSpec:
         gradient_format: Grid of the gradient; stochastic rounding, stream ``Role.GRADIENT``. ``None``: not rounded.
         accumulation: Where the sum is kept, and how it is rounded; see :data:`Accumulation`.
         rates: Jump odds of ``accumulation="lattice"``; nothing else reads them.
+        gradient_std: Standard deviation s of the noise in the rounded gradient, a float or a tensor that broadcasts to
+            the weight; for exponential rates of ``accumulation="lattice"``, nothing else reads it.
     """
 
     lr: float
@@ -37,3 +41,4 @@ class StepSpec:
     gradient_format: NumberFormat | None
     accumulation: Accumulation
     rates: Rates = "bernoulli"
+    gradient_std: float | Tensor = 0.0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lightning_lpsgld.formats import FloatingPoint, FormatLike, MicroscalingFloat
 from lightning_lpsgld.ops import StepSpec
@@ -19,6 +21,9 @@ from lightning_lpsgld.samplers.statistics import StepStatistics, step_statistics
 from lightning_lpsgld.samplers.step_size import StepSize
 
 __all__ = ["SGLD"]
+
+#: Noise of the gradient that the lattice walk is told: for all parameters, or by parameter.
+GradientStd = float | Callable[[Tensor], float | Tensor]
 
 
 class SGLD(GridSampler):
@@ -61,6 +66,10 @@ class SGLD(GridSampler):
             ``backend`` holds for the gradient's rounding only.
         rates: Jump odds of the walk. ``"bernoulli"`` survives the noise of minibatches, ``"exponential"`` is exact
             with exact gradients; see there.
+        gradient_std: With exponential rates: s >= 0, the standard deviation of the minibatch noise in the gradient of
+            the batch-mean loss, which the walk then takes out of its odds. A float, or a callable from a parameter to a
+            float or to a tensor that broadcasts to it (of a sharded one: a float), called in every step. Estimate it
+            from other batches than the present one.
 
     State (all in ``state_dict``): per group ``step``, ``seed``, ``temperature``, ``lr``, ``weight_decay``; per
     parameter ``accumulator`` (only with ``accumulator="full"``), ``shrinkage`` (only where :meth:`compensate` set it).
@@ -112,13 +121,17 @@ class SGLD(GridSampler):
         check_finite: bool = True,
         variant: Literal["auto", "lattice"] = "auto",
         rates: Rates = "bernoulli",
+        gradient_std: GradientStd = 0.0,
     ) -> None:
         if variant not in ("auto", "lattice"):
             raise ValueError(f"`variant` must be 'auto' or 'lattice', got {variant!r}.")
         if rates not in RATES:
             raise ValueError(f"`rates` must be one of {RATES}, got {rates!r}.")
+        if callable(gradient_std) or gradient_std != 0:
+            _check_gradient_std(gradient_std, variant, rates)
         self.variant = variant
         self.rates: Rates = rates
+        self.gradient_std: GradientStd = gradient_std
         self._measure_next: int | None = None
         self.measured: list[StepStatistics] = []
         super().__init__(
@@ -183,8 +196,14 @@ class SGLD(GridSampler):
             return "SGDLP-L"
         return ("VC " if self.variance_corrected else "naive ") + "SGLDLP-L (low-precision accumulator)"
 
-    def spec(self, group: dict[str, Any], accumulation: Accumulation, shrinkage: float = 1.0) -> StepSpec:
-        """What the current step does to the parameters of a group that share an accumulation and a compensation."""
+    def spec(
+        self,
+        group: dict[str, Any],
+        accumulation: Accumulation,
+        shrinkage: float = 1.0,
+        gradient_std: float | Tensor = 0.0,
+    ) -> StepSpec:
+        """What the current step does to the parameters of a group that share an accumulation, a divisor and a noise."""
         exempt = accumulation == "float" and self.weight_format is not None
         return StepSpec(
             lr=self.step_size(group) / shrinkage,
@@ -194,23 +213,36 @@ class SGLD(GridSampler):
             gradient_format=None if exempt else self.gradient_format,
             accumulation=accumulation,
             rates=self.rates,
+            gradient_std=gradient_std * shrinkage,  # noise of the rounded gradient, which is divided by q with it
         )
+
+    def _noise_told(self, param: Tensor) -> float | Tensor:
+        if not callable(self.gradient_std):
+            return self.gradient_std
+        told = self.gradient_std(param)
+        if isinstance(told, Tensor) and isinstance(param, DTensor):
+            raise TypeError(
+                f"SGLD: `gradient_std` gave a tensor for {self.name_of(param)}, which is sharded. Give a float per "
+                "parameter, or use DDPStrategy."
+            )
+        return told
 
     # ------------------------------------------------------------------------------------------------------ stepping
 
     def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         """Move the parameters of a group; see :func:`.updates.langevin_step_` for the equations."""
-        modes: dict[tuple[Accumulation, float], list[int]] = {}
+        modes: dict[tuple[Accumulation, float, int], list[int]] = {}
         for i, param in enumerate(params):
-            modes.setdefault((self.accumulation(param), self.shrinkage_of(param)), []).append(i)
+            alone = i if callable(self.gradient_std) else -1
+            modes.setdefault((self.accumulation(param), self.shrinkage_of(param), alone), []).append(i)
         if self._measure_next is not None:
             self._measure(group, params, grads)
-        for (accumulation, shrinkage), chosen in modes.items():
+        for (accumulation, shrinkage, _), chosen in modes.items():
             some = [params[i] for i in chosen]
             accumulators = [self._accumulator(p) for p in some] if accumulation == "full" else None
             keys = [self._draw_key(group, p) for p in some]
             indices = [self.index_of(p) for p in some]
-            spec = self.spec(group, accumulation, shrinkage)
+            spec = self.spec(group, accumulation, shrinkage, self._noise_told(some[0]))
             counts = sharded_steps_(
                 some, [grads[i] for i in chosen], accumulators, spec, keys, indices, backend=self.backend
             )
@@ -240,9 +272,19 @@ class SGLD(GridSampler):
         for param, grad in zip(params, grads):
             accumulation = self.accumulation(param)
             theta = self._accumulator(param) if accumulation == "full" else param
-            spec = self.spec(group, accumulation, self.shrinkage_of(param))
+            spec = self.spec(group, accumulation, self.shrinkage_of(param), self._noise_told(param))
             key = self._draw_key(group, param)
             theta, grad = local_part(theta), local_part(grad)  # of sharded ones, this rank's part
             self.measured.append(
                 step_statistics(self.name_of(param), theta, grad, spec, key, self.index_of(param), self._measure_next)
             )
+
+
+def _check_gradient_std(gradient_std: GradientStd, variant: str, rates: str) -> None:
+    if variant != "lattice" or rates != "exponential":
+        raise ValueError(
+            "`gradient_std` is what the lattice walk with exponential rates is told: it needs variant='lattice' and "
+            f"rates='exponential', got {variant!r} and {rates!r}. Leave it at 0."
+        )
+    if not callable(gradient_std) and not (gradient_std >= 0 and math.isfinite(gradient_std)):
+        raise ValueError(f"`gradient_std` must be finite and >= 0, or a callable, got {gradient_std}.")

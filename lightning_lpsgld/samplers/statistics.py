@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,6 +59,17 @@ def _subset(x: Tensor, fmt: NumberFormat | None, max_elements: int) -> Tensor:
     return x[torch.linspace(0, x.shape[0] - 1, keep, device=x.device).long()]
 
 
+def _part(theta: Tensor, grad: Tensor, spec: StepSpec, max_elements: int) -> tuple[Tensor, Tensor, StepSpec]:
+    """The same rows of weight, gradient and (where it is a tensor) noise of the gradient."""
+    part = _subset(theta, spec.weight_format, max_elements), _subset(grad, spec.gradient_format, max_elements)
+    if part[0].shape != part[1].shape:  # one of the two formats has blocks across dim 0
+        return theta, grad, spec
+    if isinstance(spec.gradient_std, Tensor):
+        told = _subset(spec.gradient_std.expand_as(theta), spec.weight_format, max_elements)
+        spec = replace(spec, gradient_std=told)
+    return *part, spec
+
+
 def _rounding_variance(x: Tensor, fmt: NumberFormat) -> Tensor:
     """p(1-p)gap**2 of stochastic rounding, float64."""
     plan = variance_plan(x, 0.0, fmt)
@@ -85,9 +96,7 @@ def step_statistics(
     Returns:
         The statistics.
     """
-    theta, grad = _subset(theta, spec.weight_format, max_elements), _subset(grad, spec.gradient_format, max_elements)
-    if theta.shape != grad.shape:  # one of the two formats has blocks across dim 0
-        return step_statistics(name, theta, grad, spec, key, index, max(theta.numel(), grad.numel()) * 2)
+    theta, grad, spec = _part(theta, grad, spec, max_elements)
     gradient_rounding = 0.0
     if spec.gradient_format is not None:
         gradient_rounding = spec.lr**2 * float(_rounding_variance(grad, spec.gradient_format).mean())
@@ -131,7 +140,8 @@ def _describe(
 def _walk_variance(theta: Tensor, drift: Tensor, spec: StepSpec) -> tuple[Tensor, Tensor]:
     """Variance of the lattice walk's step per element, squared weight units, and the gap; float64."""
     assert spec.weight_format is not None
-    plan = walk_plan(theta, drift, spec.noise_variance, spec.weight_format, rates=spec.rates)
+    told = spec.lr * spec.gradient_std
+    plan = walk_plan(theta, drift, spec.noise_variance, spec.weight_format, rates=spec.rates, gradient_std=told)
     first, second = torch.zeros_like(plan.codes), torch.zeros_like(plan.codes)
     for j in range(1, int(plan.reach.max()) + 1):
         length = torch.full_like(plan.codes, j)
@@ -152,7 +162,8 @@ def _describe_walk(
     drift = mean - theta
     variance, gap = _walk_variance(theta, drift, spec)
     high, more = v > gap**2 / 4, variance > v * (1 + 1e-6)
-    new = lattice_step(theta, drift, v, fmt, key=key, rates=spec.rates)
+    told = spec.lr * spec.gradient_std
+    new = lattice_step(theta, drift, v, fmt, key=key, rates=spec.rates, gradient_std=told)
     return StepStatistics(
         name, theta.numel(), mean.numel(), v, float(variance.mean()), gradient_rounding, 0.0,
         float(high.double().mean()), float((~high & ~more).double().mean()), float((~high & more).double().mean()),

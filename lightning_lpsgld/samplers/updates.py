@@ -85,7 +85,10 @@ def langevin_step_(
     if spec.accumulation == "lattice":
         assert fmt is not None
         drift = -spec.lr * (grad.to(theta.dtype) + spec.weight_decay * theta)
-        param.copy_(lattice_step(theta, drift, spec.noise_variance, fmt, key=weight_key, rates=spec.rates))
+        told = spec.lr * spec.gradient_std
+        param.copy_(
+            lattice_step(theta, drift, spec.noise_variance, fmt, key=weight_key, rates=spec.rates, gradient_std=told)
+        )
         return saturated(mean, fmt)
     if spec.accumulation == "vc":
         assert fmt is not None

@@ -110,6 +110,38 @@ def test_odds_are_probabilities_where_exponentials_overflow():
         assert (up[3:] > down[3:]).all()
 
 
+def test_odds_are_probabilities_whatever_the_noise():
+    """Slopes and noises of any size: no NaN, no sum above 1; noise much larger than the slope stops the walk."""
+    sizes = torch.tensor([0.0, 1e-9, 1.0, 1e3, 1e80, 1e200, 1e300]).double()
+    slope, noise = sizes.repeat(7), sizes.repeat_interleave(7)
+    for target in (1e-6, 3.0):
+        variance = target * GAP**2
+        plan = walk_plan(
+            torch.zeros(49).double(), slope * variance, variance, FORMAT, gradient_std=noise * variance / GAP
+        )
+        for length in range(1, int(plan.reach.max()) + 1):
+            up, down = jump_odds(plan, torch.full((49,), float(length)).double())
+            assert up.isfinite().all()
+            assert down.isfinite().all()
+            assert (up + down <= 1 + 1e-15).all()
+            assert (up + down)[(slope <= 1.0) & (noise >= 1e3)].max() == 0.0
+
+
+def test_told_no_noise_it_is_the_same_step():
+    theta = quantize(normals((512,), DrawKey(40)).float(), FORMAT, rounding="nearest")
+    plain = lattice_step(theta, -0.01 * theta, 1e-2, FORMAT, key=DrawKey(41))
+    told = lattice_step(theta, -0.01 * theta, 1e-2, FORMAT, key=DrawKey(41), gradient_std=torch.zeros(512))
+    assert torch.equal(plain, told)
+
+
+@pytest.mark.parametrize("fmt", ["fixed8.3", "bfp8"])
+def test_no_value_is_read_by_the_host_on_an_accelerator(fmt):
+    """A tensor without values, as on "meta", cannot be read: a step that does not try is one that does not wait."""
+    theta = torch.zeros(4, 8, device="meta")
+    new = lattice_step(theta, theta, torch.ones((), device="meta"), fmt, key=DrawKey(0), gradient_std=theta)
+    assert new.shape == theta.shape
+
+
 def test_drift_beyond_the_reach_is_taken_in_one_step():
     """A mean step of ten gaps: Q^vc takes it, mean and variance as it promises."""
     drift, variance = 10.3 * GAP, 1e-4
@@ -183,6 +215,10 @@ def test_refusals_name_rule_and_value():
         lattice_step(theta, theta, 1.0, FORMAT, key=DrawKey(0), rates="metropolis")
     with pytest.raises(ValueError, match="`variance` must be >= 0"):
         lattice_step(theta, theta, -1.0, FORMAT, key=DrawKey(0))
+    with pytest.raises(ValueError, match="`gradient_std` must be >= 0"):
+        lattice_step(theta, theta, 1.0, FORMAT, key=DrawKey(0), gradient_std=torch.tensor(-1.0))
+    with pytest.raises(ValueError, match=r"`gradient_std` is for rates='exponential'.*rates='bernoulli'"):
+        lattice_step(theta, theta, 1.0, FORMAT, key=DrawKey(0), rates="bernoulli", gradient_std=0.1)
     with pytest.raises(ValueError, match=r"shape of `theta`, \(3,\), got \(2,\)"):
         lattice_step(theta, torch.zeros(2), 1.0, FORMAT, key=DrawKey(0))
     with pytest.raises(ValueError, match="wider than"):

@@ -80,6 +80,43 @@ def test_exempt_parameters_are_not_walked():
     opt.step()
 
 
+@pytest.mark.parametrize("shrinkage", [1.0, 0.5])
+def test_the_noise_that_it_is_told_reaches_the_walk(shrinkage):
+    """As a float, and as a tensor per parameter; η·s whatever divides the rounded gradient."""
+    told = {}
+    options = {"rates": "exponential", "gradient_format": "bfp8"}
+    start, one, opt = one_parameter("fixed8.6", gradient_std=0.2, **options)
+    _, other, by_name = one_parameter("fixed8.6", gradient_std=lambda p: told[p], **options)
+    told[other] = torch.full((6,), 0.2, dtype=torch.float64)
+    for param, sampler in ((one, opt), (other, by_name)):
+        sampler.compensate(param, shrinkage)
+        sampler.step()
+    key = DrawKey(seed=4, step=0)
+    grad = quantize(one.grad, "bfp8", key=key.at(stream=stream_id(Role.GRADIENT, 0)), backend="reference")
+    expected = lattice_step(
+        start,
+        -LR / shrinkage * (grad + DECAY * shrinkage * start),
+        2 * LR * TEMPERATURE / DATA,
+        "fixed8.6",
+        key=key.at(stream=stream_id(Role.WEIGHT, 0)),
+        gradient_std=LR * 0.2,
+    )
+    assert torch.equal(one.detach(), expected)
+    assert torch.equal(other.detach(), expected)
+
+
+@pytest.mark.parametrize("max_elements", [8, 1000])
+def test_measuring_takes_the_noise_into_account(max_elements):
+    """A tensor of large noise in the first rows stops the walk there: the variance is that of the others."""
+    noise = torch.tensor([50.0, 50.0, 0.0, 0.0])[:, None].expand(4, 6)
+    _, _, opt = one_parameter("fixed8.6", rates="exponential", gradient_std=lambda p: noise)
+    _, _, calm = one_parameter("fixed8.6", rates="exponential")
+    for sampler in (opt, calm):
+        sampler.measure(max_elements)
+        sampler.step()
+    assert 0 < opt.measured[0].achieved < calm.measured[0].achieved
+
+
 def test_resumes_bitwise():
     def run(param, opt, steps):
         for _ in range(steps):
@@ -106,6 +143,9 @@ def test_resumes_bitwise():
         ({"weight_format": "e4m3"}, "fixed-point or block `weight_format`"),
         ({"variant": "grid"}, "`variant` must be 'auto' or 'lattice'"),
         ({"rates": "fast"}, "`rates` must be one of"),
+        ({"gradient_std": 0.1}, "rates='exponential', got 'lattice' and 'bernoulli'"),
+        ({"gradient_std": 0.1, "variant": "auto"}, "needs variant='lattice'"),
+        ({"gradient_std": -0.1, "rates": "exponential"}, "`gradient_std` must be finite and >= 0"),
     ],
 )
 def test_what_it_cannot_walk_on_is_refused_by_name(options, match):

@@ -308,3 +308,13 @@ def test_huge_but_finite_gradients_are_no_reason_to_refuse():
     param.grad = torch.full((4,), 1e30)
     opt.step()
     assert torch.equal(param.detach(), torch.full((4,), -1.0))
+
+
+def test_measuring_a_part_where_blocks_of_weight_and_gradient_differ():
+    """Rows of the weight can be measured by themselves, those of a gradient with one exponent cannot: all are taken."""
+    param = torch.nn.Parameter(torch.linspace(-1, 1, 64).view(16, 4))
+    param.grad = torch.ones_like(param)
+    opt = SGLD([param], 0.1, num_data=100, weight_format="bfp8", gradient_format="bfp8-tensor")
+    opt.measure(max_elements=8)
+    opt.step()
+    assert opt.measured[0].count == 64
