@@ -20,6 +20,12 @@ def derivative(loss: str, margin: NDArray[np.float64], y: NDArray[np.float32]) -
     return -signed / (1.0 + np.exp(np.clip(signed * margin, -700, 700)))
 
 
+def _losses(loss: str, margin: NDArray[np.float64], y: NDArray[np.float32]) -> float:
+    if loss == "squared":
+        return float(((margin - y) ** 2).sum() / 2)
+    return float(np.logaddexp(0.0, -y.astype(np.float64) * margin).sum())
+
+
 def _stochastic(x: NDArray[np.float64], draw: np.random.Generator) -> NDArray[np.float64]:
     lower: NDArray[np.float64] = np.floor(x)
     return lower + (draw.random(x.shape) < x - lower)
@@ -32,17 +38,19 @@ def normal_product(x: NDArray[np.float32], v: NDArray[np.float32]) -> NDArray[np
 
 
 def outer(state: LinearState, threads: int = 1) -> None:
-    """Move the margins by the offset and bring the full gradient up to date; ``threads`` is numpy's business.
+    """Move the margins by the offset, bring loss and full gradient up to date; ``threads`` is numpy's business.
 
     In low precision what ``full`` still lacks of each derivative is rounded to 16 bits, and what was added is kept, so
     that the error shrinks with the changes themselves.
     """
     z = state.offset.astype(np.float32)
     scale = state.unit * state.gap if state.low else 1.0
+    state.loss_sum = 0.0
     for begin in range(0, len(state.x), _CHUNK):
         rows = slice(begin, begin + _CHUNK)
         x = state.x[rows].astype(np.float32)
         state.margin[rows] += scale * (x @ z).astype(np.float64)
+        state.loss_sum += _losses(state.loss, state.margin[rows], state.y[rows])
         missing = derivative(state.loss, state.margin[rows], state.y[rows]) - state.residual[rows]
         if state.low and (largest := np.abs(missing).max()) > 0:
             missing = np.rint(missing / (largest / 32639.0)) * (largest / 32639.0)

@@ -21,7 +21,9 @@
 #endif
 #if defined(_WIN32)
 #define EXPORT extern "C" __declspec(dllexport)
+#define ALWAYS_INLINE inline
 #else
+#define ALWAYS_INLINE __attribute__((always_inline)) inline
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
@@ -95,8 +97,30 @@ inline float round_up_if(float value, float uniform) {
   return lower + (uniform < value - lower ? 1.0f : 0.0f);
 }
 
-inline double derivative(int32_t loss, double m, double y) {
-  return loss == 0 ? m - y : -y / (1.0 + std::exp(y * m));
+// exp(x) - 1 for |x| <= 60, within some units in the last place, without branches: x = n ln 2 + r, and the power series
+// of r, which is all there is where n = 0, so that small x lose nothing.
+ALWAYS_INLINE float exp_minus_one(float x) {
+  const float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  float series = 1.0f / 5040;
+  for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f}) series = series * r + c;
+  int32_t bits;
+  std::memcpy(&bits, &shifted, 4);
+  bits = (bits + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return power * (series * r) + (power - 1.0f);
+}
+
+// Change of the logistic loss's derivative when a margin moves by `change`; no cancellation however small that is.
+// With E = exp(y m) cached at the centre: y (1/(1+E) - 1/(1+Ee)), e = exp(y change).
+ALWAYS_INLINE void respond(const float* y, const float* odds, const float* change, float factor, int64_t rows, float* out) {
+  for (int64_t i = 0; i < rows; ++i) {
+    float moved = y[i] * change[i];
+    moved = moved < -60.0f ? -60.0f : moved > 60.0f ? 60.0f : moved;
+    const float less = exp_minus_one(moved), slope = y[i] * (odds[i] / (1.0f + odds[i]));
+    out[i] = factor * slope * (less / (1.0f + odds[i] * (1.0f + less)));
+  }
 }
 
 // ------------------------------------------------------------------------ dot products and accumulation, portable
@@ -378,6 +402,11 @@ TARGET(AVX512) int64_t move_low_avx512(int8_t* z, const float* g, const float* d
   return outside;
 }
 
+TARGET(AVX512) void respond_avx512(const float* y, const float* odds, const float* change, float factor, int64_t rows,
+                                   float* out) {
+  respond(y, odds, change, factor, rows, out);
+}
+
 // See `code_weights`; reads and writes up to 15 elements past the end.
 TARGET(AVX512) void code_weights_avx512(const float* weights, float inverse, const uint32_t* bits, int64_t rows,
                                         int8_t* codes) {
@@ -446,6 +475,18 @@ int64_t move_low(const Problem& p, int8_t* z, const float* g, const uint32_t* bi
   return outside;
 }
 
+// `factor` times the change of the derivatives of rows from `begin` on, when their margins move by `change`.
+void respond(const Problem& p, int64_t begin, int64_t rows, const float* change, float factor, float* out) {
+  if (p.loss == 0) {
+    for (int64_t i = 0; i < rows; ++i) out[i] = factor * change[i];
+    return;
+  }
+#if HAVE_X86
+  if (p.level == 2) return respond_avx512(p.y + begin, p.odds + begin, change, factor, rows, out);
+#endif
+  respond(p.y + begin, p.odds + begin, change, factor, rows, out);
+}
+
 // Codes of weights in units of `1 / inverse`, rounded stochastically.
 void code_weights(const Problem& p, const float* weights, float inverse, const uint32_t* bits, int64_t rows, int8_t* codes) {
 #if HAVE_X86
@@ -477,14 +518,6 @@ void parallel(int threads, Body body) {
   for (auto& thread : pool) thread.join();
 }
 
-// Change of the derivative when the margin of row i moves by `change`; no cancellation however small that is.
-// Logistic, with E = exp(y m) cached at the centre: y (1/(1+E) - 1/(1+Ee)), e = exp(y change).
-inline float logistic_response(const Problem& p, int64_t i, float change) {
-  const float y = p.y[i], odds = p.odds[i];
-  const float less = std::expm1(std::fmax(-60.0f, std::fmin(60.0f, y * change)));
-  return y * (odds / (1.0f + odds)) * (less / (1.0f + odds * (1.0f + less)));
-}
-
 // Rows [begin, begin + rows) of the data, and where the rows that are wanted after them begin.
 struct Piece {
   int64_t begin, rows, ahead;
@@ -496,9 +529,8 @@ void piece_low(const Problem& p, Scratch& s, const int8_t* z, const Piece& piece
   const int8_t* ahead = static_cast<const int8_t*>(p.x) + piece.ahead * p.d;
   DISPATCH(dots_int8, x, piece.rows, p.d, z, s.dots.data(), ahead);
   const float unit = float(p.unit * p.gap);
-  for (int64_t i = 0; i < piece.rows; ++i) s.weights[i] = unit * s.dots[i];
-  if (p.loss == 1)
-    for (int64_t i = 0; i < piece.rows; ++i) s.weights[i] = logistic_response(p, piece.begin + i, s.weights[i]);
+  for (int64_t i = 0; i < piece.rows; ++i) s.floats[i] = unit * s.dots[i];
+  respond(p, piece.begin, piece.rows, s.floats.data(), 1.0f, s.weights.data());
   float largest = 0;
   for (int64_t i = 0; i < piece.rows; ++i) largest = std::max(largest, std::fabs(s.weights[i]));
   if (largest == 0) return;
@@ -513,9 +545,7 @@ void piece_full(const Problem& p, Scratch& s, const float* z, const Piece& piece
   const float* x = static_cast<const float*>(p.x) + piece.begin * p.d;
   const float* ahead = static_cast<const float*>(p.x) + piece.ahead * p.d;
   DISPATCH(dots_float, x, piece.rows, p.d, z, s.floats.data(), ahead);
-  for (int64_t i = 0; i < piece.rows; ++i) s.weights[i] = factor * s.floats[i];
-  if (p.loss == 1)
-    for (int64_t i = 0; i < piece.rows; ++i) s.weights[i] = factor * logistic_response(p, piece.begin + i, s.floats[i]);
+  respond(p, piece.begin, piece.rows, s.floats.data(), factor, s.weights.data());
   DISPATCH(sums_float, x, piece.rows, p.d, s.weights.data(), partial, ahead);
 }
 
@@ -565,14 +595,25 @@ int64_t walk_epoch(const Problem& p, int t, Barrier& barrier, std::vector<std::v
   return outside;
 }
 
-// Margins and missing derivatives of a chunk after its margins moved; returns the largest magnitude of the latter.
-double missing_derivatives(const Problem& p, const Scratch& s, bool low, int64_t begin, int64_t rows, double* missing) {
+// Margins, losses (added to `total`) and missing derivatives of a chunk after its margins moved; returns the largest
+// magnitude of the latter.
+double missing_derivatives(const Problem& p, const Scratch& s, bool low, int64_t begin, int64_t rows, double* missing,
+                           double& total) {
   double largest = 0;
   for (int64_t i = 0; i < rows; ++i) {
     double& m = p.margin[begin + i];
     m += low ? p.unit * p.gap * s.dots[i] : double(s.floats[i]);
-    if (p.loss == 1) p.odds[begin + i] = float(std::exp(std::fmax(-40.0, std::fmin(40.0, p.y[begin + i] * m))));
-    missing[i] = derivative(p.loss, m, p.y[begin + i]) - p.residual[begin + i];
+    const double y = p.y[begin + i];
+    double slope = m - y;
+    if (p.loss == 1) {
+      const double odds = std::exp(std::max(-40.0, std::min(40.0, y * m)));
+      p.odds[begin + i] = float(odds);
+      slope = -y / (1.0 + odds);
+      total += y * m > 0 ? std::log1p(1.0 / odds) : std::log1p(odds) - y * m;
+    } else {
+      total += 0.5 * slope * slope;
+    }
+    missing[i] = slope - p.residual[begin + i];
     largest = std::max(largest, std::fabs(missing[i]));
   }
   return largest;
@@ -633,17 +674,19 @@ EXPORT int64_t lpsgld_linear_inner(const Problem* problem, int32_t low) {
 // Move the margins by the offset and bring `full` up to date. Low precision: what is missing in `full`, the difference
 // of each derivative and what of it was added so far, is rounded to 16 bits per 256 rows, and *what was added* is kept:
 // the error shrinks with the differences, so `full` converges to the exact sum though no float touches the data.
-EXPORT void lpsgld_linear_outer(const Problem* problem, int32_t low) {
+// Returns the sum of the losses.
+EXPORT double lpsgld_linear_outer(const Problem* problem, int32_t low) {
   const Problem& p = *problem;
   const int64_t chunk = low ? 256 : piece_rows(p, false), chunks = (p.n + chunk - 1) / chunk;
   std::vector<std::vector<double>> sums(p.threads, std::vector<double>(p.d));
+  std::vector<double> losses(p.threads);
   parallel(p.threads, [&](int t) {
     Scratch s(chunk, p.d);
     std::vector<int8_t> digits(2 * chunk + 64);
     std::vector<int32_t> counts(2 * p.d);
     std::vector<double> missing(chunk);
     std::vector<float> partial(p.d);
-    double* sum = sums[t].data();
+    double *sum = sums[t].data(), total = 0;
     for (int64_t k = chunks * t / p.threads; k < chunks * (t + 1) / p.threads; ++k) {
       const Piece c{k * chunk, std::min(chunk, p.n - k * chunk), (k + 1) * chunk};
       const int8_t* x8 = static_cast<const int8_t*>(p.x) + c.begin * p.d;
@@ -652,7 +695,7 @@ EXPORT void lpsgld_linear_outer(const Problem* problem, int32_t low) {
       const float* ahead32 = x32 + chunk * p.d;
       if (low) DISPATCH(dots_int8, x8, c.rows, p.d, static_cast<const int8_t*>(p.offset), s.dots.data(), ahead8);
       else DISPATCH(dots_float, x32, c.rows, p.d, static_cast<const float*>(p.offset), s.floats.data(), ahead32);
-      const double largest = missing_derivatives(p, s, low, c.begin, c.rows, missing.data());
+      const double largest = missing_derivatives(p, s, low, c.begin, c.rows, missing.data(), total);
       if (largest == 0) continue;
       if (low) {
         add_low(p, x8, c, missing.data(), largest, digits.data(), chunk, counts.data(), ahead8, sum);
@@ -663,7 +706,11 @@ EXPORT void lpsgld_linear_outer(const Problem* problem, int32_t low) {
       DISPATCH(sums_float, x32, c.rows, p.d, s.weights.data(), partial.data(), ahead32);
       for (int64_t j = 0; j < p.d; ++j) sum[j] += partial[j];
     }
+    losses[t] = total;
   });
   for (const auto& part : sums)
     for (int64_t j = 0; j < p.d; ++j) p.full[j] += part[j];
+  double loss = 0;
+  for (double part : losses) loss += part;
+  return loss;
 }

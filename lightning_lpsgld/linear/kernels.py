@@ -41,6 +41,7 @@ def _library() -> tuple[Any, str | None]:
     except OSError as error:
         return None, f"its library does not load: {error}."
     library.lpsgld_linear_inner.restype = ctypes.c_int64
+    library.lpsgld_linear_outer.restype = ctypes.c_double
     return library, None
 
 
@@ -109,7 +110,7 @@ def normal_product(x: NDArray[np.float32], v: NDArray[np.float32]) -> NDArray[np
 def outer(state: LinearState, threads: int = 1) -> None:
     """See :func:`.fallback.outer`."""
     problem = _problem(state, threads)
-    _library()[0].lpsgld_linear_outer(ctypes.byref(problem), ctypes.c_int32(state.low))
+    state.loss_sum = float(_library()[0].lpsgld_linear_outer(ctypes.byref(problem), ctypes.c_int32(state.low)))
 
 
 def inner(

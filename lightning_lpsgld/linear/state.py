@@ -34,6 +34,7 @@ class LinearState:
         full: shape (d,), float64; sum of ``residual`` times rows.
         offset: shape (d,); int8 codes or float32.
         gap: Value of one offset code; 1 for float32.
+        loss_sum: Sum of the losses at the centre.
     """
 
     x: NDArray[np.generic]
@@ -42,6 +43,7 @@ class LinearState:
     penalty: NDArray[np.float64]
     unit: float = 1.0
     gap: float = 1.0
+    loss_sum: float = 0.0
     margin: NDArray[np.float64] = field(init=False)
     odds: NDArray[np.float32] = field(init=False)
     residual: NDArray[np.float64] = field(init=False)
@@ -66,7 +68,5 @@ class LinearState:
         return self.full / len(self.x) + self.penalty * self.centre
 
     def objective(self) -> float:
-        """Mean loss plus penalty at the centre; the margins must be up to date."""
-        y = self.y.astype(np.float64)
-        losses = (self.margin - y) ** 2 / 2 if self.loss == "squared" else np.logaddexp(0.0, -y * self.margin)
-        return float(losses.mean() + (self.penalty * self.centre**2).sum() / 2)
+        """Mean loss plus penalty at the centre, as of the last pass over all rows."""
+        return float(self.loss_sum / len(self.x) + (self.penalty * self.centre**2).sum() / 2)

@@ -95,6 +95,7 @@ def test_outer_pass_equals_numpy(n, loss, low):
     ours, numpys = states
     np.testing.assert_allclose(ours.margin, numpys.margin, rtol=1e-4, atol=1e-4 * np.abs(numpys.margin).max())
     np.testing.assert_allclose(ours.full, numpys.full, atol=2e-4 * np.abs(numpys.full).max())
+    np.testing.assert_allclose(ours.loss_sum, numpys.loss_sum, rtol=1e-4)
     if low:  # `full` is exactly what it claims to hold
         np.testing.assert_allclose(
             ours.full, ours.unit * (ours.residual @ ours.x.astype(np.float64)), rtol=1e-11, atol=1e-11 * n
