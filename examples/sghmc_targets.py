@@ -1,9 +1,9 @@
 """Low-precision SGLD and SGHMC on the targets of the SGHMC paper and on two-dimensional ones: who is nearer, and why.
 
-python examples/sghmc_targets.py                  # all parts; JSON, CSV, figure in examples/results (5 minutes)
+python examples/sghmc_targets.py                  # all parts; JSON, CSV, figure in examples/results (7 minutes)
 python examples/sghmc_targets.py --part published # all methods on four targets, at the paper's settings
 python examples/sghmc_targets.py --part coarse    # the same on a grid four times coarser
-python examples/sghmc_targets.py --part ratio     # W2 of VC over naive SGHMC against the noise in units of the grid
+python examples/sghmc_targets.py --part steps     # W2 of VC over naive SGHMC against the noise in units of the grid
 
 The paper's are the two 1-D targets at ``fixed8.4``; the 2-D targets and the settings on ``fixed8.2`` are ours. Every
 element of one tensor is an independent chain that starts in the target; numbers are those of all chains after a
@@ -262,20 +262,21 @@ def lr_for(ratio: float, setting: Setting) -> float:
     return math.sqrt(low * high)
 
 
-def ratio(**options: Any) -> list[dict[str, Any]]:
-    """W2 of VC over that of naive on the 1-D Gaussian: over the step size on one grid, and over grids at one step."""
-    base, cases = PUBLISHED[2.0], []
-    for goal in (0.1, 0.3, 1.0, 2.45, 5.0, 10.0, 20.0, 40.0, 80.0):
-        lr = lr_for(goal, base)
-        cases += [(f"step size, drift {drift}", Setting("", base.fmt, lr, lr, 2.0), drift)
-                  for drift in ("corrected", "paper")]  # fmt: skip
-    cases += [
-        ("grid, drift corrected", Setting("", f"fixed{f + 4}.{f}", 0.09, 0.09, 2.0), "corrected") for f in range(2, 7)
-    ]
+def sweep(name: str) -> list[Setting]:
+    """Settings of the 1-D Gaussian over the noise: by the step size on the published grid, or by the grid."""
+    if name == "grids":
+        return [Setting(name, f"fixed{f + 4}.{f}", 0.09, 0.09, 2.0) for f in range(2, 7)]
+    steps = [lr_for(goal, PUBLISHED[2.0]) for goal in (0.1, 0.3, 1.0, 2.45, 5.0, 10.0, 20.0, 40.0, 80.0)]
+    return [Setting(name, "fixed8.4", lr, lr, 2.0) for lr in steps]
+
+
+def ratio(label: str, **options: Any) -> list[dict[str, Any]]:
+    """W2 of VC over that of naive on the 1-D Gaussian."""
     rows = []
-    for sweep, setting, drift in cases:
+    drift = "paper" if label == "steps, drift as printed" else "corrected"
+    for setting in sweep(label):
         vc, naive = (sample(GAUSSIAN, setting, "SGHMC", form, drift=drift, **options) for form in ("VC -L", "naive -L"))
-        row: dict[str, Any] = {"sweep": sweep, "format": setting.fmt, "lr": setting.sghmc_lr}
+        row: dict[str, Any] = {"sweep": label, "format": setting.fmt, "lr": setting.sghmc_lr}
         row["noise"] = position_noise(setting)
         row["vc_w2"], row["naive_w2"] = (w2(GAUSSIAN, run, list(range(GROUPS))) for run in (vc, naive))
         row["vc_spread"], row["naive_spread"] = (float(run.scatter.mean()) for run in (vc, naive))
@@ -283,13 +284,15 @@ def ratio(**options: Any) -> list[dict[str, Any]]:
             lambda g, vc=vc, naive=naive: w2(GAUSSIAN, vc, g) / w2(GAUSSIAN, naive, g)
         )
         rows.append(row)
-        print(f"{sweep:26s} {setting.fmt} lr {row['lr']:.4f} noise {row['noise']:7.2f}  "
+        print(f"{label:23s} {setting.fmt} lr {row['lr']:.4f} noise {row['noise']:7.2f}  "
               f"spread {row['vc_spread']:.4f} / {row['naive_spread']:.4f}  W2 {row['vc_w2']:.4f} / "
               f"{row['naive_w2']:.4f} = {row['ratio']:.3f} ± {row['ratio_se']:.3f}", flush=True)  # fmt: skip
     return rows
 
 
-PARTS = {"published": partial(targets, "published"), "coarse": partial(targets, "coarse"), "ratio": ratio}
+SWEEPS = ("steps", "steps, drift as printed", "grids")
+PARTS = {label: partial(targets, label) for label in ("published", "coarse")}
+PARTS |= {label: partial(ratio, label) for label in SWEEPS}
 
 
 # -------------------------------------------------------------------------------------------------------------- output
@@ -330,11 +333,12 @@ def plot_l2(axis: Any, rows: list[dict[str, Any]]) -> None:
     axis.set(title=f"{MIXTURE.name}, published settings", ylabel="L2 distance of the densities")
 
 
-def plot_ratio(axis: Any, rows: list[dict[str, Any]]) -> None:
-    for sweep in dict.fromkeys(r["sweep"] for r in rows):
-        chosen = sorted((r for r in rows if r["sweep"] == sweep), key=lambda r: r["noise"])
+def plot_ratio(axis: Any, results: dict[str, Any]) -> None:
+    """Ratio of W2 over the noise in units of the grid, a line for every sweep."""
+    for label in SWEEPS:
+        chosen = sorted(results[label], key=lambda r: r["noise"])
         x, y = [r["noise"] for r in chosen], [r["ratio"] for r in chosen]
-        axis.errorbar(x, y, [2 * r["ratio_se"] for r in chosen], marker="o", ms=3, label=f"over {sweep}")
+        axis.errorbar(x, y, [2 * r["ratio_se"] for r in chosen], marker="o", ms=3, label=f"over {label}")
     axis.set(xscale="log", xlabel="Var ξx / (gap² / 4)", ylabel="W2 of VC / W2 of naive", title="1-D Gaussian, SGHMC")
     axis.axhline(1, color="black", lw=0.8)
     axis.legend(fontsize=7)
@@ -350,7 +354,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     plot_spreads(axes[0, 0], results["published"], "published")
     plot_spreads(axes[0, 1], results["coarse"], "coarse")
     plot_l2(axes[1, 0], results["published"])
-    plot_ratio(axes[1, 1], results["ratio"])
+    plot_ratio(axes[1, 1], results)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 
