@@ -13,10 +13,12 @@ from lightning_lpsgld.formats import (
     BlockFloatingPoint,
     FixedPoint,
     FloatingPoint,
+    MicroscalingFloat,
     block_exponent_range,
     check_dtype,
     code_dtype,
     parse_format,
+    scale_exponent_range,
     to_qtorch,
     with_word_length,
 )
@@ -26,7 +28,9 @@ FLOATS = [FloatingPoint(e, m, s) for e in range(2, 9) for m in (1, 2, 3, 7) for 
 FLOATS += [FloatingPoint(8, 23), FloatingPoint(5, 10), FloatingPoint(8, 10)]
 BLOCKS = [BlockFloatingPoint(w, d, e) for w in (2, 4, 8, 16, 24) for d in (0, 1, 3, -1, -2, None) for e in (2, 5, 8)]
 BLOCKS += [BlockFloatingPoint(w, block_size=b, exponent_bits=e) for w in (4, 8) for b in (1, 16, 32) for e in (4, 8)]
-EVERY = FIXED + FLOATS + BLOCKS
+ELEMENTS = [(4, 3), (5, 2), (3, 2), (2, 3), (2, 1)]
+MICRO = [MicroscalingFloat(*e, b, s) for e in ELEMENTS for b in (1, 16, 32, 100) for s in ("floor", "fit")]
+EVERY = FIXED + FLOATS + BLOCKS + MICRO
 
 
 @pytest.mark.parametrize("fmt", EVERY, ids=repr)
@@ -85,6 +89,46 @@ def test_facts_of_block_floating_point(fmt):
     assert fmt.code_min == -fmt.code_max
 
 
+@pytest.mark.parametrize(
+    ("name", "largest_normal", "smallest_subnormal", "largest_power"),
+    [
+        ("mxfp8e5m2", 57344.0, 2.0**-16, 2.0**15),
+        ("mxfp8e4m3", 448.0, 2.0**-9, 2.0**8),
+        ("mxfp6e3m2", 28.0, 2.0**-4, 2.0**4),
+        ("mxfp6e2m3", 7.5, 2.0**-3, 2.0**2),
+        ("mxfp4e2m1", 6.0, 0.5, 2.0**2),
+    ],
+)
+def test_facts_of_microscaling_elements_are_those_of_the_specification(
+    name, largest_normal, smallest_subnormal, largest_power
+):
+    """OCP MX v1.0, sections 5.3.1 to 5.3.3."""
+    fmt = parse_format(name)
+    assert (fmt.element.max, fmt.gap_at(0), 2.0**fmt.element.exponent_max) == (
+        largest_normal,
+        smallest_subnormal,
+        largest_power,
+    )
+    assert fmt.block_size == 32
+    assert fmt.bits == int(name[4])
+    assert (fmt.exponent_min, fmt.exponent_max) == (-127, 127)
+    assert (fmt.max, fmt.min) == (largest_normal * 2.0**127, -largest_normal * 2.0**127)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("fmt", [f for f in MICRO if f.block_size == 32], ids=str)
+def test_scale_range_of_a_run_is_what_the_dtype_holds(fmt, dtype):
+    """At both ends of the range every value of the run survives; one exponent further the dtype or E8M0 ends."""
+    check_dtype(fmt, dtype)
+    low, high = scale_exponent_range(fmt, dtype)
+    for exponent in (low, high):
+        grid = torch.tensor([float(v) for v in oracle.run_grid(exponent, fmt)], dtype=torch.float64)
+        assert torch.equal(grid.to(dtype).double(), grid)
+    for exponent, end in ((low - 1, -128), (high + 1, 128)):
+        grid = torch.tensor([float(v) for v in oracle.run_grid(exponent, fmt)], dtype=torch.float64)
+        assert exponent == end or not torch.equal(grid.to(dtype).double(), grid)
+
+
 def test_published_ranges():
     """(8,3) has gap 1/8 and [-16, 15.875], (8,4) 1/16 and [-8, 7.9375], (8,8) 1/256 and [-0.5, 0.49609375]."""
     for f, gap, low, high in ((3, 1 / 8, -16, 15.875), (4, 1 / 16, -8, 7.9375), (8, 1 / 256, -0.5, 0.49609375)):
@@ -100,6 +144,8 @@ def test_published_ranges():
         ("bf16", FloatingPoint(8, 7)),
         ("fp16", FloatingPoint(5, 10)),
         ("mxint8", BlockFloatingPoint(8, block_size=32)),
+        ("mxfp4", MicroscalingFloat(2, 1)),
+        ("mxfp8e4m3b16-fit", MicroscalingFloat(4, 3, 16, "fit")),
         ("fixed8.-2", FixedPoint(8, -2)),
         ("bfp8-dim-1e5", BlockFloatingPoint(8, -1, 5)),
     ],
@@ -109,7 +155,7 @@ def test_aliases(alias, fmt):
 
 
 def test_formats_are_frozen():
-    for fmt in (FixedPoint(8, 6), BlockFloatingPoint(8), FloatingPoint(4, 3)):
+    for fmt in (FixedPoint(8, 6), BlockFloatingPoint(8), FloatingPoint(4, 3), MicroscalingFloat(4, 3)):
         with pytest.raises(AttributeError):
             fmt.word_length = 4
 
@@ -131,6 +177,13 @@ def test_formats_are_frozen():
         (lambda: FloatingPoint(1, 3), ValueError, r"FloatingPoint: `exponent_bits` must be in \[2, 8\], got 1"),
         (lambda: FloatingPoint(4, 0), ValueError, "`mantissa_bits` must be in"),
         (lambda: FloatingPoint(4, 3, "inf"), ValueError, "`specials` must be 'ieee', 'nan' or 'none', got 'inf'"),
+        (lambda: MicroscalingFloat(3, 4), ValueError, r"one of e4m3, e5m2, e3m2, e2m3, e2m1, got \(3, 4\)"),
+        (lambda: MicroscalingFloat(4.0, 3), TypeError, "MicroscalingFloat: `exponent_bits` must be an int, got 4.0"),
+        (lambda: MicroscalingFloat(4, 3, 0), ValueError, r"`block_size` must be in \[1, 1048576\], got 0"),
+        (lambda: MicroscalingFloat(4, 3, scaling="ceil"), ValueError, r"`scaling` must be one of .*, got 'ceil'"),
+        (lambda: parse_format("mxfp6e4m3"), ValueError, "e4m3 has 8 bits; write 'mxfp8e4m3'"),
+        (lambda: parse_format("mxfp8e3m4"), ValueError, "got \\(3, 4\\)"),
+        (lambda: with_word_length(MicroscalingFloat(4, 3), 6), TypeError, "mxfp8e4m3 has no word length"),
         (lambda: parse_format("int8"), ValueError, "No number format is called 'int8'; use 'fixed"),
         (lambda: parse_format("fixed8"), ValueError, "'fixed8'"),
         (lambda: parse_format("bfp8b32-tensor"), ValueError, "'bfp8b32-tensor'"),
@@ -235,6 +288,8 @@ def test_another_word_length_keeps_the_range():
 def qtorch_fits(fmt):
     if isinstance(fmt, FixedPoint):
         return fmt.fraction_length >= 1
+    if isinstance(fmt, MicroscalingFloat):
+        return False
     if isinstance(fmt, BlockFloatingPoint):
         return fmt.block_size is None and fmt.exponent_bits == 8 and (fmt.block_dim or 0) >= 0
     return fmt == FloatingPoint(fmt.exponent_bits, fmt.mantissa_bits)
@@ -247,7 +302,7 @@ def test_qtorch_numbers_both_ways(fmt):
     assert parse_format(number) == fmt
 
 
-@pytest.mark.parametrize("fmt", ["fixed8.0", "fixed8.-1", "bfp8b32", "bfp8e4", "bfp8-dim-1"])
+@pytest.mark.parametrize("fmt", ["fixed8.0", "fixed8.-1", "bfp8b32", "bfp8e4", "bfp8-dim-1", "mxfp8e4m3"])
 def test_what_qtorch_lacks_is_refused(fmt):
     with pytest.raises(ValueError, match="QPyTorch"):
         to_qtorch(fmt)

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import FixedPoint, FloatingPoint, FormatLike, NumberFormat, parse_format
+from lightning_lpsgld.formats import BlockFormat, FormatLike, NumberFormat, parse_format
 from lightning_lpsgld.ops.reference import VariancePlan, code_limits, power_of_two, variance_plan
 
 __all__ = ["BudgetUpdate", "VarianceBudget", "rounding_variance_after_noise", "variance_budget"]
@@ -90,8 +90,8 @@ def _achieved(update: BudgetUpdate, plan: VariancePlan) -> Tensor:
     return plan.target + rounding_variance_after_noise(plan.scaled, plan.target)
 
 
-def _outside(mean: Tensor, fmt: NumberFormat) -> Tensor:
-    low, high = (fmt.min, fmt.max) if isinstance(fmt, (FixedPoint, FloatingPoint)) else code_limits(mean, fmt)
+def _outside(mean: Tensor, fmt: NumberFormat, variance: float | Tensor) -> Tensor:
+    low, high = code_limits(mean, fmt, variance) if isinstance(fmt, BlockFormat) else (fmt.min, fmt.max)
     return (mean < low) | (mean > high)
 
 
@@ -145,5 +145,5 @@ def variance_budget(
         achieved=average(_achieved(update, plan)),
         target=average(plan.target),
         rounding=average(plan.rounding),
-        saturated=share(_outside(mean, number)),
+        saturated=share(_outside(mean, number, variance if update == "vc" else 0.0)),
     )

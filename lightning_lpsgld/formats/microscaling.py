@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal, get_args
 
 from lightning_lpsgld.formats.numbers import FloatingPoint, require_int
@@ -12,8 +11,8 @@ __all__ = ["MicroscalingFloat", "Scaling"]
 
 Scaling = Literal["floor", "fit"]
 
-#: (exponent bits, mantissa bits) of the floating element types of OCP MX v1.0, table 1.
-_ELEMENTS = ((4, 3), (5, 2), (3, 2), (2, 3), (2, 1))
+#: (exponent bits, mantissa bits) of the floating element types of OCP MX v1.0, table 1, and their formats.
+_ELEMENTS = {(e, m): FloatingPoint(e, m) for e, m in ((4, 3), (5, 2), (3, 2), (2, 3), (2, 1))}
 
 
 @dataclass(frozen=True)
@@ -79,21 +78,21 @@ class MicroscalingFloat:
         for name in ("exponent_bits", "mantissa_bits"):
             require_int("MicroscalingFloat", name, getattr(self, name), 1, 5)
         if (self.exponent_bits, self.mantissa_bits) not in _ELEMENTS:
-            known, asked = (", ".join(f"e{e}m{m}" for e, m in _ELEMENTS)), (self.exponent_bits, self.mantissa_bits)
+            known, asked = ", ".join(map(str, _ELEMENTS.values())), (self.exponent_bits, self.mantissa_bits)
             raise ValueError(f"MicroscalingFloat: the element must be one of {known}, got {asked}.")
         require_int("MicroscalingFloat", "block_size", self.block_size, 1, 2**20)
         if self.scaling not in get_args(Scaling):
             raise ValueError(f"MicroscalingFloat: `scaling` must be one of {get_args(Scaling)}, got {self.scaling!r}.")
 
-    @cached_property
+    @property
     def element(self) -> FloatingPoint:
         """Format of an element over its run's scale."""
-        return FloatingPoint(self.exponent_bits, self.mantissa_bits)
+        return _ELEMENTS[self.exponent_bits, self.mantissa_bits]
 
     @property
     def bits(self) -> int:
         """Bits of an element, the shared scale not counted."""
-        return self.element.bits
+        return 1 + self.exponent_bits + self.mantissa_bits
 
     @property
     def exponent_min(self) -> int:

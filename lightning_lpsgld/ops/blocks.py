@@ -50,9 +50,10 @@ def block_max(x: Tensor, fmt: BlockFormat, *, fill: float = 0.0) -> Tensor:
     if x.numel() == 0:
         return x.new_full(exponents_shape(x.shape, fmt), fill)
     if fmt.block_size is not None and x.ndim:
-        pad = -x.shape[-1] % fmt.block_size
+        size = min(fmt.block_size, x.shape[-1])
+        pad = -x.shape[-1] % size
         padded = torch.nn.functional.pad(x, (0, pad), value=fill) if pad else x
-        return padded.unflatten(-1, (-1, fmt.block_size)).amax(-1)
+        return padded.unflatten(-1, (-1, size)).amax(-1)
     dim = _dim(fmt, x.ndim)
     if dim is None:
         return x.amax()
@@ -63,7 +64,7 @@ def expand_blocks(values: Tensor, shape: torch.Size | tuple[int, ...], fmt: Bloc
     """Bring one value per block (compact shape) into a shape that broadcasts against the tensor."""
     shape = tuple(shape)
     if fmt.block_size is not None and shape:
-        return values.repeat_interleave(fmt.block_size, dim=-1)[..., : shape[-1]]
+        return values.repeat_interleave(min(fmt.block_size, shape[-1]), dim=-1)[..., : shape[-1]]
     dim = _dim(fmt, len(shape))
     if dim is None:
         return values

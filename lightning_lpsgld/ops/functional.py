@@ -118,7 +118,10 @@ def quantize_variance_corrected(
     **Where the promise stops.** Where :math:`p(1-p)\Delta^2 > v` no unbiased rounding has variance v, and the result
     has the larger one. Within a few standard deviations (at least two gaps) of the end of the range, values saturate.
     For floating point with :math:`v < \Delta^2`, noise that crosses a power of two meets a grid twice as coarse: there
-    the variance is larger by up to :math:`\Delta^2/4`, and the mean stays exact.
+    the variance is larger by up to :math:`\Delta^2/4`, and the mean stays exact. So it is for the elements of a
+    microscaling format; its scale is raised like a block's gap, and with ``"mxfp8e4m3"`` (scaling ``"floor"``) a run
+    whose largest magnitude comes to 1.875 times a power of two, which the format cannot keep, gets there
+    :math:`\Delta^2` more, again with the right mean.
 
     Args:
         mean: μ, any shape, floating dtype. Not modified. NaN stays NaN, infinities saturate.

@@ -309,10 +309,14 @@ def _from_bit_patterns(codes: Tensor, fmt: FloatingPoint) -> Tensor:
     return torch.where(pattern >> (fmt.bits - 1) > 0, -value, value) + 0.0
 
 
-def code_limits(x: Tensor, fmt: BlockFormat) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of each element's block, float64, broadcastable against ``x``."""
+def code_limits(x: Tensor, fmt: BlockFormat, variance: float | Tensor = 0.0) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of each element's block, float64, broadcastable against ``x``.
+
+    Of a microscaling format they are those that Q^vc has for means ``x`` and ``variance``; 0: those of rounding ``x``.
+    """
     if isinstance(fmt, MicroscalingFloat):
-        scale = power_of_two(_scale_exponents(x.double(), fmt, x.dtype))
+        sigma = variance.double().expand(x.shape).sqrt() if isinstance(variance, Tensor) else math.sqrt(variance)
+        scale = power_of_two(expand_blocks(scale_exponents_with_noise(x, sigma, fmt, x.dtype), x.shape, fmt))
         return scale * fmt.element.min, scale * fmt.element.max
     gap = power_of_two(_gap_exponents(x.double(), fmt, x.dtype))
     return gap * fmt.code_min, gap * fmt.code_max

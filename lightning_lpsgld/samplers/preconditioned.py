@@ -111,7 +111,7 @@ def preconditioned_step_(
         assert fmt is not None
         vc_backend: BackendName = "auto" if backend == "qtorch" else backend  # QPyTorch has no such op
         param.copy_(quantize_variance_corrected(mean, variance, fmt, key=weight_key, backend=vc_backend))
-        return saturated(mean, fmt)
+        return saturated(mean, fmt, variance)
     value = mean
     if spec.noise_variance > 0:
         value = mean + (variance.sqrt() * normals(mean.shape, weight_key, device=mean.device)).to(mean.dtype)

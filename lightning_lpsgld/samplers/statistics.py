@@ -120,7 +120,7 @@ def _describe(
         unreachable = float(plan.unreachable.double().mean())
         high = float(plan.high.double().mean())
         low = 1.0 - high - unreachable
-        clipped = float(saturated(value, fmt)) / max(value.numel(), 1)
+        clipped = float(saturated(value, fmt, v if spec.accumulation == "vc" else 0.0)) / max(value.numel(), 1)
         extra = float(_rounding_variance(value, fmt).mean())
         if spec.accumulation == "vc":
             achieved = float((plan.achieved * power_of_two(plan.gap_exponents) ** 2).mean())

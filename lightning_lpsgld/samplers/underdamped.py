@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import FixedPoint, FloatingPoint, NumberFormat
+from lightning_lpsgld.formats import FixedPoint, NumberFormat
 from lightning_lpsgld.ops import quantize, quantize_variance_corrected
 from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.ops.flow import Flow, exact_flow
@@ -129,8 +129,9 @@ def _new_position(
     assert fmt is not None
     new = quantize_variance_corrected(mean, variance, fmt, key=key, backend=_corrected(backend))
     plan = variance_plan(mean, variance, fmt)
-    inside = mean.clamp(fmt.min, fmt.max) if isinstance(fmt, (FixedPoint, FloatingPoint)) else mean
-    return new, new - inside, plan.achieved * power_of_two(plan.gap_exponents) ** 2
+    gap = power_of_two(plan.gap_exponents)
+    inside = (plan.scaled.clamp(plan.low_code, plan.high_code) * gap).to(mean.dtype)
+    return new, new - inside, plan.achieved * gap**2
 
 
 def underdamped_step_(
@@ -183,7 +184,7 @@ def underdamped_step_(
         return torch.zeros((), dtype=torch.int64, device=param.device), scale
     if spec.accumulation == "vc":
         param.copy_(position)
-        return saturated(mean_x, fmt), scale
+        return saturated(mean_x, fmt, spec.flow.var_x), scale
     position = position.to(param.dtype)
     param.copy_(quantize(position, fmt, key=weight_key, backend=backend))
     return saturated(position, fmt), scale

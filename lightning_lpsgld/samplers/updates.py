@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import FixedPoint, FloatingPoint, NumberFormat
+from lightning_lpsgld.formats import BlockFormat, NumberFormat
 from lightning_lpsgld.ops import StepSpec, quantize, quantize_variance_corrected
 from lightning_lpsgld.ops.dispatch import BackendName, choose_step
 from lightning_lpsgld.ops.lattice import lattice_step
@@ -46,9 +46,12 @@ def noisy(mean: Tensor, noise_variance: float, key: DrawKey) -> Tensor:
     return mean + (noise_variance**0.5 * normals(mean.shape, key, device=mean.device)).to(mean.dtype)
 
 
-def saturated(x: Tensor, fmt: NumberFormat) -> Tensor:
-    """Number of elements of ``x`` outside the range of its grid, a 0-d int64 tensor (of its block's, for blocks)."""
-    low, high = code_limits(x, fmt) if not isinstance(fmt, (FixedPoint, FloatingPoint)) else (fmt.min, fmt.max)
+def saturated(x: Tensor, fmt: NumberFormat, variance: float | Tensor = 0.0) -> Tensor:
+    """Number of elements of ``x`` outside the range of its grid, a 0-d int64 tensor (of its block's, for blocks).
+
+    ``variance`` is that of Q^vc if ``x`` are its means: it may raise the scale of a microscaling format.
+    """
+    low, high = code_limits(x, fmt, variance) if isinstance(fmt, BlockFormat) else (fmt.min, fmt.max)
     return ((x < low) | (x > high)).sum()
 
 
@@ -95,7 +98,7 @@ def langevin_step_(
         vc_backend: BackendName = "auto" if backend == "qtorch" else backend  # QPyTorch has no such op
         new = quantize_variance_corrected(mean, spec.noise_variance, fmt, key=weight_key, backend=vc_backend)
         param.copy_(new)
-        return saturated(mean, fmt)
+        return saturated(mean, fmt, spec.noise_variance)
     value = noisy(mean, spec.noise_variance, weight_key)
     if accumulator is not None:
         accumulator.copy_(value)

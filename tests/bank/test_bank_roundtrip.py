@@ -16,6 +16,7 @@ FORMATS = [
     *("fixed8.6", "fixed8.8", "fixed4.2", "fixed16.10", "fixed24.12", "fixed8.6s"),
     *("bfp8", "bfp8-tensor", "bfp8-dim1", "bfp4", "bfp12", "bfp8b32", "bfp8e4", "mxint8"),
     *("e4m3", "e5m2", "e2m1", "bf16", "fp16", "tf32"),
+    *("mxfp8e4m3", "mxfp8e5m2-fit", "mxfp6e3m2", "mxfp4e2m1b3"),
 ]
 PLACES = ("memory", "directory")
 

@@ -27,7 +27,9 @@ __all__ = [
     "grid_of",
     "law_beyond_binade",
     "nearest",
+    "run_grid",
     "saturated_law",
+    "scale_exponent",
     "split",
     "vc_law",
     "vc_moments",
@@ -89,6 +91,31 @@ def block_grid(exponent: int, fmt: Any) -> Grid:
     """All values of a block with shared exponent ``exponent``: symmetric codes."""
     top = 2 ** (fmt.word_length - 1) - 1
     return [k * power(exponent - fmt.word_length + 2) for k in range(-top, top + 1)]
+
+
+def scale_exponent(largest: Fraction, fmt: Any, dtype: torch.dtype) -> int:
+    """log2 of the scale of a run whose largest magnitude is ``largest``: by trying one power of two after another.
+
+    ``"fit"``: the smallest at which the largest element value reaches ``largest``. ``"floor"``: the one at which the
+    largest power of two among the elements is the largest power of two not above ``largest``. Held to 8 bits without
+    the highest code, and to what ``dtype`` can hold: the smallest element not below its smallest subnormal, the largest
+    power of two among the elements not beyond its largest.
+    """
+    top, facts = float_grid(fmt.element)[-1], torch.finfo(dtype)
+    smallest = next(value for value in float_grid(fmt.element) if value > 0)
+    low = max(-127, floor_log2(Fraction(facts.smallest_normal) * Fraction(facts.eps) / smallest))
+    high = min(127, floor_log2(Fraction(facts.max)) - floor_log2(top))
+    if largest == 0:
+        return low
+    exponent = floor_log2(largest) - floor_log2(top)
+    if fmt.scaling == "fit":
+        exponent = next(k for k in range(exponent - 2, exponent + 3) if top * power(k) >= largest)
+    return min(max(exponent, low), high)
+
+
+def run_grid(exponent: int, fmt: Any) -> Grid:
+    """All values of a microscaling run with scale ``2**exponent``."""
+    return [value * power(exponent) for value in float_grid(fmt.element)]
 
 
 def grid_of(fmt: Any) -> Grid:

@@ -41,7 +41,7 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("fmt", ["bfp8", FixedPoint(8, 6), "e4m3"], ids=str)
+@pytest.mark.parametrize("fmt", ["bfp8", FixedPoint(8, 6), "e4m3", "mxfp8e4m3"], ids=str)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_ops_keep_the_graph_whole_and_the_bits(fmt, backend):
     x = torch.linspace(-1.5, 1.5, 32).reshape(4, 8).requires_grad_()
@@ -83,7 +83,7 @@ def test_a_key_tensor_never_recompiles():
     assert counting.graphs == 1
 
 
-@pytest.mark.parametrize("fmt", ["bfp8", "bfp8-tensor", "fixed8.6", "e4m3"])
+@pytest.mark.parametrize("fmt", ["bfp8", "bfp8-tensor", "fixed8.6", "e4m3", "mxfp8e4m3"])
 def test_fake_implementations_promise_what_the_ops_return(fmt):
     checks = ("test_schema", "test_faketensor")
     x = torch.linspace(-1.5, 1.5, 120).reshape(2, 3, 4, 5).to(memory_format=torch.channels_last)

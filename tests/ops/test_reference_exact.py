@@ -14,7 +14,14 @@ import torch
 from helpers import oracle
 from helpers.backends import runs
 
-from lightning_lpsgld.formats import BlockFloatingPoint, FixedPoint, FloatingPoint, parse_format
+from lightning_lpsgld.formats import (
+    BlockFloatingPoint,
+    BlockFormat,
+    FixedPoint,
+    FloatingPoint,
+    MicroscalingFloat,
+    parse_format,
+)
 from lightning_lpsgld.ops import decode, encode, quantize, quantize_variance_corrected
 from lightning_lpsgld.ops.reference import code_limits, exponent_of, power_of_two
 from lightning_lpsgld.random import DrawKey, uniforms
@@ -31,7 +38,8 @@ BLOCKS = [
     BlockFloatingPoint(8, exponent_bits=4),
     BlockFloatingPoint(4),
 ]
-ALL = FIXED + FLOATS + BLOCKS
+MICRO = [MicroscalingFloat(4, 3, 4), MicroscalingFloat(5, 2, scaling="fit"), MicroscalingFloat(2, 1, 3)]
+ALL = FIXED + FLOATS + BLOCKS + MICRO
 KEY = DrawKey(seed=11, step=5, stream=3)
 by_name = {"ids": str}
 
@@ -250,11 +258,12 @@ def test_scalars_have_a_grid_of_their_own(fmt, backend):
     x = torch.tensor(2 / 3)
     runs(backend, "quantize", x, fmt)
     value = Fraction(float(x))
-    grid = (
-        oracle.block_grid(oracle.block_exponent(value, fmt, x.dtype), fmt)
-        if isinstance(fmt, BlockFloatingPoint)
-        else oracle.grid_of(fmt)
-    )
+    if isinstance(fmt, BlockFloatingPoint):
+        grid = oracle.block_grid(oracle.block_exponent(value, fmt, x.dtype), fmt)
+    elif isinstance(fmt, MicroscalingFloat):
+        grid = oracle.run_grid(oracle.scale_exponent(value, fmt, x.dtype), fmt)
+    else:
+        grid = oracle.grid_of(fmt)
     got = quantize(x, fmt, rounding="nearest", backend=backend)
     assert got.shape == ()
     assert float(got) == oracle.nearest(value, grid)
@@ -269,7 +278,7 @@ def test_nan_stays_and_infinities_saturate(fmt, dtype, backend):
     x = torch.tensor([[1.0, math.nan, -math.inf, 0.25], [math.inf, 0.5, 0.0, -1.0], [0.0, 0.0, 2.0, 1.0]], dtype=dtype)
     runs(backend, "quantize", x, fmt)
     finite = torch.where(x.isfinite(), x, torch.zeros_like(x))
-    low, high = (fmt.min, fmt.max) if not isinstance(fmt, BlockFloatingPoint) else code_limits(finite, fmt)
+    low, high = (fmt.min, fmt.max) if not isinstance(fmt, BlockFormat) else code_limits(finite, fmt)
     for rounding in ("nearest", "stochastic"):
         got = quantize(x, fmt, rounding=rounding, key=KEY, backend=backend)
         plain = quantize(finite, fmt, rounding=rounding, key=KEY, backend=backend)
@@ -289,7 +298,7 @@ def test_a_block_with_nothing_finite_takes_the_largest_exponent(backend):
     assert torch.equal(got[3], torch.tensor([0.0, top]))
 
 
-@pytest.mark.parametrize("fmt", ["fixed8.6", "bfp8", "bfp8-tensor", "mxint8", "e2m1"])
+@pytest.mark.parametrize("fmt", ["fixed8.6", "bfp8", "bfp8-tensor", "mxint8", "e2m1", "mxfp6e3m2", "mxfp4"])
 def test_encode_refuses_nan_where_no_code_says_it(fmt, backend):
     x = torch.tensor([[1.0, math.nan], [math.nan, 0.0]])
     runs(backend, "encode", x, fmt)
