@@ -64,7 +64,9 @@ def expand_blocks(values: Tensor, shape: torch.Size | tuple[int, ...], fmt: Bloc
     """Bring one value per block (compact shape) into a shape that broadcasts against the tensor."""
     shape = tuple(shape)
     if fmt.block_size is not None and shape:
-        return values.repeat_interleave(min(fmt.block_size, shape[-1]), dim=-1)[..., : shape[-1]]
+        size = min(fmt.block_size, shape[-1])
+        repeated = values.unsqueeze(-1).expand(*values.shape, size)
+        return repeated.reshape(*shape[:-1], values.shape[-1] * size)[..., : shape[-1]]
     dim = _dim(fmt, len(shape))
     if dim is None:
         return values

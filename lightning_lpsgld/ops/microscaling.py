@@ -6,14 +6,25 @@ found; :mod:`.reference` does the rest in float64, :mod:`.scaled` in float32 aro
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from lightning_lpsgld.formats import MicroscalingFloat, NumberFormat, scale_exponent_range
 from lightning_lpsgld.ops.blocks import block_max, expand_blocks
 from lightning_lpsgld.ops.exponents import NOISE_REACH, exponent_of, finite_magnitude, power_of_two
+from lightning_lpsgld.random import DrawKey, derive_seed
 
-__all__ = ["element_of", "has_hole", "scale_exponents", "scale_exponents_with_noise", "settled"]
+__all__ = [
+    "element_of",
+    "has_hole",
+    "hole_key",
+    "in_hole",
+    "scale_exponents",
+    "scale_exponents_with_noise",
+    "settled",
+]
 
 
 def element_of(fmt: NumberFormat) -> NumberFormat:
@@ -31,16 +42,32 @@ def _fit(largest: Tensor, fmt: MicroscalingFloat) -> Tensor:
     return exponent + (largest > fmt.element.max * power_of_two(exponent.clamp(min=-1022)))
 
 
+_RULES = {"floor": _floor, "fit": _fit}
+
+
+def _largest(x: Tensor, fmt: MicroscalingFloat) -> Tensor:
+    """Largest finite magnitude of every run, float64; infinity for a run with infinities and nothing else but zeros."""
+    top = block_max(x.abs(), fmt).double()
+    if x.device.type == "cpu" and bool(top.isfinite().all()):  # elsewhere the answer would have to be waited for
+        return top
+    finite = block_max(finite_magnitude(x), fmt).double()
+    alone = (finite == 0) & (block_max(x.isinf().to(x.dtype), fmt) > 0)
+    return torch.where(alone, torch.full_like(finite, torch.inf), finite)
+
+
+def _held(exponents: Tensor, largest: Tensor, fmt: MicroscalingFloat, dtype: torch.dtype) -> Tensor:
+    """Exponents within what ``dtype`` can represent; the highest where there is nothing finite."""
+    low, high = scale_exponent_range(fmt, dtype)
+    return torch.where(largest.isinf(), torch.full_like(exponents, high), exponents.clamp(low, high))
+
+
 def scale_exponents(x: Tensor, fmt: MicroscalingFloat, dtype: torch.dtype) -> Tensor:
     """log2 of the scale of every run of ``x`` (int64, compact shape), held to what ``dtype`` can represent.
 
     Infinities take no part unless a run has nothing else (then: the largest scale).
     """
-    low, high = scale_exponent_range(fmt, dtype)
-    largest = block_max(finite_magnitude(x), fmt).double()
-    exponents = (_fit if fmt.scaling == "fit" else _floor)(largest, fmt).clamp(low, high)
-    only_infinite = (largest == 0) & (block_max(x.isinf().to(x.dtype), fmt) > 0)
-    return torch.where(only_infinite, torch.full_like(exponents, high), exponents)
+    largest = _largest(x, fmt)
+    return _held(_RULES[fmt.scaling](largest, fmt), largest, fmt, dtype)
 
 
 def scale_exponents_with_noise(
@@ -57,22 +84,32 @@ def scale_exponents_with_noise(
     Returns:
         log2 of the scales. At a raised one the gap around zero is at most twice the smallest ``sigma`` of the run.
     """
-    low, high = scale_exponent_range(fmt, dtype)
     finest = fmt.element.exponent_min - fmt.element.mantissa_bits
-    magnitude = finite_magnitude(mean)
+    largest = _largest(mean, fmt)
     if isinstance(sigma, Tensor):
-        reach = block_max(magnitude + NOISE_REACH * sigma, fmt)
+        reach = block_max(finite_magnitude(mean) + NOISE_REACH * sigma, fmt)
         quietest = -block_max(-sigma, fmt, fill=-torch.inf)
     else:
-        reach = block_max(magnitude, fmt).double() + NOISE_REACH * sigma
+        reach = torch.where(largest.isinf(), 0.0, largest + NOISE_REACH * sigma)
         quietest = torch.full_like(reach, sigma)
     wanted = torch.minimum(_fit(reach, fmt), exponent_of(2.0 * quietest) - finest)
-    return torch.maximum(scale_exponents(mean, fmt, dtype), wanted).clamp(low, high)
+    return _held(torch.maximum(_RULES[fmt.scaling](largest, fmt), wanted), largest, fmt, dtype)
 
 
 def has_hole(fmt: MicroscalingFloat) -> bool:
     """Whether a run may not have every value of its grid as its largest magnitude; see :func:`settled`."""
     return fmt.scaling == "floor" and fmt.element.specials == "nan"
+
+
+def hole_key(key: DrawKey) -> DrawKey:
+    """Key of the coins of :func:`settled`: draws that share nothing with those of ``key``."""
+    return replace(key, seed=derive_seed(key.seed, "hole"))
+
+
+def in_hole(values: Tensor, fmt: MicroscalingFloat, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """For every run, whether its largest magnitude would saturate when met again; and log2 of its scale then."""
+    exponents = scale_exponents(values, fmt, dtype)
+    return _largest(values, fmt) > fmt.element.max * power_of_two(exponents), exponents
 
 
 def settled(values: Tensor, fmt: MicroscalingFloat, dtype: torch.dtype, coin: Tensor) -> Tensor:
@@ -84,14 +121,12 @@ def settled(values: Tensor, fmt: MicroscalingFloat, dtype: torch.dtype, coin: Te
 
     Args:
         values: Values on the grid of some scale.
-        fmt: The format.
+        fmt: A format that :func:`has_hole`.
         dtype: dtype of the result.
         coin: 0 (towards zero) or 1, shape of ``values``.
     """
-    if not has_hole(fmt):
-        return values
-    exponents = expand_blocks(scale_exponents(values, fmt, dtype), values.shape, fmt)
-    top = fmt.element.max * power_of_two(exponents).to(values.dtype)
-    beyond = power_of_two(exponents + (fmt.element.exponent_max + 1)).to(values.dtype)
-    moved = torch.where(coin > 0, beyond, top)
-    return torch.where(values.abs() > top, moved.copysign(values), values)
+    lost, exponents = in_hole(values, fmt, dtype)
+    top = torch.where(lost, fmt.element.max * power_of_two(exponents), torch.inf).to(values.dtype)
+    next_power = power_of_two(exponents + (fmt.element.exponent_max + 1)).to(values.dtype)
+    top, next_power = (expand_blocks(ends, values.shape, fmt) for ends in (top, next_power))
+    return torch.where(values.abs() > top, torch.where(coin > 0, next_power, top).copysign(values), values)

@@ -25,7 +25,14 @@ from lightning_lpsgld.formats import (
 from lightning_lpsgld.ops.blocks import block_max, expand_blocks
 from lightning_lpsgld.ops.encoded import Encoded
 from lightning_lpsgld.ops.exponents import NOISE_REACH, exponent_of, finite_magnitude, power_of_two
-from lightning_lpsgld.ops.microscaling import element_of, scale_exponents, scale_exponents_with_noise, settled
+from lightning_lpsgld.ops.microscaling import (
+    element_of,
+    has_hole,
+    hole_key,
+    scale_exponents,
+    scale_exponents_with_noise,
+    settled,
+)
 from lightning_lpsgld.random import DrawKey, normals, uniforms, words
 
 __all__ = [
@@ -244,8 +251,9 @@ def quantize_variance_corrected(mean: Tensor, variance: float | Tensor, fmt: Num
     plan = variance_plan(mean, variance, fmt)
     codes = vc_codes(plan, fmt, key).clamp(plan.low_code, plan.high_code)
     values = codes * power_of_two(plan.gap_exponents)
-    if isinstance(fmt, MicroscalingFloat):  # the lowest bit: the binade's coin looks at the highest two of the nine
-        values = settled(values, fmt, mean.dtype, words(mean.shape, key, device=mean.device) & 1)
+    if isinstance(fmt, MicroscalingFloat) and has_hole(fmt):
+        coin = uniforms(mean.shape, hole_key(key), device=mean.device) < 0.5
+        values = settled(values, fmt, mean.dtype, coin)
     return (values + 0.0).to(mean.dtype)
 
 

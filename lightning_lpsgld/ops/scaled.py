@@ -13,13 +13,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import MicroscalingFloat
+from lightning_lpsgld.formats import FixedPoint, MicroscalingFloat
 from lightning_lpsgld.ops import reference
 from lightning_lpsgld.ops.blocks import expand_blocks
 from lightning_lpsgld.ops.encoded import Encoded
 from lightning_lpsgld.ops.exponents import power_of_two
-from lightning_lpsgld.ops.microscaling import has_hole, scale_exponents, scale_exponents_with_noise, settled
-from lightning_lpsgld.random import DrawKey, words
+from lightning_lpsgld.ops.microscaling import (
+    has_hole,
+    hole_key,
+    in_hole,
+    scale_exponents,
+    scale_exponents_with_noise,
+    settled,
+)
+from lightning_lpsgld.random import DrawKey
 
 __all__ = ["Scaled"]
 
@@ -33,6 +40,14 @@ def _times(x: Tensor, exponents: Tensor, fmt: MicroscalingFloat) -> Tensor:
     if x.ndim and x.numel() and x.shape[-1] % fmt.block_size == 0:
         return (x.unflatten(-1, (-1, fmt.block_size)) * factors.unsqueeze(-1)).flatten(-2)
     return x * expand_blocks(factors, x.shape, fmt)
+
+
+def _chosen(runs: Tensor, yes: Tensor, no: Tensor, fmt: MicroscalingFloat) -> Tensor:
+    """``yes`` in the runs that are chosen (compact shape), ``no`` elsewhere."""
+    if yes.ndim and yes.numel() and yes.shape[-1] % fmt.block_size == 0:
+        size = (-1, fmt.block_size)
+        return torch.where(runs.unsqueeze(-1), yes.unflatten(-1, size), no.unflatten(-1, size)).flatten(-2)
+    return torch.where(expand_blocks(runs, yes.shape, fmt), yes, no)
 
 
 class Scaled:
@@ -67,15 +82,16 @@ class Scaled:
         if len(scales) > _MOST_SCALES:
             return reference.quantize_variance_corrected(mean, variance, fmt, key)
         elements = _times(mean.float(), -exponents, fmt)
-        values = torch.empty_like(elements)
+        values = torch.zeros_like(elements)
         for exponent in scales:
             target = math.ldexp(float(variance), -2 * exponent)
             drawn = self.module.quantize_variance_corrected(elements, target, fmt.element, key)
-            own = expand_blocks(exponents == exponent, mean.shape, fmt)
-            values = torch.where(own, drawn, values)
+            values = _chosen(exponents == exponent, drawn, values, fmt)
         values = _times(values, exponents, fmt)
-        if has_hole(fmt) and bool((scale_exponents(values, fmt, mean.dtype) < exponents).any()):
-            values = settled(values, fmt, mean.dtype, words(mean.shape, key, device=mean.device) & 1)
+        if has_hole(fmt) and bool(in_hole(values, fmt, mean.dtype)[0].any()):
+            halves = torch.full_like(values, 0.5)
+            coin = self.module.quantize(halves, FixedPoint(2, 0), "stochastic", hole_key(key))  # [u < 1/2]
+            values = settled(values, fmt, mean.dtype, coin)
         return values.to(mean.dtype)
 
     def encode(
