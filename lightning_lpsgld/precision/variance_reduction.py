@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from torchmetrics import Metric
 
 from lightning_lpsgld.casting import ActivationCasting
+from lightning_lpsgld.precision.progress import tracked
 from lightning_lpsgld.random import derive_seed
 from lightning_lpsgld.samplers import VarianceReduced
 
@@ -93,7 +94,7 @@ def variance_reduced_step(
 
 @contextlib.contextmanager
 def silent(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
-    """Training steps inside log nothing, update no metric and call no callback.
+    """Training steps inside log nothing, update no metric and call no callback; progress bars stay, as they draw.
 
     ``self.log`` and ``self.log_dict`` are muted; calls that go to ``self.logger.experiment`` directly are not, and
     hooks of the module itself (``on_after_backward``, ...) are called.
@@ -101,7 +102,7 @@ def silent(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
     owner: Any = trainer
     callbacks, kept = owner.callbacks, [_metric_state(m) for m in module.modules() if isinstance(m, Metric)]
     modules = [m for m in module.modules() if isinstance(m, pl.LightningModule) and "log" not in m.__dict__]
-    owner.callbacks = []
+    owner.callbacks = [c for c in callbacks if isinstance(c, ProgressBar)]
     for each in modules:
         each.__dict__["log"] = lambda *args, **kwargs: None
     try:
@@ -215,7 +216,8 @@ def full_pass(
         torch.cuda.manual_seed(torch.initial_seed())
     sums = [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(params, wide)]
     used = torch.zeros(len(params) + 2, device=params[0].device, dtype=torch.float32)  # ..., sum of losses, count
-    for number, batch in enumerate(_with_progress(trainer, full_data_loader(trainer.train_dataloader))):
+    bar = trainer.progress_bar_callback if trainer.is_global_zero else None
+    for number, batch in enumerate(tracked(bar, full_data_loader(trainer.train_dataloader), "Full gradient")):
         batch = trainer.strategy.batch_to_device(batch)
         with step_context():
             loss = _loss(module, batch, number)
@@ -244,13 +246,3 @@ def _loss(module: pl.LightningModule, batch: Any, number: int) -> Tensor | None:
     loss = output.get("loss") if isinstance(output, dict) else output
     assert loss is None or isinstance(loss, Tensor), type(loss)
     return loss
-
-
-def _with_progress(trainer: pl.Trainer, loader: DataLoader) -> Iterable[Any]:
-    bar = trainer.progress_bar_callback
-    if not isinstance(bar, TQDMProgressBar) or bar.is_disabled or not trainer.is_global_zero:
-        return loader  # Rich draws one live display, into which no second bar fits
-    from tqdm.auto import tqdm
-
-    batches: Iterable[Any] = tqdm(loader, desc="Full gradient", leave=False, position=1)
-    return batches

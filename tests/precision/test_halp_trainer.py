@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import socket
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torchmetrics
 from helpers.models import Classifier, RecordingLogger, SyntheticData, make_trainer, small_convnet, small_mlp
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.strategies import DDPStrategy
 from sklearn.datasets import load_digits
 from torch import nn
@@ -70,6 +71,20 @@ def test_the_whole_table_of_roundings_runs_and_the_card_names_the_offsets():
         "offsets": "fixed8.0s", "gradients": "bfp8", "activations": "bfp8", "errors": "bfp8",
     }  # fmt: skip
     assert all(bool(p.isfinite().all()) for p in module.parameters())
+
+
+@pytest.mark.parametrize("kind", ["rich", "tqdm"])
+def test_the_full_gradient_pass_is_counted_beside_the_progress_bar(kind, capsys):
+    shown = io.StringIO()
+    console = {"file": shown, "force_terminal": True, "width": 200}
+    bar = RichProgressBar(refresh_rate=1, console_kwargs=console) if kind == "rich" else TQDMProgressBar(refresh_rate=1)
+    module, data = small_mlp(), SyntheticData(n_train=70, batch_size=16)
+    trainer = fit(module, data, halp(), max_epochs=2, callbacks=[bar], enable_progress_bar=True)
+    assert "Full gradient" in (shown.getvalue() if kind == "rich" else "".join(capsys.readouterr()))
+    if kind == "rich":  # one task for all epochs, hidden when a pass is over
+        tasks = [t for t in bar.progress.tasks if t.description == "Full gradient"]
+        assert [(t.total, t.completed, t.visible) for t in tasks] == [(5, 5, False)]
+    assert trainer.global_step == 10
 
 
 def test_the_full_gradient_is_exact_and_weights_the_short_batch():
