@@ -29,8 +29,8 @@ def _over_remaining(entering: Tensor, within: Tensor, leaving: Tensor) -> Tensor
     system = -within
     system.diagonal().zero_()
     system.diagonal().copy_(leaving - system.sum(1))
-    visits = torch.linalg.solve(system, entering, left=False)
-    if not bool(visits.isfinite().all()):
+    visits, singular = torch.linalg.solve_ex(system, entering, left=False)
+    if bool(singular) or not bool(visits.isfinite().all()):
         raise ValueError(
             "The chain falls apart: states are left with no way to the middle of the target, so there is no single "
             "stationary law in floating point. Raise the temperature or the step size, or widen a range."

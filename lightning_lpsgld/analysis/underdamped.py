@@ -40,14 +40,14 @@ Drift = Literal["corrected", "paper"]
 #: Flat coordinate form of laws of a pair: row, index of the position's code, of the velocity's code, mass.
 PairMasses = tuple[Tensor, Tensor, Tensor, Tensor]
 
-#: Noise of the naive form is followed for this many standard deviations; beyond is less than 1e-15.
-_REACH = 8.0
+#: Noise of the naive form is followed for this many standard deviations; beyond is less than 3e-12.
+_REACH = 7.0
 #: Positions less likely than this are left out of the product of the vc form.
 _NEGLIGIBLE = 1e-17
 #: Widest panel, in standard deviations -> points of the rule on it.
 _RULES = ((0.125, 3), (0.25, 4), (1.0, 8))
 #: Numbers held at once.
-_CHUNK = 2_000_000
+_CHUNK = 500_000
 
 
 @dataclass(frozen=True)
