@@ -12,10 +12,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_lpsgld.callbacks.noise_budget import Case, LayerNoise, overall, remedies
+from lightning_lpsgld.callbacks.noise_budget import Case, LayerNoise, heating, overall, remedies
 from lightning_lpsgld.callbacks.tables import log_table
 from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.samplers import SGLD
+from lightning_lpsgld.samplers.grid import GridSampler
 from lightning_lpsgld.samplers.updates import descend
 
 __all__ = ["EffectiveTemperature"]
@@ -43,18 +44,24 @@ class EffectiveTemperature(Callback):
     * ``noise/unchanged``: share that the step leaves exactly where it was (zero updates);
     * ``noise/high``, ``noise/low``, ``noise/unreachable``: share in each regime of the variance-corrected quantizer;
     * ``noise/gradient_rounding_over_target``: what rounding the gradient adds, not part of the achieved variance;
-    * ``noise/view_rounding_over_target``: variance of the rounded weight around its full accumulator.
+    * ``noise/view_rounding_over_target``: variance of the rounded weight around its full accumulator;
+    * ``noise/velocity_achieved_over_target``: of SGHMC, whose other quantities are those of the position.
+
+    Under preconditioning the noise of a weight has the variance vG, and means are over weights. SGHMC adds noise to
+    positions and velocities, and only little to the former, so that a position's ratio says nothing by itself: there
+    the effective temperature is the one that slow directions get from both, :mod:`.underdamped_statistics`.
 
     Ratios are left out for steps that ask for no noise. The chain is not changed by measuring, and the measurement of a
     step does not depend on gradient accumulation. All numbers of the last measurement are in :attr:`table`.
 
     **Where the promise stops.** The noise of the mini-batch gradient is not part of it, and large tensors are measured
-    on a subset of their rows. On a sharded parameter it is this rank's shard.
+    on a subset of their rows. On a sharded parameter it is this rank's shard. Remedies are tried for SGLD only.
 
     Args:
         every_n_steps: Measure steps 0, n, 2n, ... of each sampler.
         max_elements: Larger tensors are measured on evenly spaced rows with about so many elements.
-        verdict: Warn once, with what would help, when the achieved variance exceeds 1.5 times the target.
+        verdict: Warn once, with what would help, when the achieved variance (SGHMC: effective temperature) exceeds
+            1.5 times the target.
 
     Raises:
         ValueError: If an argument is not an int >= 1.
@@ -91,8 +98,8 @@ class EffectiveTemperature(Callback):
             names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "none"
             raise RuntimeError(
                 f"EffectiveTemperature has nothing to measure: the trainer's optimizers are {names}, and it takes "
-                "SGLD. Use Trainer(plugins=[LowPrecisionSGLD()]), or return lightning_lpsgld.samplers.SGLD from "
-                "configure_optimizers."
+                "SGLD, SGHMC and PreconditionedSGLD. Use Trainer(plugins=[LowPrecisionSGLD()]), or return one of them "
+                "from configure_optimizers."
             )
         self._armed.clear()
 
@@ -114,7 +121,7 @@ class EffectiveTemperature(Callback):
             armed = self._armed.get(number)
             if armed is not None and sampler.steps > armed[0]:
                 del self._armed[number]
-                layers += [LayerNoise(s, *armed[1][s.name], sampler.num_data) for s in sampler.measured]
+                layers += [LayerNoise(s, *armed[1][s.name]) for s in sampler.measured]
         if layers:
             self._report(trainer, pl_module, layers)
 
@@ -124,14 +131,14 @@ class EffectiveTemperature(Callback):
             ratio = math.exp(self._log_excess / self._measured)
             rank_zero_info(
                 f"EffectiveTemperature: over {self._measured} measured steps the injected noise had {ratio:.3g} times "
-                "the variance asked for (geometric mean)."
+                "the variance (temperature, for SGHMC) asked for (geometric mean)."
             )
 
     def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: list[LayerNoise]) -> None:
         total = overall(layers)
         self.table = {"overall": total, **{layer.statistics.name: layer.quantities() for layer in layers}}
-        ratio = total.get("achieved_over_target")
-        if ratio is not None and ratio > 0:
+        ratio = heating(layers)
+        if ratio > 0:
             self._measured += 1
             self._log_excess += math.log(ratio)
             if self.verdict and self.message is None and ratio > _LIMIT:
@@ -152,11 +159,11 @@ class EffectiveTemperature(Callback):
         self._measured, self._log_excess = state_dict["measured"], state_dict["log_excess"]
 
 
-def _samplers(trainer: pl.Trainer) -> list[SGLD]:
-    return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, SGLD)]
+def _samplers(trainer: pl.Trainer) -> list[GridSampler]:
+    return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, GridSampler)]
 
 
-def _conditions(sampler: SGLD) -> dict[str, tuple[float, float]]:
+def _conditions(sampler: GridSampler) -> dict[str, tuple[float, float]]:
     """Temperature (0 if this step injects no noise) and step size of every parameter, by name."""
     return {
         sampler.name_of(param): (
@@ -175,8 +182,8 @@ def _verdict(trainer: pl.Trainer, total: Mapping[str, float], layers: list[Layer
     text = (
         f"T = {temperature:g} with {', '.join(sorted({str(f) for f in formats}))} behaves like "
         f"T ~ {total['effective_temperature']:.2g}: rounding injects {total['achieved_over_target']:.3g} times the "
-        f"variance asked for; at {100 * total['unreachable']:.0f} % of the weights it alone has more than that, so no "
-        "unbiased rounding can do with less."
+        f"variance asked for{_of_what(total)}; at {100 * total['unreachable']:.0f} % of the weights it alone has more "
+        "than that, so no unbiased rounding can do with less."
     )
     cases = _cases(trainer, {layer.statistics.name: layer for layer in layers})
     if not cases or len(formats) != 1:
@@ -184,11 +191,19 @@ def _verdict(trainer: pl.Trainer, total: Mapping[str, float], layers: list[Layer
     return f"{text} What brings it below {_LIMIT:g} times: {', or '.join(remedies(cases, formats[0], temperature))}."
 
 
+def _of_what(total: Mapping[str, float]) -> str:
+    if "velocity_achieved_over_target" not in total:
+        return ""
+    return f" into positions, {total['velocity_achieved_over_target']:.3g} times into velocities"
+
+
 @torch.no_grad()
 def _cases(trainer: pl.Trainer, layers: Mapping[str, LayerNoise]) -> list[Case]:
     """Tensors to try remedies on: the weights as they are now, with the gradients of the step just made."""
     cases = []
     for sampler in _samplers(trainer):
+        if not isinstance(sampler, SGLD):  # of the others the noise of a weight is no function of lr and T alone
+            continue
         for group in sampler.param_groups:
             for param in group["params"]:
                 layer, mode = layers.get(sampler.name_of(param)), sampler.accumulation(param)

@@ -23,7 +23,7 @@ from lightning_lpsgld.formats import (
 from lightning_lpsgld.ops.reference import power_of_two, variance_plan
 from lightning_lpsgld.samplers.statistics import StepStatistics
 
-__all__ = ["Case", "LayerNoise", "expected_excess", "overall", "remedies"]
+__all__ = ["Case", "LayerNoise", "expected_excess", "heating", "overall", "remedies"]
 
 #: Longest word that is suggested.
 _LONGEST = 24
@@ -37,18 +37,16 @@ class LayerNoise:
         statistics: As the sampler measured them.
         temperature: T that was asked for (0 where the schedule was silent).
         lr: Step size η.
-        num_data: N.
     """
 
     statistics: StepStatistics
     temperature: float
     lr: float
-    num_data: int
 
     @property
     def effective_temperature(self) -> float:
         """Temperature at which noise of the achieved variance would be right; NaN for a step of size 0."""
-        return self.statistics.achieved * self.num_data / (2.0 * self.lr) if self.lr > 0 else math.nan
+        return self.statistics.effective_temperature
 
     def quantities(self) -> dict[str, float]:
         """Numbers to log; ratios only where noise was asked for."""
@@ -65,6 +63,8 @@ class LayerNoise:
             values["achieved_over_target"] = s.achieved / s.target
             values["gradient_rounding_over_target"] = s.gradient_rounding / s.target
             values["view_rounding_over_target"] = s.view_rounding / s.target
+        if s.velocity_target > 0:
+            values["velocity_achieved_over_target"] = s.velocity_achieved / s.velocity_target
         return values
 
 
@@ -91,7 +91,27 @@ def overall(layers: Sequence[LayerNoise]) -> dict[str, float]:
         gradient = _weighted(layers, lambda layer: layer.statistics.gradient_rounding)
         values["gradient_rounding_over_target"] = gradient / target
         values["view_rounding_over_target"] = _weighted(layers, lambda layer: layer.statistics.view_rounding) / target
+    velocity = _weighted(layers, lambda layer: layer.statistics.velocity_target)
+    if velocity > 0:
+        achieved = _weighted(layers, lambda layer: layer.statistics.velocity_achieved)
+        values["velocity_achieved_over_target"] = achieved / velocity
     return values
+
+
+def heating(layers: Sequence[LayerNoise]) -> float:
+    """Effective over asked temperature: achieved over target variance, but where positions and velocities share it.
+
+    Args:
+        layers: At least one.
+
+    Returns:
+        NaN if no noise was asked for.
+    """
+    total = overall(layers)
+    if "velocity_achieved_over_target" not in total:
+        return total.get("achieved_over_target", math.nan)
+    asked = _weighted(layers, lambda layer: layer.temperature)
+    return total["effective_temperature"] / asked if asked > 0 else math.nan
 
 
 @dataclass(frozen=True)

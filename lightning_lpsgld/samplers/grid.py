@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from lightning_lpsgld.ops.spec import Accumulation
 from lightning_lpsgld.random import DrawKey, Role, stream_id
 from lightning_lpsgld.samplers.base import LangevinOptimizer
 from lightning_lpsgld.samplers.shards import apply_to_whole_blocks_, first_index, local_part
+from lightning_lpsgld.samplers.statistics import Measured, StepStatistics
 from lightning_lpsgld.samplers.step_size import StepSize
 
 __all__ = ["GridSampler"]
@@ -78,6 +80,8 @@ class GridSampler(LangevinOptimizer):
         self.backend = backend
         self.full_precision = set(full_precision)
         self.saturated: list[tuple[list[Tensor], Tensor]] = []
+        self.measured: list[StepStatistics] = []
+        self._measure_next: int | None = None
         defaults = {"lr": lr, "weight_decay": weight_decay, "temperature": temperature, "seed": int(seed), **options}
         super().__init__(params, defaults, num_data=num_data, schedule=schedule, check_finite=check_finite)
         for param in set(self._indices) - self.full_precision:
@@ -194,7 +198,40 @@ class GridSampler(LangevinOptimizer):
     def step(self, closure: Any = None) -> Any:
         """See :meth:`LangevinOptimizer.step`."""
         self.saturated = []
-        return super().step(closure)
+        if self._measure_next is not None:
+            self.measured = []
+        loss = super().step(closure)
+        self._measure_next = None
+        return loss
+
+    # ---------------------------------------------------------------------------------------------------- statistics
+
+    def measure(self, max_elements: int = 2**16) -> None:
+        """Measure the next step: :attr:`measured` then holds one :class:`StepStatistics` per parameter.
+
+        Args:
+            max_elements: Larger tensors are measured on evenly spaced indices of dim 0.
+        """
+        self._measure_next = max_elements
+
+    def _measure(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        """Measure the step of a group's parameters, if that was asked for; to be called before it is made."""
+        if self._measure_next is None:
+            return
+        for param, grad in zip(params, grads):
+            what = Measured(
+                self.name_of(param), self._draw_key(group, param), self.index_of(param), self._measure_next,
+                self._noise_per_temperature(group),
+            )  # fmt: skip
+            self.measured.append(self._statistics(group, param, grad, what))
+
+    def _noise_per_temperature(self, group: dict[str, Any]) -> float:
+        """What T = 1 would ask for: of a weight's variance per step."""
+        return 2.0 * self.step_size(group) / self.num_data
+
+    @abstractmethod
+    def _statistics(self, group: dict[str, Any], param: Tensor, grad: Tensor, what: Measured) -> StepStatistics:
+        """What the step that is about to be made does to a parameter's noise; changes nothing."""
 
     def saturation_counts(self) -> dict[str, int]:
         """Values outside the range of the weight format in the last step, by parameter name (synchronizes)."""

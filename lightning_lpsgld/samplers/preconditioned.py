@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from lightning_lpsgld.ops.spec import Accumulation
 from lightning_lpsgld.random import DrawKey, Role, normals, stream_id
 from lightning_lpsgld.samplers.base import _IGNORED, log
 from lightning_lpsgld.samplers.grid import GridSampler
+from lightning_lpsgld.samplers.statistics import Measured, StepStatistics, describe, rounding_variance, same_rows
 from lightning_lpsgld.samplers.step_size import StepSize
 from lightning_lpsgld.samplers.updates import saturated
 
@@ -71,6 +72,16 @@ class PreconditionedSpec:
     shrinkage: float = 1.0
 
 
+def _moments(
+    theta: Tensor, second_moment: Tensor, grad: Tensor, spec: PreconditionedSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance of a step from ``theta`` along a rounded gradient, and G; V is brought up to date in place."""
+    grad = grad.to(theta.dtype) if spec.shrinkage == 1.0 else grad.to(theta.dtype) / spec.shrinkage
+    force = grad + spec.weight_decay * theta
+    scale = preconditioner_(second_moment, force, beta=spec.beta, weight=spec.weight, eps=spec.eps)
+    return theta - spec.lr * scale * force, spec.noise_variance * scale.double(), scale
+
+
 def preconditioned_step_(
     param: Tensor,
     second_moment: Tensor,
@@ -102,10 +113,7 @@ def preconditioned_step_(
     if spec.gradient_format is not None:
         grad = quantize(grad, spec.gradient_format, key=key.at(stream=stream_id(Role.GRADIENT, index)), backend=backend)
     theta = (param if accumulator is None else accumulator).to(second_moment.dtype)
-    grad = grad.to(theta.dtype) if spec.shrinkage == 1.0 else grad.to(theta.dtype) / spec.shrinkage
-    force = grad + spec.weight_decay * theta
-    scale = preconditioner_(second_moment, force, beta=spec.beta, weight=spec.weight, eps=spec.eps)
-    mean, variance = theta - spec.lr * scale * force, spec.noise_variance * scale.double()
+    mean, variance, _ = _moments(theta, second_moment, grad, spec)
     fmt = spec.weight_format
     if spec.accumulation == "vc":
         assert fmt is not None
@@ -284,34 +292,37 @@ class PreconditionedSGLD(GridSampler):
     # ------------------------------------------------------------------------------------------------------ stepping
 
     def _second_moment(self, param: Tensor, beta: float) -> tuple[Tensor, float]:
-        """V of a parameter, and w after the step to come."""
-        state = self.state[param]
-        if "second_moment" not in state:
-            wide = torch.promote_types(param.dtype, torch.float32)
-            state["second_moment"] = torch.zeros_like(param, dtype=wide, memory_format=torch.preserve_format)
-            state["weight"] = 0.0
-        state["weight"] = beta * state["weight"] + (1.0 - beta)
-        return state["second_moment"], state["weight"]
+        """V of a parameter, zero before its first step, and w after the step to come."""
+        state = self.state.get(param, {})
+        wide = torch.promote_types(param.dtype, torch.float32)
+        second_moment = state.get("second_moment")
+        if second_moment is None:
+            second_moment = torch.zeros_like(param, dtype=wide, memory_format=torch.preserve_format)
+        return second_moment, beta * state.get("weight", 0.0) + (1.0 - beta)
+
+    def _spec(self, group: dict[str, Any], param: Tensor, weight: float) -> PreconditionedSpec:
+        return PreconditionedSpec(
+            lr=self.step_size(group),
+            weight_decay=float(group["weight_decay"]),
+            noise_variance=self.noise_variance(group),
+            beta=float(group["beta"]),
+            eps=float(group["eps"]),
+            weight=weight,
+            weight_format=self.format_of(param),
+            gradient_format=self.gradient_format_of(param),
+            accumulation=self.accumulation(param),
+            shrinkage=self.shrinkage_of(param),
+        )
 
     def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         """Move the parameters of a group; see :func:`preconditioned_step_` for the equations."""
+        self._measure(group, params, grads)
         counts = []
         for param, grad in zip(params, grads):
-            accumulation = self.accumulation(param)
             second_moment, weight = self._second_moment(param, float(group["beta"]))
-            spec = PreconditionedSpec(
-                lr=self.step_size(group),
-                weight_decay=float(group["weight_decay"]),
-                noise_variance=self.noise_variance(group),
-                beta=float(group["beta"]),
-                eps=float(group["eps"]),
-                weight=weight,
-                weight_format=self.format_of(param),
-                gradient_format=self.gradient_format_of(param),
-                accumulation=accumulation,
-                shrinkage=self.shrinkage_of(param),
-            )
-            accumulator = self._accumulator(param) if accumulation == "full" else None
+            self.state[param].update(second_moment=second_moment, weight=weight)
+            spec = self._spec(group, param, weight)
+            accumulator = self._accumulator(param) if spec.accumulation == "full" else None
             counts.append(
                 preconditioned_step_(
                     param, second_moment, accumulator, grad, spec, self._draw_key(group, param), self.index_of(param),
@@ -319,3 +330,23 @@ class PreconditionedSGLD(GridSampler):
                 )
             )  # fmt: skip
         self.saturated.append((params, torch.stack(counts)))
+
+    def _statistics(self, group: dict[str, Any], param: Tensor, grad: Tensor, what: Measured) -> StepStatistics:
+        """The noise of weight i is to have the variance v·G_i; reported are means over the weights."""
+        second_moment, weight = self._second_moment(param, float(group["beta"]))
+        spec = self._spec(group, param, weight)
+        theta = (self._accumulator(param) if spec.accumulation == "full" else param).to(second_moment.dtype)
+        formats = (spec.weight_format, spec.gradient_format)
+        theta, grad, second_moment = same_rows((theta, grad, second_moment), formats, what.max_elements)
+        rounding = torch.zeros((), dtype=torch.float64, device=grad.device)
+        if spec.gradient_format is not None:
+            rounding = rounding_variance(grad, spec.gradient_format)
+            grad = quantize(grad, spec.gradient_format, key=what.stream(Role.GRADIENT))
+        mean, variance, scale = _moments(theta, second_moment.clone(), grad, spec)
+        found = describe(theta, mean, variance, spec.weight_format, spec.accumulation, what)
+        return replace(
+            found,
+            numel=param.numel(),
+            gradient_rounding=float((rounding * (spec.lr / spec.shrinkage * scale.double()) ** 2).mean()),
+            effective_temperature=what.temperature(found.achieved, float(scale.double().mean())),
+        )

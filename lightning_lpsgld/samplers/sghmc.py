@@ -15,8 +15,10 @@ from lightning_lpsgld.formats import FormatLike, NumberFormat, check_dtype, pars
 from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.ops.spec import Accumulation
 from lightning_lpsgld.samplers.grid import GridSampler
+from lightning_lpsgld.samplers.statistics import Measured, StepStatistics
 from lightning_lpsgld.samplers.step_size import StepSize
 from lightning_lpsgld.samplers.underdamped import Flow, UnderdampedSpec, exact_flow, underdamped_step_
+from lightning_lpsgld.samplers.underdamped_statistics import underdamped_statistics
 
 __all__ = ["SGHMC"]
 
@@ -82,7 +84,7 @@ class SGHMC(GridSampler):
     Note:
         One step adds only :math:`\mathrm{Var}\,\xi_x \approx \tfrac23 u\gamma\eta^3 T/N` to a weight. Where stochastic
         rounding alone has more, the position's variance is larger than asked for (velocity and covariance stay right);
-        nothing measures the excess here. Velocities of sharded parameters are scaled per shard.
+        :meth:`measure` has the excess. Velocities of sharded parameters are scaled per shard.
 
     Example:
         >>> import torch
@@ -215,22 +217,26 @@ class SGHMC(GridSampler):
         velocity: Tensor = state["velocity"]
         return velocity
 
+    def _spec(self, group: dict[str, Any], param: Tensor) -> UnderdampedSpec:
+        accumulation, shrinkage = self.accumulation(param), self.shrinkage_of(param)
+        flow = self.flow(group, accumulation)
+        return UnderdampedSpec(
+            flow=replace(flow, kick=flow.kick / shrinkage, shift=flow.shift / shrinkage),
+            weight_decay=float(group["weight_decay"]) * shrinkage,
+            weight_format=self.format_of(param),
+            velocity_format=self.velocity_format,
+            gradient_format=self.gradient_format_of(param),
+            accumulation=accumulation,
+            rescale=self.rescale_velocity,
+        )
+
     def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         """Move the parameters of a group; see :func:`.underdamped.underdamped_step_` for the equations."""
+        self._measure(group, params, grads)
         counts = []
         for param, grad in zip(params, grads):
-            accumulation, shrinkage = self.accumulation(param), self.shrinkage_of(param)
-            flow = self.flow(group, accumulation)
-            spec = UnderdampedSpec(
-                flow=replace(flow, kick=flow.kick / shrinkage, shift=flow.shift / shrinkage),
-                weight_decay=float(group["weight_decay"]) * shrinkage,
-                weight_format=self.format_of(param),
-                velocity_format=self.velocity_format,
-                gradient_format=self.gradient_format_of(param),
-                accumulation=accumulation,
-                rescale=self.rescale_velocity,
-            )
-            accumulator = self._accumulator(param) if accumulation == "full" else None
+            spec = self._spec(group, param)
+            accumulator = self._accumulator(param) if spec.accumulation == "full" else None
             count, scale = underdamped_step_(
                 param, self.velocity_of(param), accumulator, grad, spec, self._draw_key(group, param),
                 self.index_of(param), self.backend,
@@ -239,3 +245,14 @@ class SGHMC(GridSampler):
                 self.state[param]["velocity_scale"] = scale
             counts.append(count)
         self.saturated.append((params, torch.stack(counts)))
+
+    def _statistics(self, group: dict[str, Any], param: Tensor, grad: Tensor, what: Measured) -> StepStatistics:
+        state = self.state.get(param, {})
+        velocity = state.get("velocity")
+        if velocity is None:
+            velocity = torch.zeros_like(param, dtype=torch.promote_types(param.dtype, torch.float32))
+        theta = self._accumulator(param) if self.accumulation(param) == "full" else param
+        at_one = exact_flow(self.step_size(group), float(group["friction"]), float(group["inverse_mass"]))
+        return underdamped_statistics(
+            theta.to(velocity.dtype), velocity, grad, self._spec(group, param), what, at_one.heated(1.0 / self.num_data)
+        )

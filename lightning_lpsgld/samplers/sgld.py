@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -17,7 +16,7 @@ from lightning_lpsgld.ops.lattice import RATES, Rates
 from lightning_lpsgld.ops.spec import Accumulation
 from lightning_lpsgld.samplers.grid import GridSampler
 from lightning_lpsgld.samplers.shards import local_part, sharded_steps_
-from lightning_lpsgld.samplers.statistics import StepStatistics, step_statistics
+from lightning_lpsgld.samplers.statistics import Measured, StepStatistics, step_statistics
 from lightning_lpsgld.samplers.step_size import StepSize
 
 __all__ = ["SGLD"]
@@ -132,8 +131,6 @@ class SGLD(GridSampler):
         self.variant = variant
         self.rates: Rates = rates
         self.gradient_std: GradientStd = gradient_std
-        self._measure_next: int | None = None
-        self.measured: list[StepStatistics] = []
         super().__init__(
             params,
             {},
@@ -235,8 +232,7 @@ class SGLD(GridSampler):
         for i, param in enumerate(params):
             alone = i if callable(self.gradient_std) else -1
             modes.setdefault((self.accumulation(param), self.shrinkage_of(param), alone), []).append(i)
-        if self._measure_next is not None:
-            self._measure(group, params, grads)
+        self._measure(group, params, grads)
         for (accumulation, shrinkage, _), chosen in modes.items():
             some = [params[i] for i in chosen]
             accumulators = [self._accumulator(p) for p in some] if accumulation == "full" else None
@@ -248,36 +244,11 @@ class SGLD(GridSampler):
             )
             self.saturated.append((some, counts))
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """See :meth:`LangevinOptimizer.step`."""
-        if self._measure_next is not None:
-            self.measured = []
-        loss = super().step(closure)
-        self._measure_next = None
-        return loss
-
-    # ---------------------------------------------------------------------------------------------------- statistics
-
-    def measure(self, max_elements: int = 2**16) -> None:
-        """Measure the next step: :attr:`measured` then holds one :class:`StepStatistics` per parameter.
-
-        Args:
-            max_elements: Larger tensors are measured on evenly spaced indices of dim 0.
-        """
-        self._measure_next = max_elements
-
-    def _measure(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        assert self._measure_next is not None
-        for param, grad in zip(params, grads):
-            accumulation = self.accumulation(param)
-            theta = self._accumulator(param) if accumulation == "full" else param
-            spec = self.spec(group, accumulation, self.shrinkage_of(param), self._noise_told(param))
-            key = self._draw_key(group, param)
-            theta, grad = local_part(theta), local_part(grad)  # of sharded ones, this rank's part
-            self.measured.append(
-                step_statistics(self.name_of(param), theta, grad, spec, key, self.index_of(param), self._measure_next)
-            )
+    def _statistics(self, group: dict[str, Any], param: Tensor, grad: Tensor, what: Measured) -> StepStatistics:
+        accumulation = self.accumulation(param)
+        theta = self._accumulator(param) if accumulation == "full" else param
+        spec = self.spec(group, accumulation, self.shrinkage_of(param), self._noise_told(param))
+        return step_statistics(local_part(theta), local_part(grad), spec, what)  # of sharded ones, this rank's part
 
 
 def _check_gradient_std(gradient_std: GradientStd, variant: str, rates: str) -> None:

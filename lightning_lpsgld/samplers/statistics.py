@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,10 +14,11 @@ from lightning_lpsgld.ops import StepSpec, quantize
 from lightning_lpsgld.ops.blocks import crosses_rows
 from lightning_lpsgld.ops.lattice import jump_odds, lattice_step, walk_plan
 from lightning_lpsgld.ops.reference import power_of_two, quantize_variance_corrected, variance_plan
+from lightning_lpsgld.ops.spec import Accumulation
 from lightning_lpsgld.random import DrawKey, Role, normals, stream_id
 from lightning_lpsgld.samplers.updates import descend, saturated
 
-__all__ = ["StepStatistics", "step_statistics"]
+__all__ = ["Measured", "StepStatistics", "describe", "rounding_variance", "same_rows", "step_statistics"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class StepStatistics:
         name: Name of the parameter.
         numel: Elements of the tensor.
         count: Elements measured.
-        target: v, the noise variance asked for.
+        target: v, the noise variance asked for (mean, where it differs between elements; of the position, for SGHMC).
         achieved: Mean variance of the new weight (of the accumulator, where there is one) given the gradient.
         gradient_rounding: Mean variance that the gradient's rounding adds, :math:`\eta^2 p(1-p)\Delta_G^2`.
         view_rounding: Mean variance of the weight around its full accumulator; 0 without one.
@@ -35,6 +38,9 @@ class StepStatistics:
         unreachable: Share where rounding alone has more variance than v.
         saturated: Share outside the range of the weight format.
         unchanged: Share that this step leaves exactly where it was.
+        effective_temperature: Temperature at which the achieved noise would be right; NaN for a step of size 0.
+        velocity_target: Noise variance asked for of the velocity; 0 where there is none.
+        velocity_achieved: That of the velocity given the gradient, the position's part included.
     """
 
     name: str
@@ -49,91 +55,127 @@ class StepStatistics:
     unreachable: float
     saturated: float
     unchanged: float
+    effective_temperature: float = math.nan
+    velocity_target: float = 0.0
+    velocity_achieved: float = 0.0
 
 
-def _subset(x: Tensor, fmt: NumberFormat | None, max_elements: int) -> Tensor:
-    """Evenly spaced indices of dim 0; all of ``x`` where blocks run across them."""
-    if x.numel() <= max_elements or x.ndim == 0 or crosses_rows(fmt, x.ndim):
+@dataclass(frozen=True)
+class Measured:
+    """Which step of which tensor is measured, and on how many of its elements.
+
+    Attributes:
+        name: Name of the parameter.
+        key: Seed and step.
+        index: Number of the tensor among the sampler's parameters.
+        max_elements: Larger tensors are measured on a subset.
+        per_temperature: Noise variance of a weight that T = 1 would ask for, 2η/N.
+    """
+
+    name: str
+    key: DrawKey
+    index: int
+    max_elements: int
+    per_temperature: float
+
+    def stream(self, role: Role) -> DrawKey:
+        """Key of the tensor's draws for one purpose."""
+        return self.key.at(stream=stream_id(role, self.index))
+
+    def temperature(self, achieved: float, scale: float = 1.0) -> float:
+        """That of noise of variance ``achieved``, where T = 1 asks for ``per_temperature * scale``."""
+        return achieved / (self.per_temperature * scale) if self.per_temperature > 0 else math.nan
+
+
+def _subset(x: Tensor, max_elements: int) -> Tensor:
+    if x.numel() <= max_elements or x.ndim == 0:
         return x
     keep = max(1, x.shape[0] * max_elements // x.numel())
     return x[torch.linspace(0, x.shape[0] - 1, keep, device=x.device).long()]
 
 
-def _part(theta: Tensor, grad: Tensor, spec: StepSpec, max_elements: int) -> tuple[Tensor, Tensor, StepSpec]:
-    """The same rows of weight, gradient and (where it is a tensor) noise of the gradient."""
-    part = _subset(theta, spec.weight_format, max_elements), _subset(grad, spec.gradient_format, max_elements)
-    if part[0].shape != part[1].shape:  # one of the two formats has blocks across dim 0
-        return theta, grad, spec
-    if isinstance(spec.gradient_std, Tensor):
-        told = _subset(spec.gradient_std.expand_as(theta), spec.weight_format, max_elements)
-        spec = replace(spec, gradient_std=told)
-    return *part, spec
+def same_rows(tensors: Sequence[Tensor], formats: Sequence[NumberFormat | None], max_elements: int) -> list[Tensor]:
+    """Evenly spaced indices of dim 0 of tensors of one shape; all of them where blocks of a format run across rows."""
+    if any(crosses_rows(fmt, x.ndim) for x in tensors for fmt in formats):
+        return list(tensors)
+    return [_subset(x, max_elements) for x in tensors]
 
 
-def _rounding_variance(x: Tensor, fmt: NumberFormat) -> Tensor:
+def rounding_variance(x: Tensor, fmt: NumberFormat) -> Tensor:
     """p(1-p)gap**2 of stochastic rounding, float64."""
     plan = variance_plan(x, 0.0, fmt)
     return plan.rounding * power_of_two(plan.gap_exponents) ** 2
 
 
-def step_statistics(
-    name: str, theta: Tensor, grad: Tensor, spec: StepSpec, key: DrawKey, index: int, max_elements: int
-) -> StepStatistics:
+def step_statistics(theta: Tensor, grad: Tensor, spec: StepSpec, what: Measured) -> StepStatistics:
     """Measure what a step with ``spec`` will do to ``theta``, before it is done.
 
     Variances are exact given the gradient (for naive rounding: given the noise of one draw). The share ``unchanged`` is
     from one draw; with all elements measured it is the draw that the step will make.
 
     Args:
-        name: Name of the parameter.
         theta: Weight, or its accumulator where there is one.
         grad: Gradient of the batch-mean loss.
         spec: The step.
-        key: Seed and step.
-        index: Number of the tensor among the sampler's parameters.
-        max_elements: Larger tensors are measured on a subset.
+        what: Whose step, which, and how much of it.
 
     Returns:
         The statistics.
     """
-    theta, grad, spec = _part(theta, grad, spec, max_elements)
+    numel, noise = theta.numel(), torch.as_tensor(spec.gradient_std, device=theta.device).expand_as(theta)
+    formats = (spec.weight_format, spec.gradient_format)
+    theta, grad, noise = same_rows((theta, grad, noise), formats, what.max_elements)
     gradient_rounding = 0.0
     if spec.gradient_format is not None:
-        gradient_rounding = spec.lr**2 * float(_rounding_variance(grad, spec.gradient_format).mean())
-        grad = quantize(grad, spec.gradient_format, key=key.at(stream=stream_id(Role.GRADIENT, index)))
+        gradient_rounding = spec.lr**2 * float(rounding_variance(grad, spec.gradient_format).mean())
+        grad = quantize(grad, spec.gradient_format, key=what.stream(Role.GRADIENT))
     mean = descend(theta, grad.to(theta.dtype), lr=spec.lr, weight_decay=spec.weight_decay)
     if spec.accumulation == "lattice":
-        return _describe_walk(name, theta, mean, spec, key.at(stream=stream_id(Role.WEIGHT, index)), gradient_rounding)
-    return _describe(name, theta, mean, spec, key.at(stream=stream_id(Role.WEIGHT, index)), gradient_rounding)
+        told = noise if isinstance(spec.gradient_std, Tensor) else spec.gradient_std
+        found = _describe_walk(theta, mean, replace(spec, gradient_std=told), what)
+    else:
+        found = describe(theta, mean, spec.noise_variance, spec.weight_format, spec.accumulation, what)
+    return replace(found, numel=numel, gradient_rounding=gradient_rounding)
 
 
-def _describe(
-    name: str, theta: Tensor, mean: Tensor, spec: StepSpec, key: DrawKey, gradient_rounding: float
+def describe(
+    theta: Tensor,
+    mean: Tensor,
+    variance: float | Tensor,
+    fmt: NumberFormat | None,
+    accumulation: Accumulation,
+    what: Measured,
 ) -> StepStatistics:
-    v, fmt = spec.noise_variance, spec.weight_format
-    noise = v**0.5 * normals(mean.shape, key, device=mean.device).to(mean.dtype) if v else torch.zeros_like(mean)
-    value = mean if spec.accumulation == "vc" else mean + noise
-    achieved, view = v, 0.0
+    """Noise and rounding of a step to ``mean`` with ``variance``, a float or one per element; not the lattice walk's.
+
+    Of the gradient's rounding it knows nothing, and ``numel`` is the number of elements given.
+    """
+    key, corrected = what.stream(Role.WEIGHT), accumulation == "vc"
+    target = float(torch.as_tensor(variance, dtype=torch.float64).mean())
+    value = mean
+    if not corrected and target > 0:
+        root = variance.double().sqrt() if isinstance(variance, Tensor) else variance**0.5
+        value = mean + (root * normals(mean.shape, key, device=mean.device)).to(mean.dtype)
+    achieved, view = target, 0.0
     high, low, unreachable, clipped, new = 1.0, 0.0, 0.0, 0.0, value
     if fmt is not None:
-        plan = variance_plan(mean, v, fmt)
-        unreachable = float(plan.unreachable.double().mean())
-        high = float(plan.high.double().mean())
+        plan = variance_plan(mean, variance, fmt)
+        unreachable, high = float(plan.unreachable.double().mean()), float(plan.high.double().mean())
         low = 1.0 - high - unreachable
-        clipped = float(saturated(value, fmt, v if spec.accumulation == "vc" else 0.0)) / max(value.numel(), 1)
-        extra = float(_rounding_variance(value, fmt).mean())
-        if spec.accumulation == "vc":
+        clipped = float(saturated(value, fmt, variance if corrected else 0.0)) / max(value.numel(), 1)
+        extra = float(rounding_variance(value, fmt).mean())
+        if corrected:
             achieved = float((plan.achieved * power_of_two(plan.gap_exponents) ** 2).mean())
-            new = quantize_variance_corrected(mean, v, fmt, key)
-        elif spec.accumulation == "naive":
-            achieved = v + extra
+            new = quantize_variance_corrected(mean, variance, fmt, key)
+        elif accumulation == "naive":
+            achieved = target + extra
             new = quantize(value, fmt, key=key)
         else:
             view = extra
     unchanged = float((new == theta).double().mean())
     return StepStatistics(
-        name, theta.numel(), mean.numel(), v, achieved, gradient_rounding, view,
-        high, low, unreachable, clipped, unchanged,
+        what.name, theta.numel(), theta.numel(), target, achieved, 0.0, view, high, low, unreachable, clipped,
+        unchanged, what.temperature(achieved),
     )  # fmt: skip
 
 
@@ -153,19 +195,20 @@ def _walk_variance(theta: Tensor, drift: Tensor, spec: StepSpec) -> tuple[Tensor
     return torch.where(plan.ballistic, leap_variance, (second - first**2) * gap**2), gap
 
 
-def _describe_walk(
-    name: str, theta: Tensor, mean: Tensor, spec: StepSpec, key: DrawKey, gradient_rounding: float
-) -> StepStatistics:
-    """As :func:`_describe`; ``unreachable`` are the elements where the walk has more variance than v."""
+def _describe_walk(theta: Tensor, mean: Tensor, spec: StepSpec, what: Measured) -> StepStatistics:
+    """As :func:`describe`; ``unreachable`` are the elements where the walk has more variance than v."""
     v, fmt = spec.noise_variance, spec.weight_format
     assert fmt is not None
     drift = mean - theta
     variance, gap = _walk_variance(theta, drift, spec)
     high, more = v > gap**2 / 4, variance > v * (1 + 1e-6)
     told = spec.lr * spec.gradient_std
+    key = what.stream(Role.WEIGHT)
     new = lattice_step(theta, drift, v, fmt, key=key, rates=spec.rates, gradient_std=told)
+    achieved = float(variance.mean())
     return StepStatistics(
-        name, theta.numel(), mean.numel(), v, float(variance.mean()), gradient_rounding, 0.0,
+        what.name, theta.numel(), theta.numel(), v, achieved, 0.0, 0.0,
         float(high.double().mean()), float((~high & ~more).double().mean()), float((~high & more).double().mean()),
         float(saturated(mean, fmt)) / max(mean.numel(), 1), float((new == theta).double().mean()),
+        what.temperature(achieved),
     )  # fmt: skip

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lpsgld.callbacks import EffectiveTemperature
 from lightning_lpsgld.precision import LowPrecisionSGLD
-from lightning_lpsgld.samplers import CyclicalStepSize
+from lightning_lpsgld.samplers import SGHMC, CyclicalStepSize, PreconditionedSGLD
 
 WEIGHTS_ONLY = {"gradients": None, "activations": None, "errors": None, "seed": 0}
 
@@ -258,6 +258,36 @@ def test_dry_and_bare_trainers(options):
     trainer = make_trainer(plugins=[LowPrecisionSGLD(seed=0)], callbacks=[callback], **options)
     trainer.fit(small_mlp(), datamodule=SyntheticData())
     assert callback.table["overall"]["effective_temperature"] > 0
+
+
+@pytest.mark.parametrize("kind", [SGHMC, PreconditionedSGLD])
+def test_the_whole_family_is_measured(kind):
+    """Of SGHMC the verdict goes by the effective temperature of both noises; remedies are not tried."""
+
+    def build(params, temperature):
+        options = {"lr": 0.05, "num_data": 50_000, "weight_format": "fixed8.8", "seed": 0, "temperature": temperature}
+        extra = {"friction": 2.0, "velocity_format": "bfp8"} if kind is SGHMC else {"eps": 1e-3}
+        return kind(params, **options, **extra)
+
+    def run(temperature, logger=False):
+        module, callback = GivenGradients(), EffectiveTemperature(1)
+        module.configure_optimizers = lambda: build(module.parameters(), temperature)
+        make_trainer(max_steps=3, max_epochs=-1, callbacks=[callback], logger=logger, log_every_n_steps=1).fit(module)
+        return callback
+
+    logger = RecordingLogger()
+    with pytest.warns(UserWarning, match=r"T = 1e-05 with fixed8\.8 behaves like T ~") as seen:
+        cold = run(1e-5, logger)
+    (verdict,) = (str(w.message) for w in seen if "behaves like" in str(w.message))
+    assert "What brings it" not in verdict
+    assert ("into positions" in verdict) == (kind is SGHMC)
+    total = cold.table["overall"]
+    assert total["effective_temperature"] > 1.5e-5
+    assert ("velocity_achieved_over_target" in total) == (kind is SGHMC)
+    assert logger.rows[0][1]["noise/effective_temperature"] > 1.5e-5
+    warm = run(100.0)
+    assert warm.message is None
+    assert warm.table["overall"]["effective_temperature"] == pytest.approx(100.0, rel=0.5)
 
 
 def test_without_a_sampler_training_is_refused():
