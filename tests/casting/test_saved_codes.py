@@ -95,7 +95,9 @@ def test_gradients_are_bit_identical(name, layout):
     assert _equal(full, codes)
 
 
-@pytest.mark.parametrize("fmt", ["bfp8", "fixed8.4", "e4m3", "e5m2", "bfp8-tensor", "bfp8b32", "bfp4", "bfp12", "bf16"])
+@pytest.mark.parametrize(
+    "fmt", ["bfp8", "fixed8.4", "e4m3", "e5m2", "bfp8-tensor", "bfp8b32", "bfp4", "bfp12", "bf16", "mxfp8e4m3"]
+)
 @pytest.mark.parametrize("name", ["views", "views, in place", "mlp"])
 def test_gradients_are_bit_identical_in_every_format(name, fmt):
     build, shape = NETWORKS[name]

@@ -166,7 +166,7 @@ floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 near_one = st.floats(0.25, 4.0, width=32)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.one_of(floats, near_one, st.just(0.0)), min_size=1, max_size=40),
     st.sampled_from(RULES),
