@@ -12,6 +12,7 @@ from torch.distributions import Normal
 
 from lightning_lpsgld.analysis.distance import best_on_grid, gibbs_on_grid, variance_ratio, wasserstein2
 from lightning_lpsgld.analysis.stationary import Update, stationary_law
+from lightning_lpsgld.analysis.underdamped_table import print_rows, print_toys
 from lightning_lpsgld.formats import FormatLike
 
 __all__ = ["COLUMNS", "main", "rows"]
@@ -67,15 +68,26 @@ def rows(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table as Markdown.
+    """Print tables as Markdown.
 
     Args:
-        argv: Command line; ``--format`` and ``--gradient-std``.
+        argv: Command line; ``--format`` and ``--gradient-std``; ``--sghmc`` or ``--toys`` for those of SGHMC.
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--format", default="fixed8.3", help="fixed-point format of the weight")
     parser.add_argument("--gradient-std", type=float, default=0.0, help="standard deviation of the gradient noise")
+    parser.add_argument("--sghmc", action="store_true", help="the tables of SGHMC instead (two minutes)")
+    parser.add_argument("--velocity-format", default="fixed8.4", help="fixed-point format of SGHMC's velocity")
+    parser.add_argument("--toys", action="store_true", help="SGHMC on the published targets instead (ten minutes)")
     args = parser.parse_args(argv)
+    if args.toys:
+        return print_toys()
+    if args.sghmc:
+        return print_rows(args.format, args.velocity_format)
+    return _print_sgld(args)
+
+
+def _print_sgld(args: argparse.Namespace) -> None:
     names = [*COLUMNS, "target on points", "target rounded"]
     for title, pick in (("Var/T", 0), ("W2 to N(0, T)", 1)):
         print(f"\n{title}, {args.format}, gradient noise {args.gradient_std}\n")
