@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -84,28 +85,37 @@ def underdamped_rows(
     """
     for temperature in temperatures:
         target = Normal(torch.tensor(0.0).double(), torch.tensor(temperature).double().sqrt())
-        _, grid = finite_grid(weight_format)
-        best = best_on_grid(grid, target)
+        best = best_on_grid(finite_grid(weight_format)[1], target)
         for lr in step_sizes:
-            options = {"lr": lr, "temperature": temperature, "friction": FRICTION, "inverse_mass": INVERSE_MASS}
-            exact_x, exact_v = full_precision_variance(**options)
-            cells = {}
-            for update in ("naive", "vc"):
-                x, v, law = underdamped_stationary_law(
-                    update, weight_format, velocity_format, grad=_identity, **options
-                )
-                cells[update] = Cell(
-                    moments(x, law.sum(1))[1] / temperature,
-                    moments(v, law.sum(0))[1] / (INVERSE_MASS * temperature),
-                    wasserstein2(x, law.sum(1), target),
-                )
-            cells["full precision"] = Cell(
-                exact_x / temperature,
-                exact_v / (INVERSE_MASS * temperature),
-                abs(math.sqrt(exact_x) - math.sqrt(temperature)),
-            )
+            cells = {
+                update: _cell(update, weight_format, velocity_format, lr, temperature, target)
+                for update in get_args(UnderdampedUpdate)
+            }
+            exact_x, exact_v = full_precision_variance(lr, temperature, FRICTION, INVERSE_MASS)
+            distance = abs(math.sqrt(exact_x) - math.sqrt(temperature))
+            cells["full precision"] = Cell(exact_x / temperature, exact_v / (INVERSE_MASS * temperature), distance)
             cells["target rounded"] = Cell(moments(*best)[1] / temperature, math.nan, wasserstein2(*best, target))
             yield temperature, lr, cells
+
+
+def _cell(
+    update: UnderdampedUpdate,
+    weight_format: FormatLike,
+    velocity_format: FormatLike,
+    lr: float,
+    temperature: float,
+    target: Normal,
+) -> Cell:
+    x, v, law = underdamped_stationary_law(
+        update, weight_format, velocity_format, lr=lr, temperature=temperature, friction=FRICTION,
+        inverse_mass=INVERSE_MASS, grad=_identity,
+    )  # fmt: skip
+    position, velocity = law.sum(1), law.sum(0)
+    return Cell(
+        moments(x, position)[1] / temperature,
+        moments(v, velocity)[1] / (INVERSE_MASS * temperature),
+        wasserstein2(x, position, target),
+    )
 
 
 @dataclass(frozen=True)
