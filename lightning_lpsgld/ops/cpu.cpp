@@ -113,7 +113,7 @@ struct Job {
   float variance_f;
   int free_exponent;        // floor(log2(2 sigma)) - offset: gaps up to 2 sigma keep every variance reachable
   const float *target, *spread;  // by gap exponent + 160: v / gap^2 and sqrt(v / gap^2 - 1/4)
-  int high_gap;             // gap exponents up to this one are in the large-variance regime
+  int high_gap;             // gap exponents up to this one take a Gaussian first
 };
 
 INLINE float float_of(uint32_t bits) {
@@ -404,7 +404,7 @@ struct VarianceTable {
     for (int i = 0; i < 320; i++) {
       double inverse = std::ldexp(1.0, 160 - i), t = variance * inverse * inverse;
       target[i] = float(t), spread[i] = float(std::sqrt(t > 0.25 ? t - 0.25 : 0.0));
-      if (t > 0.25) job.high_gap = i - 160;
+      if (t > (job.format.kind == FLOAT ? 1.0 : 0.25)) job.high_gap = i - 160;
     }
     job.target = target, job.spread = spread;
   }
@@ -1016,6 +1016,22 @@ INLINE vf vc_low(vf s, vf target, vf u) {
   return one_more(one_more(one_more(whole - 1.0f, u >= minus), u >= upper), u >= plus);
 }
 
+// The same where codes of more than `edge`, a float's next power of two, are even: from it one down with 1/3 and two up
+// with 1/6 of the jump's variance, which keeps both moments.
+INLINE vf vc_low_float(vf s, vf target, vf u, float edge) {
+  const float third = 1.0f / 3.0f;
+  vf whole = to_float(to_int(s));
+  whole = s < whole ? whole - 1.0f : whole;
+  vf p = s - whole, q = 1.0f - p, one = splat(1.0f), two = splat(2.0f);
+  vf side = max_of(target - p * q, splat(0.0f)) * 0.5f;
+  vi above = whole == edge - 1.0f, below = whole == -edge;
+  vf minus = q * side * (below ? splat(third) : one), plus = 1.0f - p * side * (above ? splat(third) : one);
+  vf upper = q + side * (p * (above ? splat(2.0f * third) : one) - q * (below ? splat(2.0f * third) : one));
+  vf code = one_more(whole, u >= upper);
+  code = u < minus ? code - (below ? two : one) : code;
+  return u >= plus ? code + (above ? two : one) : code;
+}
+
 INLINE void put_codes(void *out, int64_t i, vi codes, int sink, int m) {
   if (sink == CODES8) {
     typedef int8_t v8 __attribute__((vector_size(L)));
@@ -1097,15 +1113,9 @@ INLINE vi raised(vi e, vf a, const Job &job) {
   return min_of(max_of(e, splat(f.low)), splat(f.high));
 }
 
-// Beyond the next power of two a floating-point grid has only every second (fourth) code: odd ones go up or down.
-INLINE vf mend_binade(vf code, const Format &f, vu word) {
-  vf edge = splat(f.code_max), a = magnitude(code);
-  vf unit = a >= 2.0f * edge ? splat(4.0f) : splat(2.0f), inverse = a >= 2.0f * edge ? splat(0.25f) : splat(0.5f);
-  vf part = code * inverse, lower = to_float(to_int(part));
-  lower = part < lower ? lower - 1.0f : lower;
-  vf odds = part - lower, coin = (to_float((vi)(word & 511u)) + 0.5f) * 0x1p-9f;
-  vf mended = one_more(lower, coin < odds) * unit;
-  return ((a > edge) & (odds > 0.0f)) ? mended : code;
+// A Gaussian step that left its binade, 6.7 standard deviations away, still ends on the grid: on an even code.
+INLINE vf held_in_binade(vf code, const Format &f) {
+  return magnitude(code) > f.code_max ? nearest_integer<false>(code * 0.5f) * 2.0f : code;
 }
 
 INLINE vi pattern_of(vf code, vi e, vi sign, vi good, const Format &f) {
@@ -1158,9 +1168,11 @@ static int64_t finish_lanes(const Job &job, const Format &f, const float *x, con
       vu w = load<vu>(words + i);
       vf u = uniform(w);
       vi high = gap <= job.high_gap;
-      code = vc_low(scaled, target, u);
-      if (any(high)) code = high ? vc_high<false>(scaled, spread, load<vf>(z + i), u) : code;
-      if (floating) code = mend_binade(code, f, w);
+      code = floating ? vc_low_float(scaled, target, u, f.code_max) : vc_low(scaled, target, u);
+      if (any(high)) {
+        vf far = vc_high<false>(scaled, spread, load<vf>(z + i), u);
+        code = high ? (floating ? held_in_binade(far, f) : far) : code;
+      }
       vf limit = splat(f.code_max);
       if (!floating) {
         code = max_of(min_of(code, limit), -limit);

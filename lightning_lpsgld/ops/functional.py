@@ -110,18 +110,20 @@ def quantize_variance_corrected(
     with p the fractional part of :math:`\mu/\Delta`. For :math:`v > \Delta^2/4` a Gaussian of variance
     :math:`v-\Delta^2/4` is added, rounded to nearest, and a draw from :math:`\{-\Delta, 0, \Delta\}` restores both
     moments. Below, the mean is rounded stochastically and a draw from :math:`\{-\Delta, 0, \Delta\}` adds what is left
-    of v. Regimes are chosen per element.
+    of v. Regimes are chosen per element. For floating point, microscaled or not, the second regime reaches to
+    :math:`v = \Delta^2`, and its draw knows that beyond a power of two only every second value exists: from there it
+    goes down by :math:`\Delta` with 1/3 and up by :math:`2\Delta` with 1/6 of the variance that is left, instead of
+    either way with 1/2. So both moments are exact at binade edges, too; larger noise finds the gap raised for it.
 
-    The gap of a block (of an element, for floating point) is decided once: from the largest :math:`|\mu|`, raised to
-    make room for the noise as far as every variance stays reachable on the coarser grid.
+    The gap of a block (of an element, for floating point; the scale of a run, for microscaling) is decided once: from
+    the largest :math:`|\mu|`, raised to make room for the noise as far as every variance stays reachable on the coarser
+    grid.
 
     **Where the promise stops.** Where :math:`p(1-p)\Delta^2 > v` no unbiased rounding has variance v, and the result
     has the larger one. Within a few standard deviations (at least two gaps) of the end of the range, values saturate.
-    For floating point with :math:`v < \Delta^2`, noise that crosses a power of two meets a grid twice as coarse: there
-    the variance is larger by up to :math:`\Delta^2/4`, and the mean stays exact. So it is for the elements of a
-    microscaling format; its scale is raised like a block's gap, and with ``"mxfp8e4m3"`` (scaling ``"floor"``) a run
-    whose largest magnitude comes to 1.875 times a power of two, which the format cannot keep, gets there
-    :math:`\Delta^2` more, again with the right mean.
+    A run of ``"mxfp8e4m3"`` (scaling ``"floor"``) cannot keep a largest magnitude of 1.875 times a power of two: where
+    it comes to that, the mean is exact and the variance larger by up to :math:`\Delta^2`; and where v is too small for
+    its scale to be raised, a mean between 1.75 and 2 times a power of two saturates. ``"mxfp8e4m3-fit"`` does neither.
 
     Args:
         mean: μ, any shape, floating dtype. Not modified. NaN stays NaN, infinities saturate.

@@ -33,7 +33,7 @@ from lightning_lpsgld.ops.microscaling import (
     scale_exponents_with_noise,
     settled,
 )
-from lightning_lpsgld.random import DrawKey, normals, uniforms, words
+from lightning_lpsgld.random import DrawKey, normals, uniforms
 
 __all__ = [
     "NOISE_REACH",
@@ -116,7 +116,9 @@ class VariancePlan:
         scaled: mean / gap, float64.
         gap_exponents: log2 of the gap, broadcastable.
         target: variance / gap**2.
-        high: target above 1/4, the most that one stochastic rounding can add: Gaussian first.
+        high: target above 1/4, the most that one stochastic rounding can add: reached whatever the mean.
+        gaussian: Drawn as a Gaussian first: the high ones; for floating point those with target above 1, whose noise
+            stays below the next power of two because the gap was raised for it.
         rounding: p(1-p), what stochastic rounding of the mean has by itself, in units of gap**2.
         corrective: variance of the categorical draw of the small-variance regime, ``max(target - rounding, 0)``.
         low_code: Smallest code, broadcastable.
@@ -131,6 +133,7 @@ class VariancePlan:
     corrective: Tensor
     low_code: Tensor
     high_code: Tensor
+    gaussian: Tensor
 
     @property
     def unreachable(self) -> Tensor:
@@ -203,7 +206,8 @@ def variance_plan(
     part = scaled - scaled.floor()
     rounding = torch.where(scaled.isfinite(), part * (1.0 - part), torch.zeros_like(part))
     corrective = (target - rounding).clamp(min=0.0)
-    return VariancePlan(scaled, gap_exponents, target, target > 0.25, rounding, corrective, *bounds)
+    gaussian = target > (1.0 if isinstance(fmt, FloatingPoint) else 0.25)
+    return VariancePlan(scaled, gap_exponents, target, target > 0.25, rounding, corrective, *bounds, gaussian)
 
 
 def _large_variance_codes(plan: VariancePlan, z: Tensor, u: Tensor) -> Tensor:
@@ -215,22 +219,21 @@ def _large_variance_codes(plan: VariancePlan, z: Tensor, u: Tensor) -> Tensor:
     return nearest - 1 + (u >= down).double() + (u >= 1.0 - up).double()
 
 
-def _small_variance_codes(plan: VariancePlan, u: Tensor) -> Tensor:
-    """Stochastic rounding plus a categorical draw Cat(0, v - p(1-p)gap**2), as one draw over four neighbours."""
+def _small_variance_codes(plan: VariancePlan, u: Tensor, edge: float) -> Tensor:
+    """Stochastic rounding plus a categorical draw Cat(0, v - p(1-p)gap**2), as one draw over four neighbours.
+
+    Beyond ``edge``, a float's next power of two, only every second code exists: from it the draw goes one down with
+    1/3 and two up with 1/6 of that variance instead of one either way with 1/2, which keeps mean and variance.
+    """
     lower = plan.scaled.floor()
     p = plan.scaled - lower
     side = plan.corrective / 2
-    minus, zero, two = (1 - p) * side, (1 - p) * (1 - 2 * side) + p * side, p * side
-    return lower - 1 + (u >= minus).double() + (u >= minus + zero).double() + (u >= 1.0 - two).double()
-
-
-def _mend_binade(codes: Tensor, fmt: FloatingPoint, coin: Tensor) -> Tensor:
-    """Beyond the next power of two only every second code exists: send odd ones up or down with equal probability."""
-    unit = torch.where(codes.abs() >= 2.0 ** (fmt.mantissa_bits + 2), 4.0, 2.0)
-    beyond = (codes.abs() > 2.0 ** (fmt.mantissa_bits + 1)) & (codes % unit != 0)
-    lower = (codes / unit).floor() * unit
-    odds = (codes - lower) / unit
-    return torch.where(beyond, lower + unit * (coin < odds), codes)
+    above, below = lower == edge - 1, lower == -edge
+    minus, two = (1 - p) * side / torch.where(below, 3.0, 1.0), p * side / torch.where(above, 3.0, 1.0)
+    inward_up, inward_down = p * side * torch.where(above, 2 / 3, 1.0), (1 - p) * side * torch.where(below, 2 / 3, 1.0)
+    upper = (1 - p) + inward_up - inward_down
+    codes = lower + (u >= upper).double()
+    return codes - (u < minus) * torch.where(below, 2.0, 1.0) + (u >= 1.0 - two) * torch.where(above, 2.0, 1.0)
 
 
 def vc_codes(plan: VariancePlan, fmt: NumberFormat, key: DrawKey) -> Tensor:
@@ -238,11 +241,11 @@ def vc_codes(plan: VariancePlan, fmt: NumberFormat, key: DrawKey) -> Tensor:
     shape, device = plan.scaled.shape, plan.scaled.device
     u = uniforms(shape, key, device=device)
     z = normals(shape, key, device=device)
-    codes = torch.where(plan.high, _large_variance_codes(plan, z, u), _small_variance_codes(plan, u))
     grid = element_of(fmt)
-    if isinstance(grid, FloatingPoint):
-        coin = ((words(shape, key, device=device) & 511).double() + 0.5) / 512  # bits that `uniforms` leaves unused
-        codes = _mend_binade(codes, grid, coin)
+    edge = 2.0 ** (grid.mantissa_bits + 1) if isinstance(grid, FloatingPoint) else math.inf
+    large = _large_variance_codes(plan, z, u)
+    large = torch.where(large.abs() > edge, 2.0 * (large / 2.0).round(), large)  # 6.7 standard deviations away
+    codes = torch.where(plan.gaussian, large, _small_variance_codes(plan, u, edge))
     return torch.where(plan.scaled.isfinite(), codes, plan.scaled)
 
 

@@ -263,15 +263,17 @@ def key_magnitude(key):
 
 
 @triton.jit
-def _mend_binade(codes, words, OFFSET: tl.constexpr):
-    """Beyond the next power of two only every second code exists: send odd ones up or down with equal probability."""
-    coin = ((words & 511).to(tl.float32) + 0.5) * 0.001953125
-    size = tl.abs(codes)
-    far = size >= 2.0 ** (2 - OFFSET)
-    spacing, inverse = tl.where(far, 4.0, 2.0), tl.where(far, 0.25, 0.5)
-    lower = tl.floor(codes * inverse) * spacing
-    beyond = (size > 2.0 ** (1 - OFFSET)) & (lower != codes)
-    return tl.where(beyond, lower + spacing * (coin < (codes - lower) * inverse).to(tl.float32), codes)
+def _jumps_at_edge(lower, p, side, OFFSET: tl.constexpr):
+    """Odds of the four neighbours where codes beyond a float's next power of two are even: mean and variance kept.
+
+    Returns the odds of going below ``lower``, of staying at or below it, of going above ``lower + 1``, and how far the
+    first and the last go. From the power of two it is one down with 1/3 and two up with 1/6 of the variance.
+    """
+    above, below = lower == 2.0 ** (1 - OFFSET) - 1.0, lower == -(2.0 ** (1 - OFFSET))
+    down, up = (1.0 - p) * side, p * side
+    middle = (1.0 - p) + (up * tl.where(above, 0.6666667, 1.0) - down * tl.where(below, 0.6666667, 1.0))
+    down, up = down * tl.where(below, 0.33333334, 1.0), up * tl.where(above, 0.33333334, 1.0)
+    return down, middle, up, tl.where(below, 2.0, 1.0), tl.where(above, 2.0, 1.0)
 
 
 @triton.jit
@@ -281,11 +283,17 @@ def vc_codes(scaled, target, words, quads, stream, step, seed, KIND: tl.constexp
     lower = tl.floor(scaled)
     p = scaled - lower
     side = tl.maximum(target - p * (1.0 - p), 0.0) * 0.5
-    down = (1.0 - p) * side
-    middle = down + ((1.0 - p) * (1.0 - 2.0 * side) + p * side)
-    codes = lower - 1.0 + (u >= down).to(tl.float32)
-    codes += (u >= middle).to(tl.float32) + (u >= 1.0 - p * side).to(tl.float32)
-    if tl.max(tl.max(tl.max(target, axis=2), axis=1), axis=0) > 0.25:
+    gaussian_from: tl.constexpr = 1.0 if KIND == FLOAT else 0.25  # for floats: where the gap has room for the noise
+    if KIND == FLOAT:
+        down, middle, up, first, last = _jumps_at_edge(lower, p, side, OFFSET)
+        codes = lower + (u >= middle).to(tl.float32)
+        codes += tl.where(u >= 1.0 - up, last, 0.0) - tl.where(u < down, first, 0.0)
+    else:
+        down = (1.0 - p) * side
+        middle = down + ((1.0 - p) * (1.0 - 2.0 * side) + p * side)
+        codes = lower - 1.0 + (u >= down).to(tl.float32)
+        codes += (u >= middle).to(tl.float32) + (u >= 1.0 - p * side).to(tl.float32)
+    if tl.max(tl.max(tl.max(target, axis=2), axis=1), axis=0) > gaussian_from:
         z = draw_normals(quads, stream, step, seed)
         x = scaled + tl.sqrt_rn(tl.maximum(target - 0.25, 0.0)) * z
         whole = nearest(x)
@@ -293,9 +301,9 @@ def vc_codes(scaled, target, words, quads, stream, step, seed, KIND: tl.constexp
         down = (0.5 - left) * (0.5 - left) * 0.5
         up = (0.5 + left) * (0.5 + left) * 0.5
         large = whole - 1.0 + (u >= down).to(tl.float32) + (u >= 1.0 - up).to(tl.float32)
-        codes = tl.where(target > 0.25, large, codes)
-    if KIND == FLOAT:
-        codes = _mend_binade(codes, words, OFFSET)
+        if KIND == FLOAT:  # 6.7 standard deviations away it would leave its binade: then to an even code
+            large = tl.where(tl.abs(large) > 2.0 ** (1 - OFFSET), 2.0 * nearest(0.5 * large), large)
+        codes = tl.where(target > gaussian_from, large, codes)
     return tl.where(tl.abs(scaled) < float("inf"), codes, scaled)
 
 

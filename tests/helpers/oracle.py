@@ -23,9 +23,9 @@ __all__ = [
     "candidates",
     "fixed_grid",
     "float_grid",
+    "float_vc_law",
     "floor_log2",
     "grid_of",
-    "law_beyond_binade",
     "nearest",
     "run_grid",
     "saturated_law",
@@ -225,17 +225,24 @@ def saturated_law(law: dict[int, Any], low: int, high: int) -> dict[int, Any]:
     return out
 
 
-def law_beyond_binade(law: dict[int, Any], mantissa_bits: int) -> dict[int, Any]:
-    """The same law on a float's grid: codes that do not exist beyond the binade go to their neighbours, mean kept."""
-    out: dict[int, Any] = {}
-    edge = 2 ** (mantissa_bits + 1)
-    for code, chance in law.items():
-        unit = 1 if abs(code) <= edge else 2 if abs(code) < 2 * edge else 4
-        lower, rest = code // unit * unit, code % unit
-        for neighbour, share in ((lower, Fraction(unit - rest, unit)), (lower + unit, Fraction(rest, unit))):
-            if share:
-                out[neighbour] = out.get(neighbour, 0) + chance * (share if share == 1 else float(share))
-    return out
+def float_vc_law(scaled: Fraction, target: Fraction, mantissa_bits: int) -> dict[int, Fraction | float]:
+    """Law of Q^vc over the integer codes of a float: stochastic rounding, then a zero-mean jump, for ``target <= 1``.
+
+    The jump has the variance c that is left: one code either way with c/2 each; from the next power of two, beyond
+    which only every second code exists, one code inwards with c/3 and two outwards with c/6. Above, the Gaussian law.
+    """
+    if target > 1:
+        return dict(_high_law(scaled, target))
+    edge, base = 2 ** (mantissa_bits + 1), math.floor(scaled)
+    p = scaled - base
+    c = max(target - p * (1 - p), Fraction(0))
+    law: dict[int, Fraction | float] = {}
+    for start, chance in ((base, 1 - p), (base + 1, p)):
+        sign = 1 if start > 0 else -1
+        jumps = {sign: c / 2, -sign: c / 2} if abs(start) < edge else {2 * sign: c / 6, -sign: c / 3}
+        for jump, part in {0: 1 - sum(jumps.values()), **jumps}.items():
+            law[start + jump] = law.get(start + jump, Fraction(0)) + chance * part
+    return {code: chance for code, chance in sorted(law.items()) if chance > 0}
 
 
 def vc_moments(scaled: Fraction, target: Fraction) -> tuple[float, float, float]:

@@ -18,7 +18,7 @@ from helpers.stats import assert_moments, draws_for_moments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_reference_exact import assert_values, expected_stochastic, fractions, same_bits
-from test_variance_corrected import assert_laws, edge_means, in_gaps
+from test_variance_corrected import assert_laws, edge_means, float_laws, in_gaps
 
 from lightning_lpsgld.analysis import expected_shrinkage, plan, variance_budget
 from lightning_lpsgld.bank import SampleBank
@@ -249,10 +249,7 @@ def drawn(mean, variance, fmt, backend, draws=DRAWS):
 @pytest.mark.parametrize("share", [0.0, 0.24, 0.8])
 @pytest.mark.parametrize("name", ["mxfp8e4m3", "mxfp8e5m2-fit"])
 def test_law_inside_binades_and_at_their_edges(name, share, backend):
-    """An anchor of 4 fixes the scale; elements of [1, 2] have the law of floats, mended beyond the power of two.
-
-    Mean exact, variance as asked for or larger by the mending (:mod:`test_variance_corrected` derives the law).
-    """
+    """An anchor of 4 fixes the scale; elements of [1, 2] have the law of floats: both moments exact at its edges."""
     fmt = one_run(name)
     gap = 2.0**-fmt.mantissa_bits
     middle = torch.tensor([1.5 + part * gap for part in CELLS])
@@ -261,10 +258,7 @@ def test_law_inside_binades_and_at_their_edges(name, share, backend):
     mean = mean[1:]
     unit = torch.where(mean.abs() >= 2, 2 * gap, gap).double()
     scaled, target = in_gaps(mean, torch.full((len(mean),), share * gap**2, dtype=torch.float64), unit)
-    laws = [oracle.law_beyond_binade(oracle.vc_law(s, t), fmt.mantissa_bits) for s, t in zip(scaled, target)]
-    for law, s in zip(laws, scaled):
-        assert float(sum(k * p for k, p in law.items())) == pytest.approx(float(s), abs=1e-12)
-    assert_laws(got / unit, laws)
+    assert_laws(got / unit, float_laws(scaled, target, fmt.mantissa_bits))
 
 
 @pytest.mark.parametrize("share", [1.0, 5.0])
@@ -292,8 +286,7 @@ def test_a_zero_run_gets_its_noise(name, backend):
 
 def top_law(code, share, fits):
     """Law of a run of one e4m3 whose mean is ``code`` gaps, below 16; the code 15 as a largest magnitude if it fits."""
-    scaled, target = Fraction(code).limit_denominator(1000), Fraction(share)
-    law = oracle.law_beyond_binade(oracle.vc_law(scaled, target), 3)
+    law = oracle.float_vc_law(Fraction(code), Fraction(share), 3)
     if not fits:
         hole = law.pop(15, 0)
         law[14], law[16] = law.get(14, 0) + hole / 2, law.get(16, 0) + hole / 2
@@ -309,7 +302,7 @@ def test_the_hole_at_the_top_of_e4m3(name, share, backend):
     got = drawn(mean, share * gap**2, parse_format(name), backend) / gap
     laws = [top_law(code, share, fits=name.endswith("-fit")) for code in codes]
     for law, code in zip(laws, codes):
-        assert float(sum(k * p for k, p in law.items())) == pytest.approx(code, abs=1e-12)
+        assert sum(k * p for k, p in law.items()) == code
     assert_laws(got, laws)
 
 
