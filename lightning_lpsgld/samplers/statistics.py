@@ -33,7 +33,7 @@ class StepStatistics:
         achieved: Mean variance of the new weight (of the accumulator, where there is one) given the gradient.
         gradient_rounding: Mean variance that the gradient's rounding adds, :math:`\eta^2 p(1-p)\Delta_G^2`.
         view_rounding: Mean variance of the weight around its full accumulator; 0 without one.
-        high: Share of elements with v > Δ²/4 (Gaussian, then categorical correction).
+        high: Share of elements with v > Δ²/4: reached whatever the mean.
         low: Share with v <= Δ²/4 and v reachable.
         unreachable: Share where rounding alone has more variance than v.
         saturated: Share outside the range of the weight format.
