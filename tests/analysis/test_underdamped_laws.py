@@ -2,8 +2,8 @@
 
 Exact tests compare them with the laws of one coordinate and with the same integral taken in the other order; the
 statistical ones draw from the optimizer and compare all outcomes (x', v') (chi-square). Blind spots: float32 means move
-probabilities by about 1e-5, far below what is detected; and at steps of 0.02 and 0.0002 rounding hides from the naive law
-what sign the position's drift has, at 0.0002 also its covariance. The published toy's step shows both.
+probabilities by about 1e-5, far below what is detected; and at steps of 0.02 and 0.0002 rounding hides from the naive
+law what sign the position's drift has, at 0.0002 also its covariance. The published toy's step shows both.
 """
 
 from __future__ import annotations
