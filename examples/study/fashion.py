@@ -1,0 +1,93 @@
+"""Fashion-MNIST in memory, with shifts and flips, and a network that overfits a part of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from image_classification import DATA, BasicBlock, idx_folder
+
+__all__ = ["Fashion", "resnet8"]
+
+#: Images are shifted by up to so many pixels, filled with the background.
+_SHIFT = 2
+
+
+class _Augmented:
+    """Batches of a shuffled epoch, every image shifted and flipped at random: whole batches at once."""
+
+    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, background: float) -> None:
+        self.dataset = TensorDataset(images, labels)
+        self.batch_size, self.background = batch_size, background
+
+    def __len__(self) -> int:
+        return len(self.dataset) // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        images, labels = self.dataset.tensors
+        order = torch.randperm(len(images))
+        for number in range(len(self)):
+            chosen = order[number * self.batch_size : (number + 1) * self.batch_size]
+            yield _moved(images[chosen], self.background), labels[chosen]
+
+
+def _moved(images: Tensor, background: float) -> Tensor:
+    count, _, height, width = images.shape
+    padded = nn.functional.pad(images, (_SHIFT,) * 4, value=background)
+    down, right = (torch.randint(0, 2 * _SHIFT + 1, (count, 1)) for _ in range(2))
+    columns = right + torch.arange(width)
+    columns = torch.where(torch.rand(count, 1) < 0.5, columns.flip(1), columns)
+    rows = down + torch.arange(height)
+    return padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+class Fashion(L.LightningDataModule):
+    """The first ``size`` training images, and all 10,000 test images.
+
+    Args:
+        root: Folder of the four idx archives, or a torchvision root.
+        size: Number of training images.
+        batch_size: Images of a training batch.
+        test: Number of test images, ``None``: all.
+    """
+
+    def __init__(self, root: Path, size: int, batch_size: int = 100, test: int | None = None) -> None:
+        super().__init__()
+        self.root, self.size, self.batch_size, self.test_size = root, size, batch_size, test
+
+    def setup(self, stage: str) -> None:
+        """Read and scale the images."""
+        kind, _, _, (mean,), (std,) = DATA["fashion-mnist"]
+        parts = []
+        for train, limit in ((True, self.size), (False, self.test_size)):
+            data = idx_folder(self.root, train)
+            if data is None:
+                raw = kind(self.root, train=train)
+                data = TensorDataset(raw.data.unsqueeze(1), raw.targets)
+            images, labels = data.tensors
+            parts.append(((images[:limit].float() / 255 - mean) / std, labels[:limit].long()))
+        self.train, self.test = parts
+        self.background = -mean / std
+
+    def train_dataloader(self) -> _Augmented:
+        """Shuffled and augmented batches."""
+        return _Augmented(*self.train, self.batch_size, self.background)
+
+    def test_dataloader(self) -> DataLoader:
+        """The test images in order."""
+        return DataLoader(TensorDataset(*self.test), 500)
+
+
+def resnet8(channels: int = 1, classes: int = 10) -> nn.Module:
+    """ResNet-8 with 16, 32 and 64 channels and a stem of stride 2: 77,754 weights for one channel and ten classes."""
+    layers: list[nn.Module] = [nn.Conv2d(channels, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    layers += [BasicBlock(16, 16, 1), BasicBlock(16, 32, 2), BasicBlock(32, 64, 2)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))

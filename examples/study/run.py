@@ -1,0 +1,199 @@
+"""Run rows of the study, resumably: what is stored already is not run again.
+
+::
+
+    python examples/study/run.py --data-dir FOLDER --size 5000 --seeds 5          # the small study
+    python examples/study/run.py --data-dir FOLDER --size 5000 --only vc-sgldlp-l/bfp8   # one row
+
+``FOLDER`` holds Fashion-MNIST's four idx archives. Every run appends two rows to ``rows.csv`` (of the last weights and
+of the ensemble) and leaves its predicted probabilities in ``--cache``, from which ensembles of several runs are made.
+Several processes may share a study: a run is claimed by a lock file in the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import os
+import platform
+import subprocess
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from fashion import Fashion, resnet8
+from rows import Row, decay, learning_rate, make_plugin, rows_of
+from scores import scores_of
+from torch import Tensor, nn
+
+from lightning_lpsgld import EffectiveTemperature, SampleCollector
+from lightning_lpsgld.predictive import bayesian_model_average
+
+__all__ = ["COLUMNS", "EPOCHS", "run_row"]
+
+COLUMNS = (
+    "data", "size", "method", "format", "temperature", "seed", "of", "samples", "error", "nll", "calibrated_nll",
+    "brier", "ece", "ece_paper", "t_eff", "seconds", "sample_mb",
+)  # fmt: skip
+#: Training images -> epochs: 2,000 steps a run in the small study, 3,600 in the large one.
+EPOCHS = {5_000: 40, 60_000: 6}
+WEIGHT_DECAY = 5e-4
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "study"
+
+
+class Net(L.LightningModule):
+    """A plain classifier with the row's schedule."""
+
+    def __init__(self, row: Row, steps: int) -> None:
+        super().__init__()
+        self.net, self.row, self.steps = resnet8(), row, steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, shape (batch, 10)."""
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Mean cross entropy."""
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        """SGD with the schedule; the plugin takes over both."""
+        optimizer = torch.optim.SGD(self.parameters(), lr=learning_rate(self.row), weight_decay=WEIGHT_DECAY)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: decay(self.row, step / self.steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _collector(row: Row, steps: int) -> SampleCollector:
+    """Thirty samples of the last two fifths; with cycles seven of the last fifth of each of four."""
+    if "csgld" in row.method:
+        return SampleCollector(per_cycle=7, every=max(1, steps // 4 // 5 // 7))
+    return SampleCollector(start=0.6, every=max(1, round(0.4 * steps / 30)))
+
+
+def run_row(row: Row, data: Fashion, epochs: int) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """Train, collect, evaluate on the test images.
+
+    Returns:
+        The two rows of the table, and the probabilities of the last weights and of the ensemble, shape (n, 10).
+    """
+    L.seed_everything(row.seed, verbose=False)
+    steps = epochs * (row.size // data.batch_size)
+    module, collector = Net(row, steps), _collector(row, steps)
+    meter = EffectiveTemperature(every_n_steps=max(1, steps // 20), verdict=False)
+    plugin = make_plugin(row)
+    plugin.num_data, plugin.seed = row.size, row.seed
+    trainer = L.Trainer(
+        max_epochs=epochs, plugins=[plugin], callbacks=[collector, meter], accelerator="cpu", devices=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    began = time.perf_counter()
+    trainer.fit(module, data)
+    seconds = time.perf_counter() - began
+    data.setup("test")
+    batches, targets = list(data.test_dataloader()), data.test[1]
+    module.eval()
+    with torch.no_grad():
+        last = torch.cat([module(x).softmax(1) for x, _ in batches])
+    ensemble = bayesian_model_average(collector.bank, module, batches).predictive.probabilities
+    ratio = float(trainer.callback_metrics.get("noise/achieved_over_target", torch.tensor(float("nan"))))
+    common = {name: getattr(row, name) for name in COLUMNS[:6]}
+    common |= {"t_eff": row.temperature * ratio, "seconds": seconds}
+    sizes = {"last": 1, "ensemble": len(collector.bank)}
+    table = [
+        common
+        | {"of": of, "samples": sizes[of], "sample_mb": collector.bank.nbytes / 1e6 / len(collector.bank) * sizes[of]}
+        | scores_of(probabilities, targets)
+        for of, probabilities in (("last", last), ("ensemble", ensemble))
+    ]
+    return table, {"last": last.numpy().astype(np.float32), "ensemble": ensemble.numpy().astype(np.float32)}
+
+
+def stored(path: Path) -> set[tuple[str, ...]]:
+    """The runs that a table holds already."""
+    if not path.exists():
+        return set()
+    with path.open() as file:
+        return {tuple(entry[name] for name in COLUMNS[:6]) for entry in csv.DictReader(file)}
+
+
+def store(path: Path, table: list[dict[str, Any]]) -> None:
+    """Append rows in one write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = "" if path.exists() else ",".join(COLUMNS) + "\n"
+    lines = [",".join(_text(entry[name]) for name in COLUMNS) for entry in table]
+    with path.open("a") as file:
+        file.write(head + "\n".join(lines) + "\n")
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _claim(cache: Path, row: Row) -> bool:
+    """Whether this process is the first to take the run."""
+    try:
+        os.close(os.open(cache / f"{row.name}.claimed", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def environment() -> dict[str, str]:
+    """Versions, machine and commit."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parents[2])
+    return {
+        "torch": torch.__version__, "lightning": L.__version__, "python": platform.python_version(),
+        "cpu": torch.backends.cpu.get_cpu_capability(), "threads": str(torch.get_num_threads()),
+        "commit": commit.stdout.strip(),
+    }  # fmt: skip
+
+
+def arguments() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder of Fashion-MNIST's idx archives")
+    parser.add_argument("--size", type=int, default=5_000, help="training images")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, help="by default 40 for 5,000 images and 6 for 60,000")
+    parser.add_argument("--only", nargs="+", default=[], metavar="METHOD/FORMAT[/T]", help="only these rows")
+    parser.add_argument("--hours", type=float, default=float("inf"), help="begin no run after that time")
+    parser.add_argument("--test-images", type=int, help="only the first of them (a quick look)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "rows.csv")
+    parser.add_argument("--cache", type=Path, default=Path("runs/study"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    epochs = args.epochs or EPOCHS[args.size]
+    args.cache.mkdir(parents=True, exist_ok=True)
+    data = Fashion(args.data_dir, args.size, test=args.test_images)
+    began = time.monotonic()
+    for row in rows_of(args.size, args.seeds):
+        key = (*(str(getattr(row, name)) for name in COLUMNS[:4]), _text(row.temperature), str(row.seed))
+        cell = f"{row.method}/{row.format}"
+        wanted = not args.only or not {cell, f"{cell}/{row.temperature:g}"}.isdisjoint(args.only)
+        if not wanted or key in stored(args.out) or time.monotonic() - began > 3600 * args.hours:
+            continue
+        if not _claim(args.cache, row):
+            continue
+        table, probabilities = run_row(row, data, epochs)
+        np.savez_compressed(args.cache / f"{row.name}.npz", **probabilities)
+        store(args.out, table)
+        record = {"epochs": epochs, "batch_size": data.batch_size, "weight_decay": WEIGHT_DECAY, **environment()}
+        (args.out.with_suffix(".json")).write_text(json.dumps(record, indent=1) + "\n")
+        summary = (f"{e['of']} {100 * e['error']:.2f} {e['nll']:.4f} {100 * e['ece']:.2f}" for e in table)
+        print(row.name, *summary, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The study: its rows, its data, a short run on small archives, and the judgement of claims."""
+
+import csv
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_image_data import write_fashion_mnist
+
+STUDY = Path(__file__).resolve().parents[2] / "examples" / "study"
+sys.path.insert(0, str(STUDY))
+
+
+def test_rows_have_distinct_names_and_the_papers_temperature_comes_first():
+    from rows import rows_of
+
+    rows = rows_of(5000, seeds=2)
+    assert len({row.name for row in rows}) == len(rows)
+    half = len(rows) // 2
+    assert {row.seed for row in rows[:half]} == {0}
+    first = [row.temperature in (0.0, 1e-3) for row in rows[:half]]
+    assert first == sorted(first, reverse=True)
+    assert {row.temperature for row in rows} == {0.0, 1e-3, 1e-2, 1.0}
+
+
+def test_schedule_is_the_papers():
+    from rows import Row, decay
+
+    row = Row("fashion-mnist", 5000, "sgld", "fp32", 1e-3, 0)
+    assert [round(decay(row, t), 4) for t in (0.0, 0.5, 0.7, 0.9, 1.0)] == [1.0, 1.0, 0.505, 0.01, 0.01]
+    cyclical = Row("fashion-mnist", 5000, "csgld", "fp32", 1e-3, 0)
+    assert decay(cyclical, 0.9) == 1.0
+
+
+def test_every_image_is_a_shift_or_a_flip_of_its_original(tmp_path):
+    from fashion import Fashion
+
+    write_fashion_mnist(tmp_path, packed=True)
+    data = Fashion(tmp_path, 96, batch_size=96)
+    data.setup("fit")
+    originals, labels = data.train
+    padded = torch.nn.functional.pad(originals, (2,) * 4, value=data.background)
+    torch.manual_seed(0)
+    (images, given) = next(iter(data.train_dataloader()))
+    shifts = [padded[:, :, i : i + 28, j : j + 28] for i in range(5) for j in range(5)]
+    known = torch.cat([*shifts, *(s.flip(-1) for s in shifts)])
+    known_labels = labels.repeat(50)
+    flat = {image.numpy().tobytes(): int(label) for image, label in zip(known, known_labels)}
+    assert [flat[image.numpy().tobytes()] for image in images.contiguous()] == given.tolist()
+    moved = (images != originals).flatten(1).any(1)
+    assert moved.float().mean() > 0.5
+
+
+def test_calibrated_nll_undoes_a_temperature():
+    """Probabilities sharpened by a power have the calibrated NLL of the original ones, and a worse NLL."""
+    from scores import scores_of
+
+    generator = torch.Generator().manual_seed(1)
+    logits = 2 * torch.randn(4000, 5, generator=generator, dtype=torch.float64)
+    targets = torch.multinomial(logits.softmax(1), 1, generator=generator).flatten()
+    right, sharp = scores_of(logits.softmax(1), targets), scores_of((3 * logits).softmax(1), targets)
+    assert sharp["nll"] > 1.1 * right["nll"]
+    assert math.isclose(sharp["calibrated_nll"], right["calibrated_nll"], rel_tol=1e-4)
+    assert math.isclose(right["calibrated_nll"], right["nll"], rel_tol=0.01)
+
+
+def test_a_row_runs_once_and_stands_in_the_table(tmp_path):
+    write_fashion_mnist(tmp_path, packed=True, train=200, test=40)
+    command = [
+        sys.executable, str(STUDY / "run.py"), f"--data-dir={tmp_path}", "--size=200", "--epochs=5", "--seeds=1",
+        "--only", "vc-sgldlp-l/bfp8/0.001", f"--out={tmp_path / 'rows.csv'}", f"--cache={tmp_path / 'cache'}",
+    ]  # fmt: skip
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    with (tmp_path / "rows.csv").open() as file:
+        entries = list(csv.DictReader(file))
+    assert [(e["temperature"], e["of"]) for e in entries] == [("0.001", "last"), ("0.001", "ensemble")]
+    assert all(0 <= float(e["error"]) <= 1 and float(e["seconds"]) > 0 for e in entries)
+    assert all(int(e["samples"]) >= 3 for e in entries if e["of"] == "ensemble")
+    assert len(list((tmp_path / "cache").glob("*.npz"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "verdict"),
+    [([0.1, 0.11, 0.1], [0.2, 0.21, 0.21], "shown"), ([0.2, 0.21, 0.2], [0.1, 0.11, 0.1], "refuted"),
+     ([0.1, 0.2, 0.3], [0.3, 0.1, 0.2], "open"), ([0.1], [0.2], "open: one seed"), ([], [0.2], "not run")],
+)  # fmt: skip
+def test_claims_are_judged_by_paired_differences(better, worse, verdict):
+    from tables import Cell, judge
+
+    cells = {("a/x", 1e-3, "last"): {"nll": Cell(dict(enumerate(better)))},
+             ("b/x", 1e-3, "last"): {"nll": Cell(dict(enumerate(worse)))}}  # fmt: skip
+    assert judge(cells, "a/x", "b/x", "nll", "last").startswith(verdict)
