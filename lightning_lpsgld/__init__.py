@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_lpsgld.bank import SampleBank
     from lightning_lpsgld.callbacks import EffectiveTemperature, EnsembleEvaluation, GradientShrinkage, SampleCollector
     from lightning_lpsgld.precision import LowPrecisionSGLD
+    from lightning_lpsgld.predictive import PosteriorEnsemble
 
 __all__ = [
     "BlockFloatingPoint",
@@ -25,6 +26,7 @@ __all__ = [
     "GradientShrinkage",
     "LowPrecisionSGLD",
     "MicroscalingFloat",
+    "PosteriorEnsemble",
     "SampleBank",
     "SampleCollector",
     "__version__",
@@ -39,6 +41,7 @@ _LAZY = {
     "GradientShrinkage": "callbacks",
     "SampleCollector": "callbacks",
     "LowPrecisionSGLD": "precision",
+    "PosteriorEnsemble": "predictive",
 }
 
 

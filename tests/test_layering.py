@@ -30,6 +30,7 @@ LEVELS = {
     "precision": 4,
     "strategies": 4,
     "callbacks": 4,
+    "serving": 4,
     "cli": 5,
 }
 #: From this level on ``lightning`` may be imported: below, everything works in a bare PyTorch loop.
