@@ -288,10 +288,13 @@ class SampleCollector(Callback):
         if self._burn_in is None:
             self._burn_in = self._resolve_start(trainer)
         if self.per_cycle is None:
-            return CollectionSchedule(self._burn_in, self.every, cycle_length=_cycle_length(trainer))
+            cycles = _cycles(trainer)
+            length = None if cycles is None else cycles.cycle_length
+            return CollectionSchedule(self._burn_in, self.every, cycle_length=length, cycles=cycles)
         batches = trainer.num_training_batches
         epoch = math.ceil(batches / trainer.accumulate_grad_batches) if batches != math.inf else None
-        return CollectionSchedule(self._burn_in, self.every, self.per_cycle, self._resolve_cycle(trainer), epoch)
+        cycles = self._resolve_cycles(trainer)
+        return CollectionSchedule(self._burn_in, self.every, self.per_cycle, cycles.cycle_length, epoch, cycles)
 
     def _resolve_start(self, trainer: pl.Trainer) -> int:
         if isinstance(self.start, int):
@@ -304,20 +307,21 @@ class SampleCollector(Callback):
             )
         return int(self.start * total)
 
-    def _resolve_cycle(self, trainer: pl.Trainer) -> int:
-        found = _cycle_length(trainer)
-        if self.cycle_length is not None and found is not None and found != self.cycle_length:
+    def _resolve_cycles(self, trainer: pl.Trainer) -> CyclicalStepSize:
+        found = _cycles(trainer)
+        if self.cycle_length is not None and found is not None and found.cycle_length != self.cycle_length:
             raise ValueError(
-                f"SampleCollector: `cycle_length` is {self.cycle_length}, but the sampler's cycles have {found} steps. "
-                "Leave `cycle_length` out."
+                f"SampleCollector: `cycle_length` is {self.cycle_length}, but the sampler's cycles have "
+                f"{found.cycle_length} steps. Leave `cycle_length` out."
             )
-        length = found if self.cycle_length is None else self.cycle_length
-        if length is None:
+        if found is None and self.cycle_length is not None:
+            found = CyclicalStepSize(self.cycle_length)
+        if found is None:
             raise ValueError(
                 f"SampleCollector: per_cycle={self.per_cycle} needs the length of a cycle, and the sampler has no "
                 "CyclicalStepSize. Use LowPrecisionSGLD(cycles=...), or pass `cycle_length`."
             )
-        return length
+        return found
 
     def _refuse_hopeless(self, trainer: pl.Trainer) -> None:
         assert self.schedule is not None
@@ -368,10 +372,10 @@ def _total_steps(trainer: pl.Trainer) -> float:
     return total if total >= 0 else math.inf  # Lightning says -1 for data without a length
 
 
-def _cycle_length(trainer: pl.Trainer) -> int | None:
+def _cycles(trainer: pl.Trainer) -> CyclicalStepSize | None:
     optimizer = _optimizer(trainer)
     schedule = optimizer.schedule if isinstance(optimizer, LangevinOptimizer) else None
-    return schedule.cycle_length if isinstance(schedule, CyclicalStepSize) else None
+    return schedule if isinstance(schedule, CyclicalStepSize) else None
 
 
 def _formats(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, NumberFormat | None]:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_lpsgld.samplers.step_size import CyclicalStepSize
+
 __all__ = ["CollectionSchedule"]
 
 
@@ -29,6 +31,7 @@ class CollectionSchedule:
         per_cycle: k >= 1, or ``None``.
         cycle_length: C >= 1 steps; needed with ``per_cycle``.
         epoch_length: Optimizer steps of an epoch; needed with ``every="epoch"`` and ``per_cycle``.
+        cycles: The sampler's cycles, where their lengths differ; ``None``: all have ``cycle_length`` steps.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -47,6 +50,7 @@ class CollectionSchedule:
     per_cycle: int | None = None
     cycle_length: int | None = None
     epoch_length: float | None = None
+    cycles: CyclicalStepSize | None = None
 
     def __post_init__(self) -> None:
         if self.start < 0:
@@ -60,20 +64,25 @@ class CollectionSchedule:
         if self.cycle_length is None or self.cycle_length < 1:
             raise ValueError(f"`per_cycle` needs a cycle length >= 1 steps, got {self.cycle_length}.")
         spacing = self.epoch_length if self.every == "epoch" else self.every
-        if spacing is not None and (self.per_cycle - 1) * spacing >= self.cycle_length:
+        shortest = self._cycles.shortest
+        if spacing is not None and (self.per_cycle - 1) * spacing >= shortest:
             raise ValueError(
                 f"{self.per_cycle} samples per cycle, {spacing:g} steps apart, do not fit into a cycle of "
-                f"{self.cycle_length} steps. Take fewer or closer ones."
+                f"{shortest} steps. Take fewer or closer ones."
             )
+
+    @property
+    def _cycles(self) -> CyclicalStepSize:
+        assert self.cycle_length is not None
+        return CyclicalStepSize(self.cycle_length) if self.cycles is None else self.cycles
 
     def remaining(self, step: int) -> int:
         """Steps that remain of the cycle after ``step`` steps; 0 at its end."""
-        assert self.cycle_length is not None
-        return -step % self.cycle_length
+        return self._cycles.remaining(step - 1)
 
     def cycle(self, step: int) -> int | None:
         """Number of the cycle, from 0, that step number ``step`` (from 1) belongs to; ``None`` without cycles."""
-        return None if self.cycle_length is None or step < 1 else (step - 1) // self.cycle_length
+        return None if self.cycle_length is None or step < 1 else self._cycles.cycle(step - 1)
 
     def due(self, step: int) -> bool:
         """Whether the state after ``step`` steps is kept; with ``every="epoch"``: if an epoch ends there."""

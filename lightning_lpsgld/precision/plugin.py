@@ -321,8 +321,8 @@ class LowPrecisionSGLD(Precision):
                 f"LowPrecisionSGLD: cycles={self.cycles} needs at least that many optimizer steps and a known end of "
                 f"the run, got {total}. Set `max_epochs` or `max_steps`, or pass `schedule=CyclicalStepSize(...)`."
             )
-        length = int(total) // self.cycles
-        return CyclicalStepSize(length, sampling_steps=max(1, -(-length // 7)))
+        shortest = int(total) // self.cycles
+        return CyclicalStepSize.spread(int(total), self.cycles, sampling_steps=-(-shortest // 7))
 
     def _full_precision(self, module: Module) -> list[Tensor]:
         names = matching_modules(module, self.exclude)

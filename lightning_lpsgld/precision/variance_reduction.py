@@ -29,9 +29,15 @@ def check_variance_reduced(trainer: pl.Trainer, module: pl.LightningModule, samp
     """Refuse what a step at two points cannot do.
 
     Raises:
-        RuntimeError: For manual optimization, gradient accumulation or sharded parameters.
+        RuntimeError: For manual optimization, gradient accumulation, a training step that fetches its own batches, or
+            sharded parameters.
     """
     name = type(sampler).__name__
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        raise RuntimeError(
+            f"{name} evaluates the training step twice on the same batch, but {type(module).__name__}.training_step"
+            f"(dataloader_iter) fetches batches itself, another one at each call. Take the batch as the argument."
+        )
     if not module.automatic_optimization:
         raise RuntimeError(
             f"{name} evaluates the training step twice, which only automatic optimization lets it do. Use automatic "
@@ -241,8 +247,9 @@ def full_pass(
 
 
 def _loss(module: pl.LightningModule, batch: Any, number: int) -> Tensor | None:
-    kwargs = {"batch_idx": number} if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2) else {}
-    output = module.training_step(batch, **kwargs)
+    # By position and under Lightning's own rule: the second argument may have any name, or be missing.
+    takes_number = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    output = module.training_step(batch, number) if takes_number else module.training_step(batch)
     loss = output.get("loss") if isinstance(output, dict) else output
     assert loss is None or isinstance(loss, Tensor), type(loss)
     return loss

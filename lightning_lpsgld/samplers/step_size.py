@@ -75,12 +75,18 @@ class CyclicalStepSize:
 
     Two algorithms share the name "cyclical SG-MCMC"; ``noise_in`` says which one runs.
 
+    For M cycles over K steps the first paper takes :math:`C = \lceil K/M \rceil`, which cuts the last cycle short; the
+    code of the second takes :math:`\lfloor K/M \rfloor`, and steps that are left over begin a cycle too many, at the
+    full learning rate. :meth:`spread` makes M whole cycles, of C or C - 1 steps, the last of which ends with the run.
+
     Args:
-        cycle_length: C, steps of a cycle (the paper: total steps // number of cycles).
+        cycle_length: C, steps of a cycle, of the longest one where they differ.
         sampling_steps: The last steps of a cycle that form its sampling stage, 1 to C; samples are drawn there.
         noise_in: ``"every-step"``: noise at every step, as the code of Zhang et al. 2022 does (cSGLD-F,
             VC cSGLDLP-L). ``"sampling-stage"``: plain SGD while exploring, noise in the sampling stage only, as in the
             cyclical SG-MCMC paper of 2020.
+        cycles: M: cycle j begins at step :math:`\lfloor jK/M \rfloor`; ``None``: all have C steps.
+        total_steps: K, with ``cycles``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -89,6 +95,9 @@ class CyclicalStepSize:
         >>> schedule = CyclicalStepSize(cycle_length=100, sampling_steps=20, noise_in="sampling-stage")
         >>> schedule.factor(0), schedule.noise(79), schedule.noise(80), schedule.cycle(250)
         (1.0, False, True, 2)
+        >>> schedule = CyclicalStepSize.spread(total_steps=100, cycles=7)
+        >>> schedule.cycle_length, [schedule.first(j) for j in range(8)]
+        (15, [0, 14, 28, 42, 57, 71, 85, 100])
 
     Reference:
         Zhang et al., 2020, "Cyclical stochastic gradient MCMC", arXiv:1902.03932, equation 1;
@@ -98,29 +107,96 @@ class CyclicalStepSize:
     cycle_length: int
     sampling_steps: int = 1
     noise_in: Literal["every-step", "sampling-stage"] = "every-step"
+    cycles: int | None = None
+    total_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.cycle_length < 1 or not 1 <= self.sampling_steps <= self.cycle_length:
-            raise ValueError(
-                f"CyclicalStepSize: needs `cycle_length` >= 1 and 1 <= `sampling_steps` <= `cycle_length`, got {self}."
-            )
         if self.noise_in not in ("every-step", "sampling-stage"):
             raise ValueError(
                 f"CyclicalStepSize: `noise_in` must be 'every-step' or 'sampling-stage', got {self.noise_in!r}."
             )
+        if self.cycle_length < 1 or not 1 <= self.sampling_steps <= self.shortest:
+            raise ValueError(
+                f"CyclicalStepSize: needs `cycle_length` >= 1 and 1 <= `sampling_steps` <= `cycle_length`"
+                f"{'' if self.cycles is None else ' - 1 (of the shorter cycles)'}, got {self}."
+            )
+        steps, count = self._period
+        if self.cycle_length != -(-steps // count):
+            raise ValueError(
+                f"CyclicalStepSize: `cycle_length` must be `total_steps` / `cycles` rounded up, got {self}. Use "
+                "CyclicalStepSize.spread(total_steps, cycles)."
+            )
+
+    @classmethod
+    def spread(
+        cls,
+        total_steps: int,
+        cycles: int,
+        *,
+        sampling_steps: int = 1,
+        noise_in: Literal["every-step", "sampling-stage"] = "every-step",
+    ) -> CyclicalStepSize:
+        """Whole cycles over a run, whose lengths differ by at most one step; the last ends with the run.
+
+        Args:
+            total_steps: K >= M, optimizer steps of the run.
+            cycles: M >= 1.
+            sampling_steps: As in the class.
+            noise_in: As in the class.
+
+        Returns:
+            The schedule; after step K it goes on with such cycles.
+
+        Raises:
+            ValueError: If an argument is out of range.
+        """
+        if not 1 <= cycles <= total_steps:
+            raise ValueError(
+                f"CyclicalStepSize.spread: needs 1 <= `cycles` <= `total_steps`, got {cycles} and {total_steps}."
+            )
+        return cls(-(-total_steps // cycles), sampling_steps, noise_in, cycles, total_steps)
+
+    @property
+    def _period(self) -> tuple[int, int]:
+        """K and M; C and 1 where all cycles have C steps."""
+        if (self.cycles is None) != (self.total_steps is None):
+            raise ValueError(f"CyclicalStepSize: give both or neither of `cycles` and `total_steps`, got {self}.")
+        return (
+            (self.cycle_length, 1)
+            if self.cycles is None or self.total_steps is None
+            else (self.total_steps, self.cycles)
+        )
+
+    @property
+    def shortest(self) -> int:
+        """Steps of the shortest cycle."""
+        steps, count = self._period
+        return steps // count
+
+    def cycle(self, step: int) -> int:
+        """Number of the cycle that step ``step`` belongs to, from 0."""
+        steps, count = self._period
+        return ((step + 1) * count - 1) // steps
+
+    def first(self, cycle: int) -> int:
+        """First step of cycle number ``cycle``."""
+        steps, count = self._period
+        return cycle * steps // count
+
+    def remaining(self, step: int) -> int:
+        """Steps of the cycle that follow step ``step``; 0 for its last one."""
+        return self.first(self.cycle(step) + 1) - 1 - step
 
     def factor(self, step: int) -> float:
         """Factor on the group's learning rate, in (0, 1]."""
-        return 0.5 * (math.cos(math.pi * (step % self.cycle_length) / self.cycle_length) + 1.0)
+        first = self.first(self.cycle(step))
+        length = self.remaining(step) + 1 + step - first
+        return 0.5 * (math.cos(math.pi * (step - first) / length) + 1.0)
 
     def sampling(self, step: int) -> bool:
         """Whether step ``step`` belongs to the sampling stage of its cycle."""
-        return step % self.cycle_length >= self.cycle_length - self.sampling_steps
+        return self.remaining(step) < self.sampling_steps
 
     def noise(self, step: int) -> bool:
         """Whether Langevin noise is injected at this step."""
         return self.noise_in == "every-step" or self.sampling(step)
-
-    def cycle(self, step: int) -> int:
-        """Number of the cycle, from 0."""
-        return step // self.cycle_length

@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from lightning_lpsgld.callbacks import CollectionSchedule
+from lightning_lpsgld.samplers import CyclicalStepSize
 
 
 def by_definition(total, start, every, per_cycle=None, cycle_length=None):
@@ -40,6 +41,14 @@ def test_hopeless_exactly_if_no_later_step_is_due(start, every, per_cycle):
 def test_epochs_within_a_cycle():
     schedule = CollectionSchedule(0, "epoch", per_cycle=2, cycle_length=30, epoch_length=10)
     assert [s for s in range(10, 61, 10) if schedule.due(s)] == [20, 30, 50, 60]
+
+
+def test_cycles_of_unequal_length_end_with_their_last_samples():
+    cycles = CyclicalStepSize.spread(100, 7)
+    schedule = CollectionSchedule(every=2, per_cycle=2, cycle_length=cycles.cycle_length, cycles=cycles)
+    ends = [14, 28, 42, 57, 71, 85, 100]
+    assert [s for s in range(101) if schedule.due(s)] == sorted(set(ends) | {e - 2 for e in ends})
+    assert [schedule.cycle(s) for s in ends] == list(range(7))
 
 
 def test_steps_are_numbered_into_cycles():

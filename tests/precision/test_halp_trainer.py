@@ -111,6 +111,77 @@ def test_a_centre_an_epoch_or_a_period():
         assert len(calls) == expected, (period, calls)  # 12 steps
 
 
+def _signatures():
+    """Every way in which Lightning lets a training step be written: the step of `Classifier` behind it."""
+
+    def named(self, batch, batch_idx):
+        return Classifier.training_step(self, batch, batch_idx)
+
+    def other_name(self, batch, i):
+        return Classifier.training_step(self, batch, i)
+
+    def underscore(self, b, _):
+        return Classifier.training_step(self, b, _)
+
+    def batch_alone(self, batch):
+        return Classifier.training_step(self, batch, 0)
+
+    def default(self, batch, batch_idx=0):
+        return Classifier.training_step(self, batch, batch_idx)
+
+    def keyword_default(self, batch, *, scale=1.0):
+        return scale * Classifier.training_step(self, batch, 0)
+
+    def variadic(self, *args):
+        assert len(args) == 2
+        return Classifier.training_step(self, *args)
+
+    def positional_only(self, batch, batch_idx, /):
+        return Classifier.training_step(self, batch, batch_idx)
+
+    def dictionary(self, batch, idx):
+        return {"loss": Classifier.training_step(self, batch, idx)}
+
+    return {step.__name__: step for step in (
+        named, other_name, underscore, batch_alone, default, keyword_default, variadic, positional_only, dictionary,
+    )}  # fmt: skip
+
+
+@pytest.mark.parametrize("signature", _signatures())
+@pytest.mark.parametrize("sampler", [halp(), SVRG], ids=["halp", "svrg"])
+def test_every_signature_that_lightning_accepts_takes_the_same_steps(signature, sampler):
+    def weights(step):
+        module = small_mlp()
+        torch.manual_seed(0)
+        fit(type("Module", (Classifier,), {"training_step": step})(module.net), SyntheticData(n_train=24), sampler)
+        return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+    assert torch.equal(weights(_signatures()[signature]), weights(_signatures()["named"]))
+
+
+def test_the_number_of_the_batch_reaches_the_step_in_the_full_pass_too():
+    numbers = []
+
+    class Numbered(Classifier):
+        def training_step(self, batch, k):
+            numbers.append(k)
+            return super().training_step(batch, k)
+
+    fit(Numbered(small_mlp().net), SyntheticData(n_train=24), SVRG)
+    assert numbers == [0, 1, 2, 0, 0, 1, 1, 2, 2]  # the full pass, then each batch at the centre and at the point
+
+
+def test_a_step_that_fetches_its_own_batches_is_refused_with_the_way_out():
+    class Fetching(Classifier):
+        def training_step(self, dataloader_iter):
+            (inputs, targets), _, _ = next(dataloader_iter)
+            return nn.functional.cross_entropy(self(inputs), targets)
+
+    with pytest.raises(RuntimeError, match=r"SVRG evaluates .* twice .* Fetching.training_step\(dataloader_iter\)"):
+        fit(Fetching(small_mlp().net), SyntheticData(), SVRG)
+    fit(Fetching(small_mlp().net), SyntheticData(), None, max_epochs=1)  # one evaluation a batch is no trouble
+
+
 # ----------------------------------------------------------------------------------------------------- no trace left
 
 

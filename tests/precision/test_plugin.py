@@ -10,7 +10,7 @@ from test_compatibility import Module, fit, loader, on_grid, trainer
 from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
-from lightning_lpsgld import LowPrecisionSGLD
+from lightning_lpsgld import LowPrecisionSGLD, SampleCollector
 from lightning_lpsgld.ops import quantize
 from lightning_lpsgld.precision import PRESETS
 from lightning_lpsgld.precision.num_data import count_examples
@@ -97,6 +97,16 @@ def test_seed_is_that_of_seed_everything_else_drawn_and_shown(tmp_path, monkeypa
         seeds.add(plugin.card.seed)
     assert len(seeds) == 2
     assert "PL_GLOBAL_SEED" not in os.environ
+
+
+def test_cycles_fill_the_run_and_the_last_weights_end_one(tmp_path):
+    """Seven cycles of 50 steps: no eighth one at the full learning rate, and a sample at the end of each."""
+    plugin, collector = LowPrecisionSGLD(seed=1, cycles=7), SampleCollector(per_cycle=1, every=1)
+    fit(tmp_path, Module(), plugin, max_epochs=-1, max_steps=50, callbacks=[collector])
+    schedule = plugin.samplers[0].schedule
+    assert (schedule.cycle_length, schedule.cycle(49), schedule.cycle(50)) == (8, 6, 7)
+    assert [info.step for info in collector.bank.infos] == [7, 14, 21, 28, 35, 42, 50]
+    assert schedule.factor(49) < schedule.factor(48) < 0.25
 
 
 @pytest.mark.parametrize("preset", ["vc-sgldlp-l-bfp8", "sgldlp-f-fixed8", "naive-sgldlp-l-bfp8", "vc-csgldlp-l-bfp8"])

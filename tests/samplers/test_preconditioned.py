@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from helpers.stats import assert_moments, draws_for_moments
+from helpers.stats import assert_moments, assert_normal, draws_for_distribution, draws_for_moments
 
 from lightning_lpsgld.formats import parse_format
 from lightning_lpsgld.ops import quantize, quantize_variance_corrected
@@ -161,8 +161,98 @@ def test_options_win_over_the_other_optimizer():
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({"beta": 1.0}, r"`beta` must be in \[0, 1\)"), ({"eps": 0.0}, "`eps` must be finite and > 0")],
+    [
+        ({"beta": 1.0}, r"`beta` must be in \[0, 1\)"),
+        ({"eps": 0.0}, "`eps` must be finite and > 0"),
+        ({"freeze_after": 0}, "`freeze_after` must be None or an int >= 1"),
+        ({"freeze_after": True}, "got True"),
+    ],
 )
 def test_bad_arguments_are_refused_by_name(options, match):
     with pytest.raises(ValueError, match=match):
         PreconditionedSGLD([torch.nn.Parameter(torch.zeros(2))], 0.1, num_data=10, **options)
+
+
+# -------------------------------------------------------------------------------------------- a frozen preconditioner
+
+
+def standard_normal_chains(count, lr, steps, **options):
+    """So many independent chains on N(0, 1) with exact gradients; their states after ``steps``, and their G."""
+    theta = torch.nn.Parameter(normals((count,), DrawKey(3)).float())
+    opt = PreconditionedSGLD([theta], lr, num_data=1, beta=0.99, seed=5, check_finite=False, **options)
+    for _ in range(steps):
+        theta.grad = theta.detach().clone()
+        opt.step()
+    state = opt.state[theta]
+    return theta.detach().double(), 1.0 / ((state["second_moment"].double() / state["weight"]).sqrt() + 1e-5)
+
+
+def test_frozen_the_law_is_exactly_that_of_a_step_size_per_weight():
+    """Stationary under θ' = (1 - ηG)θ + sqrt(2ηG) ξ: a Gaussian of variance 1/(1 - ηG/2)."""
+    lr, detect = 0.02, 0.03
+    theta, scale = standard_normal_chains(draws_for_distribution(detect), lr, 1000, freeze_after=400)
+    assert_normal(theta * (1.0 - lr * scale / 2).sqrt(), detect=detect)
+
+
+def test_not_frozen_it_is_too_wide_and_the_more_so_the_shorter_the_steps():
+    """What the class's docstring says: towards p(θ|D)|f|, of twice the variance."""
+    wide, wider = (
+        float(standard_normal_chains(2000, lr, steps)[0].square().mean()) for lr, steps in ((1e-2, 500), (1e-3, 2500))
+    )
+    error = 2.0 * (2.0 / 2000) ** 0.5  # standard error of a variance of at most 2
+    assert 1.0 + 4 * error < wide < wider < 2.0 + 5 * error
+    assert wider > 1.5
+
+
+def test_while_v_freezes_it_is_the_mean_over_the_second_half_of_burn_in():
+    param, beta = torch.nn.Parameter(torch.zeros(24, dtype=torch.float64)), 0.9
+    opt = PreconditionedSGLD([param], 1e-3, num_data=1, temperature=0.0, beta=beta, freeze_after=20)
+    squares = []
+    for grad in gradients(30):
+        param.grad = grad.flatten()
+        squares.append(param.grad.square())
+        opt.step()
+    running = sum((1 - beta) * beta ** (9 - i) * s for i, s in enumerate(squares[:10]))
+    old = 1.0 / (1.0 - beta) - 1.0  # steps that the running mean stands for, when the mean begins
+    weight = (old * (1 - beta**10) + 10) / (old + 10)
+    state = opt.state[param]
+    assert torch.allclose(state["second_moment"], (old * running + sum(squares[10:20])) / (old + 10), rtol=1e-12)
+    assert state["weight"] == pytest.approx(weight, rel=1e-12)
+
+
+def test_a_frozen_preconditioner_is_resumed_and_can_be_left_frozen_for_one_group():
+    def build(weights):
+        groups = [{"params": [torch.nn.Parameter(w.clone())], "freeze_after": f} for w, f in zip(weights, (4, None))]
+        return groups, PreconditionedSGLD(groups, 0.01, num_data=100, weight_format="bfp8")
+
+    def run(groups, opt, grads):
+        for grad in grads:
+            for group in groups:
+                group["params"][0].grad = grad.float()
+            opt.step()
+        return [group["params"][0].detach().clone() for group in groups]
+
+    start, grads = [torch.linspace(-1, 1, 24).reshape(4, 6)] * 2, gradients(9)
+    groups, opt = build(start)
+    whole = run(groups, opt, grads)
+    frozen, free = (opt.state[group["params"][0]]["second_moment"].clone() for group in groups)
+    assert not torch.equal(frozen, free)
+    groups, opt = build(start)
+    half = run(groups, opt, grads[:5])
+    assert torch.equal(opt.state[groups[0]["params"][0]]["second_moment"], frozen)
+    saved = copy.deepcopy(opt.state_dict())
+    groups, opt = build(half)
+    opt.load_state_dict(saved)
+    assert all(torch.equal(a, b) for a, b in zip(run(groups, opt, grads[5:]), whole))
+
+
+def test_a_parameter_without_gradient_during_burn_in_takes_its_first_one():
+    late = torch.nn.Parameter(torch.zeros(3))
+    opt = PreconditionedSGLD([late, torch.nn.Parameter(torch.zeros(1))], 0.1, num_data=10, temperature=0.0, eps=1e-8,
+                             freeze_after=2)  # fmt: skip
+    opt.param_groups[0]["params"][1].grad = torch.ones(1)
+    for _ in range(3):
+        opt.step()
+    late.grad = torch.full((3,), 7.0)
+    opt.step()
+    assert torch.allclose(late, torch.full((3,), -0.1), rtol=1e-6)

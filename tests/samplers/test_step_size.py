@@ -22,6 +22,26 @@ def test_cyclical_factor_is_the_published_cosine():
         assert schedule.cycle(k) == k // 35
 
 
+@pytest.mark.parametrize(("steps", "cycles"), [(100, 7), (10, 6), (12, 4), (5, 5), (1000, 7), (9, 1)])
+def test_spread_cycles_fill_the_run_and_end_with_it(steps, cycles):
+    """M cycles and no further one, of C = ceil(K/M) steps or one less; each is the cosine over its own length."""
+    schedule = CyclicalStepSize.spread(steps, cycles)
+    assert schedule.cycle_length == math.ceil(steps / cycles)
+    numbers = [schedule.cycle(k) for k in range(steps)]
+    lengths = [numbers.count(j) for j in range(cycles)]
+    assert sum(lengths) == steps
+    assert set(lengths) <= {schedule.cycle_length, schedule.cycle_length - 1}
+    assert min(lengths) == schedule.shortest
+    assert numbers == sorted(numbers)
+    for j, length in enumerate(lengths):
+        first = schedule.first(j)
+        expected = [0.5 * (math.cos(math.pi * i / length) + 1.0) for i in range(length)]
+        assert [schedule.factor(first + i) for i in range(length)] == expected
+        assert [schedule.remaining(first + i) for i in range(length)] == list(range(length))[::-1]
+    assert schedule.sampling(steps - 1)
+    assert (schedule.cycle(steps), schedule.factor(steps)) == (cycles, 1.0)  # a run that goes on begins another one
+
+
 def test_sampling_stage_is_the_end_of_each_cycle_and_gates_the_noise_only_when_asked():
     always = CyclicalStepSize(10, sampling_steps=3)
     gated = CyclicalStepSize(10, sampling_steps=3, noise_in="sampling-stage")
@@ -42,6 +62,10 @@ def test_polynomial_decay_matches_its_formula():
         (lambda: CyclicalStepSize(0), "`cycle_length` >= 1"),
         (lambda: CyclicalStepSize(5, sampling_steps=6), "`sampling_steps` <= `cycle_length`"),
         (lambda: CyclicalStepSize(5, noise_in="never"), "'every-step' or 'sampling-stage', got 'never'"),
+        (lambda: CyclicalStepSize.spread(100, 7, sampling_steps=15), r"`cycle_length` - 1 \(of the shorter cycles\)"),
+        (lambda: CyclicalStepSize.spread(3, 4), "`cycles` <= `total_steps`, got 4 and 3"),
+        (lambda: CyclicalStepSize(5, cycles=2), "both or neither of `cycles` and `total_steps`"),
+        (lambda: CyclicalStepSize(14, cycles=7, total_steps=100), "`total_steps` / `cycles` rounded up"),
         (lambda: PolynomialStepSize(0.0), "`offset` > 0"),
     ],
 )
