@@ -1,4 +1,4 @@
-"""Activation and error rounding for any ``nn.Module``, by hooks and a torch-function mode."""
+"""What a user holds: activation and error rounding of a module; each other file serves this one."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lightning_lpsgld.casting.calls import Scope
+from lightning_lpsgld.casting.cast import Caster
 from lightning_lpsgld.casting.draws import ForwardCounter, Rounding
-from lightning_lpsgld.casting.functional import FunctionalMode
-from lightning_lpsgld.casting.hooks import EnterHook, LeaveHook, Scope, remove_hooks
-from lightning_lpsgld.casting.runtime import CastingRuntime
+from lightning_lpsgld.casting.hooks import FunctionalMode, add_hooks, remove_hooks
+from lightning_lpsgld.casting.session import Session
 from lightning_lpsgld.casting.sites import ModuleRule, Site, find_sites
 from lightning_lpsgld.formats import FormatLike, parse_format
 from lightning_lpsgld.ops.dispatch import BackendName
@@ -127,15 +128,11 @@ class ActivationCasting:
         self._module = weakref.ref(module)
         self._plan = find_sites(module, sites if sites is None else list(sites), list(exclude))
         self._functional = functional
-        self._runtime = CastingRuntime(
-            None if activations is None else parse_format(activations),
-            None if errors is None else parse_format(errors),
-            ForwardCounter(seed, rank, eval_rounding),
-            backend,
-            codes,
-        )
-        self._runtime.root = self._module
-        self._mode = FunctionalMode(self._runtime)  # one for all forwards: compiled graphs are guarded by it
+        formats = [None if fmt is None else parse_format(fmt) for fmt in (activations, errors)]
+        caster = Caster(formats[0], formats[1], backend)
+        self._session = Session(caster, ForwardCounter(seed, rank, eval_rounding), codes)
+        self._session.root = self._module
+        self._mode = FunctionalMode(self._session)  # one for all forwards: compiled graphs are guarded by it
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -145,7 +142,7 @@ class ActivationCasting:
     @property
     def attached(self) -> bool:
         """Whether the hooks are on."""
-        return self._runtime.active
+        return self._session.active
 
     def _scopes(self) -> dict[str, Scope]:
         scopes: dict[str, Scope] = dict.fromkeys(self._plan.containers, "container")
@@ -165,76 +162,62 @@ class ActivationCasting:
         module = self._module()
         if module is None:
             raise ReferenceError("ActivationCasting: the module that it was made for no longer exists.")
-        if self._runtime.active:
+        if self._session.active:
             return self
         for name, reason in self._plan.opaque.items():
             warnings.warn(f"Activation casting cannot see all of {name or 'the module'!r}: {reason}.", stacklevel=2)
-        self._runtime.shield()
+        self._session.shield()
         for name, scope in self._scopes().items():
-            submodule = module.get_submodule(name)
-            submodule.register_forward_pre_hook(EnterHook(self._runtime, name, scope), prepend=True, with_kwargs=True)
-            # Called when forward raises as well: activation checkpointing ends a repeated forward by an exception.
-            submodule.register_forward_hook(LeaveHook(self._runtime, name, scope), always_call=True)
-        self._runtime.active = True
+            add_hooks(module.get_submodule(name), self._session, name, scope)
+        self._session.active = True
         return self
 
     def remove(self) -> None:
         """Take the hooks off; the module is again as it was. Deep copies of it stop casting too."""
-        self._runtime.active = False
-        self._runtime.reset()
+        self._session.active = False
+        self._session.reset()
         module = self._module()
         if module is not None:
-            remove_hooks(module, self._runtime)
+            remove_hooks(module, self._session)
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
         """Enter around each forward: catches functional activations and, if asked for, keeps codes for backward."""
-        runtime = self._runtime
-        if not runtime.active or runtime.in_context:
+        session = self._session
+        if not session.active or session.in_context:
             yield
             return
-        runtime.reset()
-        runtime.shield()
-        runtime.in_context = True
+        session.reset()
+        session.shield()
+        session.in_context = True
         with ExitStack() as stack:
-            stack.callback(self._end_context)
-            if runtime.shielded is not None and not runtime.knows_outputs():
+            stack.callback(session.end_context)
+            if session.graphs.shielded is not None and not session.knows_outputs():
                 stack.enter_context(torch.compiler.set_stance("force_eager"))  # finding them cannot be compiled
             if self._functional:
                 stack.enter_context(self._mode)
-            if runtime.store is not None and torch.is_grad_enabled():
-                runtime.packing = True
-                hooks = torch.autograd.graph.saved_tensors_hooks(runtime.store.pack, runtime.store.unpack)
+            if session.saved is not None and torch.is_grad_enabled():
+                session.packing = session.caster.carrying = True
+                hooks = torch.autograd.graph.saved_tensors_hooks(session.saved.pack, session.saved.unpack)
                 stack.enter_context(hooks)
             yield
 
-    def _end_context(self) -> None:
-        runtime = self._runtime
-        runtime.in_context = runtime.packing = False
-        runtime.call = None
-        runtime.stack.clear()
-        runtime.ends.clear()
-        runtime.tracker.drop()
-        if runtime.store is not None:
-            runtime.store.clear()
-        runtime.report.say()
-
     def state_dict(self) -> dict[str, Any]:
         """Everything that shifts the next draw: the counters, and where the network's outputs were found."""
-        return {**self._runtime.counter.state_dict(), "outputs": self._runtime.tracker.state_dict()}
+        return {**self._session.counter.state_dict(), "outputs": self._session.tracker.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned."""
-        self._runtime.counter.load_state_dict(state)
-        self._runtime.tracker.load_state_dict(state["outputs"])
+        self._session.counter.load_state_dict(state)
+        self._session.tracker.load_state_dict(state["outputs"])
 
     def describe(self) -> list[dict[str, str]]:
         """One row per site: name, type, formats; functions and the last layers appear once a forward has run."""
-        runtime = self._runtime
-        formats = {"activation": str(runtime.activations), "error": str(runtime.errors)}
-        outputs = {site for _, site, _ in runtime.tracker.places}
+        session = self._session
+        formats = {"activation": str(session.caster.activations), "error": str(session.caster.errors)}
+        outputs = {site for _, site, _ in session.tracker.places}
         rows = [(site.name, site.type_name) for site in self.sites]
-        rows += [(name, "function") for name in runtime.functional_sites]
+        rows += [(name, "function") for name in session.functional_sites]
         return [
             {"name": name, "type": kind, **(dict.fromkeys(formats, "output") if name in outputs else formats)}
             for name, kind in rows

@@ -1,41 +1,27 @@
-"""The hooks that a casting puts on modules: small objects that only pass the call on."""
+"""How casts get into a module: forward hooks and a torch-function mode, which only pass the call on.
+
+What is done with a call is decided in ``session``.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-if TYPE_CHECKING:
-    from lightning_lpsgld.casting.runtime import CastingRuntime
+from lightning_lpsgld.casting.calls import Scope
+from lightning_lpsgld.casting.functions import ACTIVATION_FUNCTIONS
+from lightning_lpsgld.casting.session import Session
 
-__all__ = ["EnterHook", "Frame", "LeaveHook", "Scope", "is_redirected", "remove_hooks"]
-
-#: What a hooked module is: a place whose output is cast, a module that holds such places, or one left alone.
-Scope = Literal["layer", "activation", "container", "excluded"]
-
-
-class Frame:
-    """One hooked module that is running."""
-
-    __slots__ = ("activation", "counted", "name", "opened", "scope")
-
-    def __init__(self, name: str, scope: Scope) -> None:
-        self.name, self.scope = name, scope
-        self.opened = False  # whether this is the outermost module of a forward call
-        self.counted = True  # False for Lightning's redirected root: its "forward" is the whole training step
-        self.activation: Any = None  # what the function inside an activation module gave
-
-    def made(self, output: Any) -> Any:
-        """How ``output`` came about, if it is what the function inside gave."""
-        return self.activation if self.activation is not None and self.activation.result is output else None
+__all__ = ["EnterHook", "FunctionalMode", "LeaveHook", "add_hooks", "remove_hooks"]
 
 
 class _Hook:
-    __slots__ = ("name", "runtime", "scope")
+    __slots__ = ("name", "scope", "session")
 
-    def __init__(self, runtime: CastingRuntime, name: str, scope: Scope) -> None:
-        self.runtime, self.name, self.scope = runtime, name, scope
+    def __init__(self, session: Session, name: str, scope: Scope) -> None:
+        self.session, self.name, self.scope = session, name, scope
 
 
 class EnterHook(_Hook):
@@ -45,7 +31,7 @@ class EnterHook(_Hook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Called by torch before ``forward``."""
-        return self.runtime.enter(self.name, self.scope, module, args, kwargs)
+        return self.session.enter(self.name, self.scope, module, args, kwargs)
 
 
 class LeaveHook(_Hook):
@@ -55,11 +41,18 @@ class LeaveHook(_Hook):
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Called by torch with the result of ``forward``, ``None`` if it raised."""
-        return self.runtime.leave(self.name, self.scope, module, output)
+        return self.session.leave(self.name, self.scope, module, output)
 
 
-def remove_hooks(root: nn.Module, runtime: CastingRuntime) -> None:
-    """Take the hooks of ``runtime`` off all submodules."""
+def add_hooks(module: nn.Module, session: Session, name: str, scope: Scope) -> None:
+    """Let a module tell the session when it is entered and left."""
+    module.register_forward_pre_hook(EnterHook(session, name, scope), prepend=True, with_kwargs=True)
+    # Called when forward raises as well: activation checkpointing ends a repeated forward by an exception.
+    module.register_forward_hook(LeaveHook(session, name, scope), always_call=True)
+
+
+def remove_hooks(root: nn.Module, session: Session) -> None:
+    """Take the hooks of a session off all submodules."""
     for module in root.modules():
         tables = (
             module._forward_pre_hooks,
@@ -68,16 +61,27 @@ def remove_hooks(root: nn.Module, runtime: CastingRuntime) -> None:
             module._forward_hooks_always_called,
         )
         hooks = [*module._forward_pre_hooks.items(), *module._forward_hooks.items()]
-        mine = [key for key, hook in hooks if getattr(hook, "runtime", None) is runtime]
+        mine = [key for key, hook in hooks if isinstance(hook, _Hook) and hook.session is session]
         for table in tables:
             for key in mine:
                 table.pop(key, None)
 
 
-def is_redirected(module: nn.Module) -> bool:
-    """Whether ``forward`` is not the class's own: Lightning's strategies route a whole training step through it."""
-    forward = module.__dict__.get("forward")
-    if forward is None:
-        return False
-    compiled = getattr(forward, "_torchdynamo_orig_callable", forward)  # Lightning compiles steps and forward, each
-    return getattr(compiled, "__func__", None) is not type(module).forward
+class FunctionalMode(TorchFunctionMode):
+    """Hands calls of activation functions to a session, and every other call to its watcher while there is one.
+
+    What a library function calls inside (``F.cross_entropy``, attention) is not seen, only the function itself.
+    """
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self.session = session
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func in ACTIVATION_FUNCTIONS:
+            return self.session.on_activation(func, args, kwargs or {})
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        watch = self.session.watcher()
+        if watch is not None:
+            watch(func, args, kwargs or {}, out)
+        return out

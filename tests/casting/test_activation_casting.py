@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import lightning_lpsgld.casting.runtime as runtime_module
+import lightning_lpsgld.casting.cast as cast_module
 from lightning_lpsgld.casting import ActivationCasting
 from lightning_lpsgld.ops import quantize
 from lightning_lpsgld.ops.autograd import cast
@@ -72,10 +72,10 @@ def test_outputs_and_gradients_are_those_of_the_network_written_out(batch, rank,
             out = net(batch)
         out.square().sum().backward()
         got = _gradients(net)
-        casting._runtime.active = False
+        casting._session.active = False
         expected = _written_out(net, batch, rank=rank, step=step)
         expected.square().sum().backward()
-        casting._runtime.active = True
+        casting._session.active = True
         assert torch.equal(out, expected)
         assert _same(got, _gradients(net))
     assert casting.state_dict()["forwards"] == 3
@@ -203,7 +203,7 @@ def _record_keys(monkeypatch) -> list[DrawKey]:
         keys.append(key)
         return quantize(x, fmt, key=key, **options)
 
-    monkeypatch.setattr(runtime_module, "quantize", spy)
+    monkeypatch.setattr(cast_module, "quantize", spy)
     return keys
 
 
@@ -363,7 +363,7 @@ def test_a_nested_context_is_one_context(batch):
     casting = ActivationCasting(net, seed=7, saved_activations="codes").attach()
     with casting.forward_context(), casting.forward_context():
         net(batch)
-    assert casting._runtime.last.index == 3
+    assert casting._session.calls.last.index == 3
     assert not torch.overrides._get_current_function_mode_stack()
 
 
@@ -374,7 +374,7 @@ def test_recurrent_attention_and_packed_outputs():
     casting = ActivationCasting(nn.Sequential(lstm), seed=7)
     net = nn.ModuleDict({"lstm": lstm, "attention": nn.MultiheadAttention(4, 2)})
     casting = ActivationCasting(net, seed=7).attach()
-    casting._runtime.tracker.finish = lambda owner, training, output, note: output  # see what the hooks give
+    casting._session.tracker.finish = lambda owner, training, output, note: output  # see what the hooks give
     out, (h, c) = net["lstm"](x)
     packed, _ = net["lstm"](nn.utils.rnn.pack_padded_sequence(x, [5, 4, 2]))
     attended, weights = net["attention"](x, x, x)

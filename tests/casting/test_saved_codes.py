@@ -197,9 +197,9 @@ def test_nothing_is_held_once_the_context_is_left():
     casting = ActivationCasting(net, seed=1, saved_activations="codes").attach()
     with casting.forward_context():
         net(x)
-    runtime = casting._runtime
-    assert not runtime.store._records
-    assert not runtime.tracker._held
-    assert not runtime.ends._ends
-    assert runtime.call is None
+    session = casting._session
+    assert len(session.caster.book) == 0
+    assert not session.tracker._held
+    assert not session.ends._ends
+    assert session.calls.call is None
     casting.remove()

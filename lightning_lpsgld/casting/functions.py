@@ -1,13 +1,13 @@
-"""Activations that are called as functions: which ones, and the torch-function mode that sees them."""
+"""Where to cast among functions: which ones count as activations, by name, and one call of such a function."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 __all__ = [
     "ACTIVATION_FUNCTIONS",
@@ -16,8 +16,7 @@ __all__ = [
     "RANDOM_FUNCTIONS",
     "RELU_FUNCTIONS",
     "SOFTMAX_FUNCTIONS",
-    "ActivationHandler",
-    "FunctionalMode",
+    "ActivationFunction",
     "is_inplace",
 ]
 
@@ -56,31 +55,35 @@ def is_inplace(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return any(value is True for value in args[first:])
 
 
-class ActivationHandler(Protocol):
-    """Who is told of the functions that a :class:`FunctionalMode` sees."""
+@dataclass(frozen=True)
+class ActivationFunction:
+    """An activation function with everything but its first argument."""
 
-    def on_activation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Called instead of an activation function."""
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
-    def watcher(self) -> Callable[..., None] | None:
-        """What is to be called after every other function."""
-
-
-class FunctionalMode(TorchFunctionMode):
-    """Hands calls of activation functions to a handler, and every other call to its watcher while there is one.
-
-    What a library function calls inside (``F.cross_entropy``, attention) is not seen, only the function itself.
-    """
-
-    def __init__(self, handler: ActivationHandler) -> None:
-        super().__init__()
-        self.handler = handler
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func in ACTIVATION_FUNCTIONS:
-            return self.handler.on_activation(func, args, kwargs or {})
-        out = func(*args, **kwargs) if kwargs else func(*args)
-        watch = self.handler.watcher()
-        if watch is not None:
-            watch(func, args, kwargs or {}, out)
+    def __call__(self, x: Tensor) -> Tensor:
+        """Call the function on ``x``."""
+        out: Tensor = self.func(x, *self.args, **self.kwargs)
         return out
+
+    @property
+    def name(self) -> str:
+        """Name of the function, without the underscore of an in-place form."""
+        return ACTIVATION_NAMES[self.func]
+
+    @property
+    def inplace(self) -> bool:
+        """Whether the call overwrites its argument."""
+        return is_inplace(self.func, (None, *self.args), self.kwargs)
+
+    @property
+    def is_relu(self) -> bool:
+        """Whether backward asks only for signs."""
+        return self.func in RELU_FUNCTIONS
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether a second call gives the same; else it is never made."""
+        return self.func not in RANDOM_FUNCTIONS

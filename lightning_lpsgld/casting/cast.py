@@ -1,0 +1,98 @@
+"""The cast itself: a tensor is rounded now, its gradient when it comes back, and the result carries its codes."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_lpsgld.casting.codes import CodeBook
+from lightning_lpsgld.casting.draws import CallDraws, Rounding
+from lightning_lpsgld.casting.saved import ReluSigns
+from lightning_lpsgld.formats import NumberFormat
+from lightning_lpsgld.ops import Encoded, decode, encode, quantize
+from lightning_lpsgld.ops.autograd import Rounder, cast_node, cast_with
+from lightning_lpsgld.ops.dispatch import BackendName
+from lightning_lpsgld.random import DrawKey, Role, stream_id
+
+__all__ = ["Caster", "is_castable"]
+
+
+def is_castable(x: Tensor) -> bool:
+    """Whether there is anything to round in ``x``."""
+    return x.is_floating_point() and not x.is_nested and not x.is_sparse and x.numel() > 0
+
+
+class Caster:
+    """Formats of both directions, and the codes of what was cast.
+
+    Args:
+        activations: Format of activations, or ``None``.
+        errors: Format of errors, or ``None``.
+        backend: For the ops.
+
+    Attributes:
+        book: Codes of the cast tensors that are alive.
+        carrying: Whether casts go by way of codes, which ``book`` then has.
+    """
+
+    def __init__(self, activations: NumberFormat | None, errors: NumberFormat | None, backend: BackendName) -> None:
+        self.activations, self.errors, self.backend = activations, errors, backend
+        self.book = CodeBook()
+        self.carrying = False
+
+    def round(self, x: Tensor, draws: CallDraws, index: int, signs: ReluSigns | None = None) -> Tensor:
+        """Cast number ``index`` of a call; ``signs`` belongs to the ReLU that gave ``x``."""
+        error: Rounder | None = None
+        if self.errors is not None and x.requires_grad and torch.is_grad_enabled():
+            error = partial(quantize, fmt=self.errors, key=draws.error_key(index), backend=self.backend)
+        if self.activations is None:
+            return cast_with(x, None, error)
+        key = draws.activation_key(index) if draws.rounding == "stochastic" else None
+        if self.carrying:
+            return self._through_codes(x, draws.rounding, key, error, signs)
+        activation = partial(quantize, fmt=self.activations, rounding=draws.rounding, key=key, backend=self.backend)
+        return cast_with(x, activation, error)
+
+    def _through_codes(
+        self, x: Tensor, rounding: Rounding, key: DrawKey | None, error: Rounder | None, signs: ReluSigns | None
+    ) -> Tensor:
+        """The same values by way of codes, which are registered."""
+        made: list[Encoded | None] = []
+
+        def activation(value: Tensor) -> Tensor:
+            rounded, encoded = self._encode(value, rounding, key)
+            made.append(encoded)
+            return rounded
+
+        out = cast_with(x, activation, error)
+        if made[0] is not None:
+            codes = self.book.register(out, made[0])
+            if signs is not None:
+                signs.attach(codes, x.detach())
+        return out
+
+    def _encode(self, x: Tensor, rounding: Rounding, key: DrawKey | None) -> tuple[Tensor, Encoded | None]:
+        """``quantize(x)``, and its codes; ``None`` where the format has no code (a NaN)."""
+        fmt = self.activations
+        assert fmt is not None
+        try:
+            encoded = encode(x, fmt, rounding=rounding, key=key, backend=self.backend)
+        except ValueError:  # the plain quantizer keeps NaN; whatever else is wrong with the call it will say
+            return quantize(x, fmt, rounding=rounding, key=key, backend=self.backend), None
+        return decode(encoded, x.dtype, backend=self.backend), encoded
+
+    def node(self, x: Tensor, key: Tensor | None, rounding: Rounding, index: int) -> Tensor:
+        """The same cast as one node of a compiled graph; ``key`` is a tensor, so that a new step compiles nothing."""
+        activations, errors = self.activations, self.errors
+        return cast_node(
+            x,
+            key,
+            None if activations is None else str(activations),
+            stream_id(Role.ACTIVATION, index),
+            None if errors is None else str(errors),
+            stream_id(Role.ERROR, index),
+            rounding,
+            self.backend,
+        )
