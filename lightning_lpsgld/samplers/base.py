@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 S = TypeVar("S", bound="LangevinOptimizer")
 
 #: Options of torch's optimizers that a sampler does not follow, and the values at which they change nothing.
-_IGNORED: dict[str, Any] = {
+IGNORED_OPTIONS: dict[str, Any] = {
     "momentum": 0, "dampening": 0, "nesterov": False, "betas": None, "amsgrad": False, "alpha": None, "rho": None,
     "lr_decay": 0, "etas": None, "lambd": None, "centered": False, "momentum_decay": None,
 }  # fmt: skip
@@ -116,7 +116,7 @@ class LangevinOptimizer(Optimizer):
         plain = {"SGD": {}, "Adam": {"betas"}, "AdamW": {"betas"}}
         names = set(plain.get(type(optimizer).__name__, {}))
         for group in optimizer.param_groups:
-            names |= {k for k, neutral in _IGNORED.items() if k in group and group[k] not in (neutral, None)}
+            names |= {k for k, neutral in IGNORED_OPTIONS.items() if k in group and group[k] not in (neutral, None)}
         if names:
             log.warning(
                 "%s takes lr and weight_decay from %s and does not use its %s: the update is a Langevin step, so a "

@@ -15,7 +15,7 @@ from lightning_lpsgld.ops import quantize, quantize_variance_corrected
 from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.ops.spec import Accumulation
 from lightning_lpsgld.random import DrawKey, Role, normals, stream_id
-from lightning_lpsgld.samplers.base import _IGNORED, log
+from lightning_lpsgld.samplers.base import IGNORED_OPTIONS, log
 from lightning_lpsgld.samplers.grid import GridSampler
 from lightning_lpsgld.samplers.statistics import Measured, StepStatistics, describe, rounding_variance, same_rows
 from lightning_lpsgld.samplers.step_size import StepSize
@@ -262,8 +262,8 @@ class PreconditionedSGLD(GridSampler):
     def _report_ignored(self, optimizer: Optimizer) -> None:
         names: set[str] = set()
         for group in optimizer.param_groups:
-            others = _IGNORED.keys() - {"betas", "alpha", "rho"}
-            names |= {k for k in others if group.get(k) not in (_IGNORED[k], None)}
+            others = IGNORED_OPTIONS.keys() - {"betas", "alpha", "rho"}
+            names |= {k for k in others if group.get(k) not in (IGNORED_OPTIONS[k], None)}
             names |= {"betas[0]"} if "betas" in group and group["betas"][0] != 0 else set()
         if names:
             log.warning(

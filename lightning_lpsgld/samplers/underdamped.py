@@ -32,7 +32,16 @@ from lightning_lpsgld.ops.spec import Accumulation
 from lightning_lpsgld.random import DrawKey, Role, normals, stream_id
 from lightning_lpsgld.samplers.updates import saturated
 
-__all__ = ["Flow", "UnderdampedSpec", "exact_flow", "underdamped_step_", "velocity_scale"]
+__all__ = [
+    "Flow",
+    "UnderdampedSpec",
+    "exact_flow",
+    "gaussian_noise",
+    "given_position",
+    "new_position",
+    "underdamped_step_",
+    "velocity_scale",
+]
 
 
 @dataclass(frozen=True)
@@ -83,9 +92,9 @@ def _round_velocity(
     """Velocity of the given mean and variance on its grid (Gaussian where it has none), and its scale."""
     fmt = spec.velocity_format
     if fmt is None or spec.accumulation in ("float", "full"):
-        return mean + _gaussian(mean, variance, key), None
+        return mean + gaussian_noise(mean, variance, key), None
     if spec.accumulation == "naive":
-        mean, variance = mean + _gaussian(mean, variance, key), 0.0
+        mean, variance = mean + gaussian_noise(mean, variance, key), 0.0
     rescaled = spec.rescale and isinstance(fmt, FixedPoint) and mean.numel() > 0
     scale = velocity_scale(mean, variance, fmt) if rescaled and isinstance(fmt, FixedPoint) else None
     one = mean.new_ones((), dtype=torch.float64) if scale is None else scale
@@ -101,14 +110,15 @@ def _corrected(backend: BackendName) -> BackendName:
     return "auto" if backend == "qtorch" else backend  # QPyTorch has no variance-corrected op
 
 
-def _gaussian(mean: Tensor, variance: float | Tensor, key: DrawKey) -> Tensor:
+def gaussian_noise(mean: Tensor, variance: float | Tensor, key: DrawKey) -> Tensor:
+    """Normal draws of the shape and dtype of ``mean`` with a variance; zeros where it is 0."""
     if not isinstance(variance, Tensor) and variance == 0:
         return torch.zeros_like(mean)
     root = torch.as_tensor(variance, dtype=torch.float64, device=mean.device).sqrt()
     return (root * normals(mean.shape, key, device=mean.device)).to(mean.dtype)
 
 
-def _given_position(error: Tensor, achieved: float | Tensor, flow: Flow) -> tuple[Tensor | float, float | Tensor]:
+def given_position(error: Tensor, achieved: float | Tensor, flow: Flow) -> tuple[Tensor | float, float | Tensor]:
     """Mean and variance of the velocity's noise given that of the position, whose variance is ``achieved``."""
     if flow.cov == 0:
         return 0.0, flow.var_v
@@ -118,13 +128,13 @@ def _given_position(error: Tensor, achieved: float | Tensor, flow: Flow) -> tupl
     return (slope * error.double()).to(error.dtype), (flow.var_v - flow.cov * slope).clamp(min=0.0)
 
 
-def _new_position(
+def new_position(
     mean: Tensor, spec: UnderdampedSpec, key: DrawKey, backend: BackendName
 ) -> tuple[Tensor, Tensor, float | Tensor]:
     """Position before any plain rounding, its error about the mean, and that error's variance."""
     fmt, variance = spec.weight_format, spec.flow.var_x
     if spec.accumulation != "vc":
-        noise = _gaussian(mean, variance, key)
+        noise = gaussian_noise(mean, variance, key)
         return mean + noise, noise, variance
     assert fmt is not None
     new = quantize_variance_corrected(mean, variance, fmt, key=key, backend=_corrected(backend))
@@ -171,8 +181,8 @@ def underdamped_step_(
     x = (param if accumulator is None else accumulator).to(velocity.dtype)
     force = grad.to(velocity.dtype) + spec.weight_decay * x
     mean_x = x + spec.flow.carry * velocity - spec.flow.shift * force
-    position, error, achieved = _new_position(mean_x, spec, weight_key, backend)
-    more, variance = _given_position(error, achieved, spec.flow)
+    position, error, achieved = new_position(mean_x, spec, weight_key, backend)
+    more, variance = given_position(error, achieved, spec.flow)
     mean_v = spec.flow.keep * velocity - spec.flow.kick * force + more
     new_velocity, scale = _round_velocity(mean_v, variance, spec, velocity_key, backend)
     velocity.copy_(new_velocity)

@@ -16,9 +16,9 @@ from lightning_lpsgld.random import DrawKey, Role
 from lightning_lpsgld.samplers.statistics import Measured, StepStatistics, describe, rounding_variance, same_rows
 from lightning_lpsgld.samplers.underdamped import (
     UnderdampedSpec,
-    _gaussian,
-    _given_position,
-    _new_position,
+    gaussian_noise,
+    given_position,
+    new_position,
     velocity_scale,
 )
 
@@ -86,8 +86,8 @@ def _velocity_variance(mean: Tensor, mean_velocity: Tensor, spec: UnderdampedSpe
     if spec.velocity_format is None or spec.accumulation in ("float", "full"):
         return target
     position_key, velocity_key = what.stream(Role.WEIGHT), what.stream(Role.VELOCITY)
-    _, error, achieved = _new_position(mean, spec, position_key, "auto")
-    more, variance = _given_position(error, achieved, spec.flow)
+    _, error, achieved = new_position(mean, spec, position_key, "auto")
+    more, variance = given_position(error, achieved, spec.flow)
     return target + _velocity_excess(mean_velocity + more, variance, spec, velocity_key)
 
 
@@ -95,7 +95,7 @@ def _velocity_excess(mean: Tensor, variance: float | Tensor, spec: UnderdampedSp
     fmt = spec.velocity_format
     assert fmt is not None
     if spec.accumulation == "naive":
-        mean, variance = mean + _gaussian(mean, variance, key), 0.0
+        mean, variance = mean + gaussian_noise(mean, variance, key), 0.0
     rescaled = spec.rescale and isinstance(fmt, FixedPoint) and mean.numel() > 0
     scale = velocity_scale(mean, variance, fmt) if rescaled and isinstance(fmt, FixedPoint) else mean.new_ones(())
     scale = scale.double()
