@@ -1,7 +1,8 @@
 r"""Scores of predicted class probabilities that torchmetrics lacks, as functions on tensors.
 
 Everywhere ``probabilities`` has shape ``(n, classes)`` with rows that sum to one, ``targets`` is an integer tensor of
-shape ``(n,)``, and sums are taken in float64.
+shape ``(n,)`` or a floating one of shape ``(n, classes)``: a distribution over the classes, as mixup and label
+smoothing give it. Sums are taken in float64.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 __all__ = [
     "BinVariant",
     "ReliabilityBins",
+    "accuracy_terms",
     "bin_sums",
     "brier_score",
     "brier_terms",
@@ -37,19 +39,37 @@ def check_predictions(probabilities: Tensor, targets: Tensor) -> None:
         ValueError: If a shape is wrong.
         TypeError: If a dtype is wrong.
     """
-    if probabilities.ndim != 2 or targets.shape != probabilities.shape[:1]:
+    soft = targets.shape == probabilities.shape
+    if probabilities.ndim != 2 or not (soft or targets.shape == probabilities.shape[:1]):
         raise ValueError(
             f"`probabilities` must have shape (n, classes) and `targets` (n,), got {tuple(probabilities.shape)} and "
             f"{tuple(targets.shape)}. Flatten further dims into the first."
         )
-    if not probabilities.is_floating_point() or targets.is_floating_point() or targets.dtype == torch.bool:
+    if not probabilities.is_floating_point() or targets.is_floating_point() != soft or targets.dtype == torch.bool:
         raise TypeError(
             f"`probabilities` must be floating and `targets` integer, got {probabilities.dtype} and {targets.dtype}."
         )
 
 
+def hits(predicted: Tensor, targets: Tensor) -> Tensor:
+    """1 where the predicted class is the target, else 0; of a soft target, that class's probability; float64."""
+    if targets.ndim == 2:
+        return targets.gather(1, predicted.unsqueeze(1)).squeeze(1).double()
+    return (predicted == targets).double()
+
+
+def accuracy_terms(probabilities: Tensor, targets: Tensor) -> Tensor:
+    """1 where the (first) most probable class is the target, else 0; of a soft target its (first) largest class counts.
+
+    Returns:
+        float64, shape ``(n,)``.
+    """
+    check_predictions(probabilities, targets)
+    return (probabilities.argmax(1) == (targets.argmax(1) if targets.ndim == 2 else targets)).double()
+
+
 def nll_terms(probabilities: Tensor, targets: Tensor) -> Tensor:
-    r"""Negative log probability of each target, :math:`-\ln\max(p_{i,y_i}, 2^{-126})`.
+    r"""Negative log probability of each target, :math:`-\ln\max(p_{i,y_i}, 2^{-126})`; of a soft one its mean.
 
     The clamp (at the smallest normal float32) bounds a term by 87.4, so that one confident error of a rounded ensemble
     does not make a mean infinite.
@@ -58,6 +78,8 @@ def nll_terms(probabilities: Tensor, targets: Tensor) -> Tensor:
         float64, shape ``(n,)``, in nats.
     """
     check_predictions(probabilities, targets)
+    if targets.ndim == 2:
+        return -(targets.double() * probabilities.double().clamp(min=2.0**-126).log()).sum(1)
     chosen = probabilities.gather(1, targets.long().unsqueeze(1)).squeeze(1)
     return -chosen.double().clamp(min=2.0**-126).log()
 
@@ -83,6 +105,8 @@ def brier_terms(probabilities: Tensor, targets: Tensor) -> Tensor:
         float64, shape ``(n,)``.
     """
     check_predictions(probabilities, targets)
+    if targets.ndim == 2:
+        return (probabilities.double() - targets.double()).square().sum(1)
     hot = torch.zeros_like(probabilities, dtype=torch.float64).scatter_(1, targets.long().unsqueeze(1), 1.0)
     return (probabilities.double() - hot).square().sum(1)
 
@@ -157,7 +181,7 @@ def bin_sums(
     rows = check_bins(num_bins, variant)
     check_predictions(probabilities, targets)
     confidence, predicted = probabilities.max(1)
-    confidence, correct = confidence.double(), (predicted == targets).double()
+    confidence, correct = confidence.double(), hits(predicted, targets)
     upper = torch.arange(0 if variant == "paper" else 1, (PAPER_BINS if variant == "paper" else rows) + 1)
     edges = (upper.double() / (PAPER_BINS if variant == "paper" else rows)).to(confidence.device)
     index = torch.bucketize(confidence, edges)  # edges[i-1] < c <= edges[i]; above the last edge: rows

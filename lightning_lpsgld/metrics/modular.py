@@ -1,21 +1,16 @@
-"""The functions of :mod:`.functional` as ``torchmetrics.Metric``: sums of fixed size, added over batches and ranks.
-
-Sums are float64. ``Metric`` keeps their dtype under ``.float()``, ``.half()`` and ``.to(dtype)``; only ``set_dtype``
-would change it.
-"""
+"""The functions of :mod:`.functional` as ``torchmetrics.Metric``: sums of fixed size, added over batches and ranks."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import Any
 
-import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+from lightning_lpsgld.metrics.base import MeanScore, Score, zeros
 from lightning_lpsgld.metrics.functional import (
     BinVariant,
     ReliabilityBins,
+    accuracy_terms,
     bin_sums,
     brier_terms,
     calibration_error_of_sums,
@@ -24,42 +19,30 @@ from lightning_lpsgld.metrics.functional import (
     reliability_of_sums,
 )
 
-__all__ = ["BrierScore", "CalibrationError", "CategoricalNLL"]
+__all__ = ["Accuracy", "BrierScore", "CalibrationError", "CategoricalNLL"]
 
 
-def _zeros(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.float64)
+class Accuracy(MeanScore):
+    """Share of predictions whose most probable class is the target (of a soft target, its largest class).
 
+    State: number of hits and number of predictions, both added over ranks.
 
-class _MeanScore(Metric):
-    """Mean of a score over predictions; a subclass gives the score of each."""
+    Example:
+        >>> import torch
+        >>> metric = Accuracy()
+        >>> metric.update(torch.tensor([[0.5, 0.5], [0.25, 0.75]]), torch.tensor([1, 1]))
+        >>> metric.compute()
+        tensor(0.5000, dtype=torch.float64)
+    """
 
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("total", _zeros(), dist_reduce_fx="sum")
-        self.add_state("count", _zeros(), dist_reduce_fx="sum")
-
-    @abstractmethod
-    def terms(self, probabilities: Tensor, targets: Tensor) -> Tensor:
-        """Score of each prediction, shape ``(n,)``."""
+    higher_is_better = True
 
     def update(self, probabilities: Tensor, targets: Tensor) -> None:
-        """Add predictions of shape ``(n, classes)`` and targets of shape ``(n,)``."""
-        self.total += self.terms(probabilities, targets).sum()
-        self.count += len(targets)
-
-    def compute(self) -> Tensor:
-        """Mean over all predictions, float64."""
-        return self.total / self.count
+        """Add predictions of shape ``(n, classes)`` and targets of shape ``(n,)``, or ``(n, classes)`` if soft."""
+        self.add(accuracy_terms(probabilities, targets))
 
 
-class CategoricalNLL(_MeanScore):
+class CategoricalNLL(MeanScore):
     """Mean negative log likelihood from probabilities; see :func:`~lightning_lpsgld.metrics.categorical_nll`.
 
     State: sum of the terms and number of predictions, both added over ranks.
@@ -72,12 +55,12 @@ class CategoricalNLL(_MeanScore):
         tensor(0.4904, dtype=torch.float64)
     """
 
-    def terms(self, probabilities: Tensor, targets: Tensor) -> Tensor:
-        """Score of each prediction, shape ``(n,)``."""
-        return nll_terms(probabilities, targets)
+    def update(self, probabilities: Tensor, targets: Tensor) -> None:
+        """Add predictions of shape ``(n, classes)`` and targets of shape ``(n,)``, or ``(n, classes)`` if soft."""
+        self.add(nll_terms(probabilities, targets))
 
 
-class BrierScore(_MeanScore):
+class BrierScore(MeanScore):
     """Mean Brier score, summed over classes; see :func:`~lightning_lpsgld.metrics.brier_score`.
 
     State: sum of the terms and number of predictions, both added over ranks.
@@ -90,12 +73,12 @@ class BrierScore(_MeanScore):
         tensor(0.3125, dtype=torch.float64)
     """
 
-    def terms(self, probabilities: Tensor, targets: Tensor) -> Tensor:
-        """Score of each prediction, shape ``(n,)``."""
-        return brier_terms(probabilities, targets)
+    def update(self, probabilities: Tensor, targets: Tensor) -> None:
+        """Add predictions of shape ``(n, classes)`` and targets of shape ``(n,)``, or ``(n, classes)`` if soft."""
+        self.add(brier_terms(probabilities, targets))
 
 
-class CalibrationError(Metric):
+class CalibrationError(Score):
     """Expected calibration error and reliability diagram from sums per bin.
 
     torchmetrics keeps every confidence in a list and puts 1.0 into a bin of its own; here the state has the size of the
@@ -119,20 +102,17 @@ class CalibrationError(Metric):
         tensor(0.3750, dtype=torch.float64)
     """
 
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
     sums: Tensor
     count: Tensor
 
     def __init__(self, num_bins: int = 15, variant: BinVariant = "standard", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.num_bins, self.variant = num_bins, variant
-        self.add_state("sums", _zeros(check_bins(num_bins, variant), 3), dist_reduce_fx="sum")
-        self.add_state("count", _zeros(), dist_reduce_fx="sum")
+        self.add_state("sums", zeros(check_bins(num_bins, variant), 3), dist_reduce_fx="sum")
+        self.add_state("count", zeros(), dist_reduce_fx="sum")
 
     def update(self, probabilities: Tensor, targets: Tensor) -> None:
-        """Add predictions of shape ``(n, classes)`` and targets of shape ``(n,)``."""
+        """Add predictions of shape ``(n, classes)`` and targets of shape ``(n,)``, or ``(n, classes)`` if soft."""
         sums, count = bin_sums(probabilities, targets, self.num_bins, self.variant)
         self.sums += sums
         self.count += count
