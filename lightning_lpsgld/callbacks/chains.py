@@ -9,13 +9,15 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from lightning_lpsgld.bank import SampleBank
+from lightning_lpsgld.distributed import RunsChains
 
 __all__ = ["add_sample", "chain_count"]
 
 
 def chain_count(trainer: pl.Trainer) -> int:
     """Number of chains that run side by side."""
-    return int(getattr(trainer.strategy, "chains", 1))
+    strategy = trainer.strategy
+    return strategy.chains if isinstance(strategy, RunsChains) else 1
 
 
 def add_sample(
@@ -39,11 +41,11 @@ def add_sample(
         to_all: Whether all ranks write.
         info: Further arguments of :meth:`SampleBank.add`.
     """
-    if chain_count(trainer) == 1:
+    strategy = trainer.strategy
+    if not isinstance(strategy, RunsChains) or strategy.chains == 1:
         if bank is not None:
             bank.add(tensors, chain=chain, **info)
         return
-    strategy: Any = trainer.strategy
     mine = None
     if strategy.leads:
         alone = SampleBank()

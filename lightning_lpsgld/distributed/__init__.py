@@ -7,11 +7,15 @@ from lightning_lpsgld.distributed.replicas import (
     refuse_different_settings,
     refuse_forked_replicas,
 )
+from lightning_lpsgld.distributed.topology import RunsChains, Topology, topology_of
 
 __all__ = [
     "ForkedReplicasError",
     "GradientCompression",
+    "RunsChains",
+    "Topology",
     "checksum",
     "refuse_different_settings",
     "refuse_forked_replicas",
+    "topology_of",
 ]

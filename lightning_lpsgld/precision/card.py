@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_lpsgld.formats import BlockFormat, NumberFormat
 from lightning_lpsgld.ops.blocks import block_count
 from lightning_lpsgld.ops.reference import power_of_two, variance_plan
+from lightning_lpsgld.precision.run import RunDescription
 from lightning_lpsgld.samplers import SGLD, LangevinOptimizer
 from lightning_lpsgld.samplers.grid import GridSampler
 from lightning_lpsgld.samplers.shards import local_part
@@ -139,45 +140,41 @@ def _reach(sampler: GridSampler) -> tuple[float | None, float | None]:
     return (None, None) if exact else (always / max(count, 1), limit)
 
 
-def describe_sampler(
-    sampler: LangevinOptimizer, formats: dict[str, str], *, saturated: float, casts: int, world_size: int
-) -> PosteriorCard:
+def describe_sampler(sampler: LangevinOptimizer, run: RunDescription, *, saturated: float, casts: int) -> PosteriorCard:
     """Make the card of a sampler whose parameters are already on the grid.
 
     Args:
         sampler: The sampler.
-        formats: Role -> format, for display.
+        run: The run; its formats of activations and errors are shown beside the sampler's own.
         saturated: Share of initial weights outside the range of their format, counted before they were rounded.
         casts: Number of activation sites.
-        world_size: Replicas.
 
     Returns:
         The card.
     """
+    casts_in = {role: str(run.formats[role]) for role in ("activations", "errors") if run.formats[role] is not None}
     params: list[Tensor] = [p for g in sampler.param_groups for p in g["params"]]
     groups = sampler.param_groups
     reach: tuple[float | None, float | None] = (None, None)
-    fmt_of = sampler.format_of if isinstance(sampler, GridSampler) else (lambda p: None)
-    name, adaptive = type(sampler).__name__, False
+    adaptive = False
     if isinstance(sampler, GridSampler):
         adaptive = not sampler.uniform_noise
         reach = (None, None) if adaptive else _reach(sampler)
-        name = sampler.description
-    stored = {sampler.name_of(p): stored_bits(p.shape, fmt_of(p), p.dtype) for p in params}
+    stored = {sampler.name_of(p): stored_bits(p.shape, sampler.format_of(p), p.dtype) for p in params}
     sizes = {sampler.name_of(p): p.numel() for p in params}
     bits = sum(stored.values())
     weights = sum(p.numel() for p in params)
     decay = tuple(float(g["weight_decay"]) for g in groups)
     largest = max(decay)
     return PosteriorCard(
-        sampler=name,
+        sampler=sampler.description,
         num_data=sampler.num_data,
         temperature=float(groups[0]["temperature"]),
         lr=tuple(float(g["lr"]) for g in groups),
         weight_decay=decay,
         prior_variance=1.0 / (sampler.num_data * largest) if largest > 0 else None,
         noise_variance=tuple(sampler.noise_variance(g) for g in groups),
-        formats=formats,
+        formats={**sampler.formats, **casts_in} or {"all": "full precision"},
         weights=weights,
         weight_bytes=bits // 8,
         bits_per_weight=bits / max(weights, 1),
@@ -187,6 +184,6 @@ def describe_sampler(
         saturated=saturated,
         seed=int(groups[0]["seed"]),
         casts=casts,
-        world_size=world_size,
+        world_size=run.topology.replicas,
         adaptive=adaptive,
     )

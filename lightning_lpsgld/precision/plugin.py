@@ -9,29 +9,24 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_lpsgld.casting import ActivationCasting, matching_modules
+from lightning_lpsgld.casting import ActivationCasting
 from lightning_lpsgld.distributed import GradientCompression
 from lightning_lpsgld.formats import FormatLike, NumberFormat, parse_format
 from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.precision.card import PosteriorCard, describe_sampler
-from lightning_lpsgld.precision.chains import refuse_mixed_chains, seed_of_chain, separate_chain
-from lightning_lpsgld.precision.checks import check_arguments, refuse_unsupported, unwrapped
-from lightning_lpsgld.precision.num_data import forget_dataloader_when_resuming, training_examples
+from lightning_lpsgld.precision.checks import check_arguments, unwrapped
 from lightning_lpsgld.precision.presets import preset_options
 from lightning_lpsgld.precision.replicas import ReplicaGuard, compressed
+from lightning_lpsgld.precision.run import RunDescription, describe_run
 from lightning_lpsgld.precision.seeds import run_seed
-from lightning_lpsgld.precision.variance_reduction import check_variance_reduced, variance_reduced_step
-from lightning_lpsgld.random import derive_seed
-from lightning_lpsgld.samplers import SGLD, SVRG, CyclicalStepSize, LangevinOptimizer, StepSize, VarianceReduced
-from lightning_lpsgld.samplers.grid import GridSampler
-from lightning_lpsgld.samplers.updates import saturated
+from lightning_lpsgld.precision.takeover import round_parameters, take_over
+from lightning_lpsgld.precision.variance_reduction import variance_reduced_step
+from lightning_lpsgld.samplers import SGLD, LangevinOptimizer, StepSize, VarianceReduced
 
 __all__ = ["LowPrecisionSGLD"]
 
@@ -68,8 +63,8 @@ class LowPrecisionSGLD(Precision):
         sites: Names or types of the submodules whose outputs are rounded; ``None``: those that
             :mod:`lightning_lpsgld.casting` lists.
         backend: Backend of the ops.
-        sampler: The optimizer class that replaces the user's (a :class:`LangevinOptimizer`), or a ``functools.partial``
-            of one; ``None``: :class:`SGLD`.
+        sampler: The optimizer class that replaces the user's, or a ``functools.partial`` of one; ``None``:
+            :class:`SGLD`. Any :class:`LangevinOptimizer`, also of your own; what it must do is written there.
         schedule: Step-size schedule that multiplies the learning rate.
         cycles: Shorthand for a :class:`CyclicalStepSize` with this many cycles over the whole run, the last seventh of
             each being its sampling stage, and noise at every step. Not together with ``schedule``.
@@ -142,7 +137,8 @@ class LowPrecisionSGLD(Precision):
         self.compress_gradients = compress_gradients
         self.compression: GradientCompression | None = None
         check_arguments(self)
-        self._guard = ReplicaGuard(check_replicas)
+        self.run: RunDescription | None = None
+        self._guard: ReplicaGuard | None = None
         self.card: PosteriorCard | None = None
         self.samplers: list[LangevinOptimizer] = []
         self.casting: ActivationCasting | None = None
@@ -240,105 +236,30 @@ class LowPrecisionSGLD(Precision):
         trainer = module._trainer
         if trainer is None or trainer.state.fn != "fit":
             return model, optimizers, lr_schedulers
-        refuse_unsupported(trainer, module, optimizers, self.accumulator, self.formats)
-        num_data = training_examples(trainer) if self.num_data == "auto" else self.num_data
-        seed = self._resolve_seed(trainer)
-        seed = seed_of_chain(trainer, seed)
-        self._guard.restart()
-        self._unstepped = 0 if module.automatic_optimization else -(trainer.accumulate_grad_batches - 1)
+        self.run = run = describe_run(trainer, module, optimizers, self, self._resolve_seed(trainer))
+        self._guard = ReplicaGuard(self.check_replicas, run)
+        self._unstepped = 0 if run.automatic else -(run.accumulate - 1)
         done = [sampler.steps for sampler in self.samplers] if trainer.global_step > 0 else []
-        self.samplers = [
-            self._take_over(optimizer, i, module, trainer, num_data, seed) for i, optimizer in enumerate(optimizers)
-        ]
+        self.samplers = take_over(optimizers, module, run, self.sampler, self._options())
         for sampler, steps in zip(self.samplers, done):  # a second `fit` goes on: no draw is made twice
             for group in sampler.param_groups:
                 group["step"] = steps
-        forget_dataloader_when_resuming(trainer)
-        for sampler in self.samplers:
-            if isinstance(sampler, VarianceReduced):
-                refuse_mixed_chains(trainer, sampler)
-                check_variance_reduced(trainer, module, sampler)
         if self.compress_gradients:
-            self.compression = compressed(model, seed, self.samplers[0])
-        share = self._round_parameters()
-        self.card = describe_sampler(
-            self.samplers[0],
-            self._formats_in_use() or {"all": "full precision"},
-            saturated=share,
-            casts=0 if self.casting is None else len(self.casting.describe()),
-            world_size=getattr(trainer.strategy, "replicas", trainer.world_size),
-        )
+            self.compression = compressed(model, run.chain_seed, self.samplers[0])
+        share = round_parameters(self.samplers)
+        casts = 0 if self.casting is None else len(self.casting.describe())
+        self.card = describe_sampler(self.samplers[0], run, saturated=share, casts=casts)
         rank_zero_info(str(self.card))
         return model, list(self.samplers), lr_schedulers
 
-    def _formats_in_use(self) -> dict[str, str]:
-        in_use = {role: str(fmt) for role, fmt in self.formats.items() if fmt is not None}
-        if isinstance(self.samplers[0], VarianceReduced):  # HALP rounds offsets, not weights
-            in_use = {role: fmt for role, fmt in in_use.items() if role in ("activations", "errors")}
-            in_use = {**self.samplers[0].formats, **in_use}
-        return in_use
-
-    def _take_over(
-        self,
-        optimizer: Optimizer,
-        number: int,
-        module: pl.LightningModule,
-        trainer: pl.Trainer,
-        num_data: int,
-        seed: int,
-    ) -> LangevinOptimizer:
-        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        if isinstance(inner, LangevinOptimizer):
-            separate_chain(trainer, inner)
-            inner.name_parameters(module.named_parameters())
-            return inner
-        factory: Any = self.sampler
-        extra: dict[str, Any] = {}
-        if isinstance(factory, functools.partial):
-            factory, extra = factory.func, factory.keywords
-        options: dict[str, Any] = {
-            "num_data": num_data,
+    def _options(self) -> dict[str, Any]:
+        """What is asked of every sampler; the rest follows from the run."""
+        return {
             "temperature": self.temperature,
-            "weight_format": self.formats["weights"],
-            "gradient_format": self.formats["gradients"],
             "accumulator": self.accumulator,
             "variance_corrected": self.variance_corrected,
-            "seed": seed if number == 0 else derive_seed(seed, "optimizer", number),
             "backend": self.backend,
-            "schedule": self._schedule(trainer),
-            "full_precision": self._full_precision(module),
         }
-        sampler: LangevinOptimizer = factory.from_optimizer(inner, **{**options, **extra})
-        sampler.name_parameters(module.named_parameters())
-        return sampler
-
-    def _schedule(self, trainer: pl.Trainer) -> StepSize | None:
-        if self.cycles is None:
-            return self.schedule
-        total = trainer.estimated_stepping_batches
-        if total == float("inf") or total < self.cycles:
-            raise ValueError(
-                f"LowPrecisionSGLD: cycles={self.cycles} needs at least that many optimizer steps and a known end of "
-                f"the run, got {total}. Set `max_epochs` or `max_steps`, or pass `schedule=CyclicalStepSize(...)`."
-            )
-        shortest = int(total) // self.cycles
-        return CyclicalStepSize.spread(int(total), self.cycles, sampling_steps=-(-shortest // 7))
-
-    def _full_precision(self, module: Module) -> list[Tensor]:
-        names = matching_modules(module, self.exclude)
-        return [p for name in sorted(names) for p in module.get_submodule(name).parameters(recurse=False)]
-
-    def _round_parameters(self) -> float:
-        """Bring all parameters onto the grid; share of values that lay outside its range."""
-        outside, count = 0, 0
-        for sampler in self.samplers:
-            if isinstance(sampler, (GridSampler, SVRG)):
-                for param in (p for g in sampler.param_groups for p in g["params"]):
-                    fmt = sampler.format_of(param)
-                    count += param.numel()
-                    outside += 0 if fmt is None else int(saturated(param.detach(), fmt))
-                sampler.round_parameters_()
-        return outside / max(count, 1)
 
     def _resolve_seed(self, trainer: pl.Trainer | None) -> int:
         if self._run_seed is None:
@@ -349,8 +270,8 @@ class LowPrecisionSGLD(Precision):
         self, optimizer: Any, model: pl.LightningModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
         """Step; for SVRG and HALP take a centre where one is due, and evaluate the closure there too."""
-        if isinstance(optimizer, LangevinOptimizer):
-            self._guard.before_step(model.trainer, optimizer)
+        if self._guard is not None and isinstance(optimizer, LangevinOptimizer):
+            self._guard.before_step(optimizer)
         if isinstance(optimizer, VarianceReduced):
             value = variance_reduced_step(
                 optimizer,
@@ -362,8 +283,8 @@ class LowPrecisionSGLD(Precision):
             )
         else:
             value = super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
-        if isinstance(optimizer, LangevinOptimizer):
-            self._guard.after_step(model.trainer, optimizer)
+        if self._guard is not None and isinstance(optimizer, LangevinOptimizer):
+            self._guard.after_step(optimizer)
         return value
 
     # ---------------------------------------------------------------------------------------------------- saved state

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lpsgld.distributed import GradientCompression, refuse_different_settings, refuse_forked_replicas
+from lightning_lpsgld.precision.run import RunDescription
 from lightning_lpsgld.samplers import LangevinOptimizer
 
 __all__ = ["ReplicaGuard", "compressed"]
@@ -26,47 +25,38 @@ class ReplicaGuard:
 
     Args:
         every: Steps between two comparisons of all weights; 0: never.
+        run: The fit; another one needs another guard.
     """
 
-    def __init__(self, every: int) -> None:
-        self.every = every
+    def __init__(self, every: int, run: RunDescription) -> None:
+        self.every = every if run.replicated and run.topology.replicas > 1 else 0
+        self._ranks, self._device = run.topology.group, run.device
         self._started: set[int] = set()
 
-    def restart(self) -> None:
-        """A new fit begins."""
-        self._started.clear()
-
-    def _watches(self, trainer: pl.Trainer) -> bool:
-        strategy: Any = trainer.strategy
-        if not self.every or not isinstance(strategy, DDPStrategy):
-            return False
-        return getattr(strategy, "replicas", trainer.world_size) > 1
-
-    def before_step(self, trainer: pl.Trainer, sampler: LangevinOptimizer) -> None:
+    def before_step(self, sampler: LangevinOptimizer) -> None:
         """Before the first step of a fit: settings and weights must agree.
 
         Raises:
             ForkedReplicasError: If they do not.
         """
-        if id(sampler) in self._started or not self._watches(trainer):
+        if not self.every or id(sampler) in self._started:
             return
         self._started.add(id(sampler))
         settings: dict[str, Any] = {"num_data": sampler.num_data}
         for i, group in enumerate(sampler.param_groups):
             where = "" if len(sampler.param_groups) == 1 else f" of parameter group {i}"
             settings.update({name + where: _plain(group.get(name)) for name in _SETTINGS})
-        ranks = getattr(trainer.strategy, "replica_group", None)
-        refuse_different_settings(settings, trainer.strategy.root_device, ranks)
-        refuse_forked_replicas(_tensors(sampler), sampler.steps, ranks)
+        refuse_different_settings(settings, self._device, self._ranks)
+        refuse_forked_replicas(_tensors(sampler), sampler.steps, self._ranks)
 
-    def after_step(self, trainer: pl.Trainer, sampler: LangevinOptimizer) -> None:
+    def after_step(self, sampler: LangevinOptimizer) -> None:
         """After a step: every n-th time, weights and accumulators must agree.
 
         Raises:
             ForkedReplicasError: If they do not; on all ranks of the replica group.
         """
-        if self._watches(trainer) and sampler.steps % self.every == 0:
-            refuse_forked_replicas(_tensors(sampler), sampler.steps, getattr(trainer.strategy, "replica_group", None))
+        if self.every and sampler.steps % self.every == 0:
+            refuse_forked_replicas(_tensors(sampler), sampler.steps, self._ranks)
 
 
 def _plain(value: Any) -> Any:

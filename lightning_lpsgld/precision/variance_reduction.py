@@ -25,8 +25,13 @@ from lightning_lpsgld.samplers import VarianceReduced
 __all__ = ["check_variance_reduced", "full_data_loader", "full_pass", "variance_reduced_step"]
 
 
-def check_variance_reduced(trainer: pl.Trainer, module: pl.LightningModule, sampler: VarianceReduced) -> None:
+def check_variance_reduced(sampler: VarianceReduced, module: pl.LightningModule, accumulate: int) -> None:
     """Refuse what a step at two points cannot do.
+
+    Args:
+        sampler: The sampler.
+        module: The module in training.
+        accumulate: Batches per step.
 
     Raises:
         RuntimeError: For manual optimization, gradient accumulation, a training step that fetches its own batches, or
@@ -43,10 +48,10 @@ def check_variance_reduced(trainer: pl.Trainer, module: pl.LightningModule, samp
             f"{name} evaluates the training step twice, which only automatic optimization lets it do. Use automatic "
             f"optimization, or a plain loop with {name}.recentre(...) and {name}.step(closure)."
         )
-    if trainer.accumulate_grad_batches != 1:
+    if accumulate != 1:
         raise RuntimeError(
             f"{name} needs the gradients of the point and of the centre on the same batch, but the Trainer accumulates "
-            f"over {trainer.accumulate_grad_batches}. Use accumulate_grad_batches=1 and a larger batch."
+            f"over {accumulate}. Use accumulate_grad_batches=1 and a larger batch."
         )
     if any(isinstance(p, DTensor) for group in sampler.param_groups for p in group["params"]):
         raise RuntimeError(f"{name} does not run on sharded parameters (DTensor). Use DDPStrategy.")
@@ -77,7 +82,7 @@ def variance_reduced_step(
         The closure's value at the point.
     """
     trainer = module.trainer
-    check_variance_reduced(trainer, module, sampler)
+    check_variance_reduced(sampler, module, trainer.accumulate_grad_batches)  # which a callback may have changed
     if sampler.due(first_batch=trainer.fit_loop.batch_idx == 0):
         params = [p for group in sampler.param_groups for p in group["params"] if p.requires_grad]
         seed = derive_seed(sampler.param_groups[0]["seed"], "full gradient", sampler.steps, trainer.global_rank)

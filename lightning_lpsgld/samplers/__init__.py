@@ -2,6 +2,7 @@
 
 from lightning_lpsgld.samplers.base import LangevinOptimizer
 from lightning_lpsgld.samplers.halp import HALP
+from lightning_lpsgld.samplers.options import CentredOptions, GridOptions, SamplerOptions
 from lightning_lpsgld.samplers.passes import full_gradient
 from lightning_lpsgld.samplers.preconditioned import PreconditionedSGLD
 from lightning_lpsgld.samplers.sghmc import SGHMC
@@ -15,11 +16,14 @@ __all__ = [
     "SGHMC",
     "SGLD",
     "SVRG",
+    "CentredOptions",
     "ConstantStepSize",
     "CyclicalStepSize",
+    "GridOptions",
     "LangevinOptimizer",
     "PolynomialStepSize",
     "PreconditionedSGLD",
+    "SamplerOptions",
     "StepSize",
     "VarianceReduced",
     "full_gradient",

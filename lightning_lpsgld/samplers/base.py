@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.random import DrawKey
+from lightning_lpsgld.samplers.options import accepted_options, written_out
 from lightning_lpsgld.samplers.shards import all_finite, local_part
 from lightning_lpsgld.samplers.step_size import ConstantStepSize, StepSize
 
@@ -33,8 +35,20 @@ IGNORED_OPTIONS: dict[str, Any] = {
 class LangevinOptimizer(Optimizer):
     """Base of the samplers: a real ``torch.optim.Optimizer`` whose randomness is a function of (seed, step).
 
-    A subclass implements :meth:`update`. Every parameter group holds ``lr``, ``weight_decay``, ``temperature``,
-    ``seed`` and ``step``; all of them, and the per-parameter state, are in ``state_dict``.
+    Every parameter group holds ``lr``, ``weight_decay``, ``temperature``, ``seed`` and ``step``; all of them, and the
+    per-parameter state, are in ``state_dict``.
+
+    **A sampler of your own** is a subclass; ``LowPrecisionSGLD(sampler=...)`` takes it, or a ``functools.partial`` of
+    it. It must
+
+    * have a constructor ``(params, lr, *, num_data, temperature, seed, ...)`` that hands
+      ``{"lr": ..., "weight_decay": ..., "temperature": ..., "seed": ...}`` to this one as ``defaults``;
+    * implement :meth:`update`, whose draws come from ``self.key(group).at(stream=stream_id(role, self.index_of(p)))``
+      and whose noise has the variance ``self.noise_variance(group)``; what it keeps lies in ``self.state[p]``.
+
+    It may take any of :class:`~lightning_lpsgld.samplers.options.GridOptions` too (``**options`` that are passed on
+    count): the plugin gives an option to samplers that take it, and refuses a run that asks for one that the sampler
+    does not take. A sampler that keeps weights on a grid overrides :meth:`format_of` and :meth:`round_parameters_`.
 
     Args:
         params: Iterable of parameters, of named parameters, or of parameter groups.
@@ -46,6 +60,20 @@ class LangevinOptimizer(Optimizer):
 
     Raises:
         ValueError: If an argument is out of range; the message names it, the rule and the value.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lpsgld.random import Role, normals, stream_id
+        >>> class Plain(LangevinOptimizer):
+        ...     def __init__(self, params, lr, *, num_data, temperature=1.0, weight_decay=0.0, seed=0, **options):
+        ...         group = {"lr": lr, "weight_decay": weight_decay, "temperature": temperature, "seed": seed}
+        ...         super().__init__(params, group, num_data=num_data, **options)
+        ...     def update(self, group, params, grads):
+        ...         for p, g in zip(params, grads):
+        ...             key = self.key(group).at(stream=stream_id(Role.WEIGHT, self.index_of(p)))
+        ...             p.sub_(self.step_size(group) * (g + group["weight_decay"] * p))
+        ...             p.add_(self.noise_variance(group) ** 0.5 * normals(p.shape, key))
+        >>> opt = Plain(torch.nn.Linear(2, 1).parameters(), 0.1, num_data=100, check_finite=False)
     """
 
     #: Makes ``torch.amp.GradScaler`` hand over its scale instead of unscaling, so that :meth:`step` can refuse it.
@@ -75,6 +103,10 @@ class LangevinOptimizer(Optimizer):
         self._pending: tuple[Tensor, list[Tensor]] | None = None
         super().__init__(params, {**defaults, "step": 0})
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = written_out(cls)  # type: ignore[attr-defined]  # what `help` and `inspect` show
+
     # ------------------------------------------------------------------------------------------------ construction
 
     @classmethod
@@ -92,8 +124,10 @@ class LangevinOptimizer(Optimizer):
             The sampler; ``sampler.source`` is ``optimizer``.
 
         Raises:
+            TypeError: If an option asks for something that this sampler does not do.
             ValueError: If a group maximizes, or has no learning rate.
         """
+        options = accepted_options(cls, options)
         for group in optimizer.param_groups:
             if group.get("maximize"):
                 raise ValueError("`maximize=True` has no meaning for a posterior: return the negative as the loss.")
@@ -143,6 +177,25 @@ class LangevinOptimizer(Optimizer):
     def name_of(self, param: Tensor) -> str:
         """Name of a parameter, or its number among the sampler's parameters."""
         return self._names.get(param, f"parameter {self._indices[param]}")
+
+    # --------------------------------------------------------------------------------------------------------- facts
+
+    @property
+    def description(self) -> str:
+        """Name of the variant, for display."""
+        return type(self).__name__
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """Role of each rounded quantity and its format, for display."""
+        return {}
+
+    def format_of(self, param: Tensor) -> NumberFormat | None:
+        """Grid on which a parameter lies, ``None`` where it lies on none."""
+        return None
+
+    def round_parameters_(self) -> None:
+        """Bring the parameters onto their grid before the first step; nothing to do without one."""
 
     # ------------------------------------------------------------------------------------------------------ stepping
 

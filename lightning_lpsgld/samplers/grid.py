@@ -26,24 +26,15 @@ __all__ = ["GridSampler"]
 
 
 class GridSampler(LangevinOptimizer):
-    """Base of SGLD, SGHMC and preconditioned SGLD; their arguments of the same name are documented in :class:`SGLD`.
+    """Base of SGLD, SGHMC and preconditioned SGLD.
 
     Args:
         params: As :class:`LangevinOptimizer`.
-        options: Further options of a group, beside lr, weight decay, temperature and seed.
+        group_options: Further options of a group, beside lr, weight decay, temperature and seed.
         lr: η.
         num_data: N.
-        temperature: T.
-        weight_decay: λ.
-        weight_format: Grid of the weights.
-        gradient_format: Grid of the gradients.
-        accumulator: Where steps are summed.
-        variance_corrected: Round with Q^vc where the sum is kept on the grid.
-        seed: Seed of the draws.
-        backend: For the ops.
-        schedule: Factor on ``lr`` and gate of the noise.
-        full_precision: Parameters that are never rounded.
-        check_finite: Refuse NaN and infinity.
+
+    The other arguments are those of :class:`~lightning_lpsgld.samplers.options.GridOptions`; their defaults stand here.
 
     Raises:
         ValueError: If an argument is out of range, or a format is wider than a parameter's dtype.
@@ -55,21 +46,21 @@ class GridSampler(LangevinOptimizer):
     def __init__(
         self,
         params: Any,
-        options: dict[str, Any],
+        group_options: dict[str, Any],
         *,
         lr: float,
         num_data: int,
-        temperature: float,
-        weight_decay: float,
-        weight_format: FormatLike | None,
-        gradient_format: FormatLike | None,
-        accumulator: Literal["full", "low"],
-        variance_corrected: bool,
-        seed: int,
-        backend: BackendName,
-        schedule: StepSize | None,
-        full_precision: Iterable[Tensor],
-        check_finite: bool,
+        temperature: float = 1.0,
+        weight_decay: float = 0.0,
+        weight_format: FormatLike | None = None,
+        gradient_format: FormatLike | None = None,
+        accumulator: Literal["full", "low"] = "low",
+        variance_corrected: bool = True,
+        seed: int = 0,
+        backend: BackendName = "auto",
+        schedule: StepSize | None = None,
+        full_precision: Iterable[Tensor] = (),
+        check_finite: bool = True,
     ) -> None:
         if accumulator not in ("full", "low"):
             raise ValueError(f"`accumulator` must be 'full' or 'low', got {accumulator!r}.")
@@ -82,7 +73,8 @@ class GridSampler(LangevinOptimizer):
         self.saturated: list[tuple[list[Tensor], Tensor]] = []
         self.measured: list[StepStatistics] = []
         self._measure_next: int | None = None
-        defaults = {"lr": lr, "weight_decay": weight_decay, "temperature": temperature, "seed": int(seed), **options}
+        defaults = {"lr": lr, "weight_decay": weight_decay, "temperature": temperature, "seed": int(seed)}
+        defaults.update(group_options)
         super().__init__(params, defaults, num_data=num_data, schedule=schedule, check_finite=check_finite)
         for param in set(self._indices) - self.full_precision:
             for fmt in (self.weight_format, self.gradient_format):
@@ -109,9 +101,10 @@ class GridSampler(LangevinOptimizer):
         return None if exempt else self.gradient_format
 
     @property
-    def description(self) -> str:
-        """Name of the variant, for display."""
-        return type(self).__name__
+    def formats(self) -> dict[str, str]:
+        """Role of each rounded quantity and its format, for display."""
+        pairs = {"weights": self.weight_format, "gradients": self.gradient_format}
+        return {role: str(fmt) for role, fmt in pairs.items() if fmt is not None}
 
     # -------------------------------------------------------------------------------------------------- compensation
 

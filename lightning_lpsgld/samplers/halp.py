@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lightning_lpsgld.formats import (
     BlockFloatingPoint,
     FixedPoint,
     FormatLike,
-    NumberFormat,
     check_dtype,
     code_dtype,
     parse_format,
 )
 from lightning_lpsgld.ops import Encoded, decode, encode, quantize
 from lightning_lpsgld.ops.blocks import exponents_shape
-from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.random import Role, stream_id
-from lightning_lpsgld.samplers.step_size import StepSize
+from lightning_lpsgld.samplers.options import CentredOptions
 from lightning_lpsgld.samplers.updates import langevin_step_
 from lightning_lpsgld.samplers.variance_reduced import VarianceReduced
 
@@ -95,17 +93,9 @@ class HALP(VarianceReduced):
         power_of_two: Round δ up to a power of two.
         centre_dtype: Dtype of the centre; by default the parameter's, at least float32. With float64 beside float32
             parameters centres add up without loss, but gradients are still those of a float32 point.
-        num_data: N, number of training examples; only the noise depends on it.
-        temperature: T >= 0; 0 optimizes.
-        weight_decay: λ >= 0, of centre *and* offset.
-        gradient_format: Grid of the corrected gradient; a block format keeps the linear rate, a fixed one does not.
-        variance_corrected: Round with Q^vc; ``False`` adds the noise and rounds stochastically.
-        seed: Any int; equal on all ranks of a replica group.
-        backend: For the ops.
-        schedule: Factor on ``lr`` and gate of the noise, per step.
-        full_precision: Parameters moved by plain SVRG.
-        period: Steps between two centres in the Trainer; ``None``: one centre an epoch.
-        check_finite: Refuse a step whose loss or gradient is NaN or infinite.
+        options: See :class:`~lightning_lpsgld.samplers.options.CentredOptions`. Weight decay is of centre *and* offset;
+            a block ``gradient_format`` keeps the linear rate, a fixed one does not; ``full_precision`` parameters are
+            moved by plain SVRG.
 
     State (all in ``state_dict``): per group ``step``, ``inner``, ``seed``, ``mu``; per parameter ``centre``,
     ``full_gradient``, ``offset`` (integer codes), and ``gap`` or ``exponents``.
@@ -149,17 +139,7 @@ class HALP(VarianceReduced):
         scale: Literal["tensor", "global"] = "tensor",
         power_of_two: bool = False,
         centre_dtype: torch.dtype | None = None,
-        num_data: int = 1,
-        temperature: float = 0.0,
-        weight_decay: float = 0.0,
-        gradient_format: FormatLike | None = None,
-        variance_corrected: bool = True,
-        seed: int = 0,
-        backend: BackendName = "auto",
-        schedule: StepSize | None = None,
-        full_precision: Iterable[Tensor] = (),
-        period: int | None = None,
-        check_finite: bool = True,
+        **options: Unpack[CentredOptions],
     ) -> None:
         self.offset_format = _offset_format(word_length, offset_format)
         if scale not in ("tensor", "global"):
@@ -167,12 +147,7 @@ class HALP(VarianceReduced):
         self.scale = scale
         self.power_of_two = power_of_two
         self.centre_dtype = centre_dtype
-        super().__init__(
-            params, {"mu": mu}, lr=lr, weight_decay=weight_decay, temperature=temperature, seed=seed,
-            num_data=num_data, gradient_format=gradient_format, variance_corrected=variance_corrected,
-            backend=backend, schedule=schedule, full_precision=full_precision, period=period,
-            check_finite=check_finite,
-        )  # fmt: skip
+        super().__init__(params, {"mu": mu}, lr=lr, **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, which may have its own ``mu``."""
@@ -197,10 +172,6 @@ class HALP(VarianceReduced):
         return self.centre_dtype or torch.promote_types(param.dtype, torch.float32)
 
     # --------------------------------------------------------------------------------------------------------- facts
-
-    def format_of(self, param: Tensor) -> NumberFormat | None:
-        """``None``: a parameter is centre + offset, which lies on no fixed grid."""
-        return None
 
     @property
     def formats(self) -> dict[str, str]:

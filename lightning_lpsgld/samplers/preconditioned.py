@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
-from lightning_lpsgld.formats import FormatLike, NumberFormat
+from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops import quantize, quantize_variance_corrected
 from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.ops.spec import Accumulation
 from lightning_lpsgld.random import DrawKey, Role, normals, stream_id
 from lightning_lpsgld.samplers.base import IGNORED_OPTIONS, log
 from lightning_lpsgld.samplers.grid import GridSampler
+from lightning_lpsgld.samplers.options import GridOptions
 from lightning_lpsgld.samplers.statistics import Measured, StepStatistics, describe, rounding_variance, same_rows
-from lightning_lpsgld.samplers.step_size import StepSize
 from lightning_lpsgld.samplers.updates import saturated
 
 __all__ = ["PreconditionedSGLD", "PreconditionedSpec", "preconditioned_step_", "preconditioner_"]
@@ -164,23 +164,14 @@ class PreconditionedSGLD(GridSampler):
         params: Iterable of parameters or of parameter groups; as for :class:`SGLD`.
         lr: η >= 0, as for Adam.
         num_data: N, number of training examples.
-        temperature: T >= 0; 0 is (low-precision) RMSprop with bias correction.
-        weight_decay: λ >= 0; a Gaussian prior of variance T/(Nλ) per weight, inside the preconditioner as in Adam's
-            (not AdamW's) L2 term.
         beta: β in [0, 1), of the running second moment.
         eps: ε > 0.
         freeze_after: Steps of burn-in, >= 1, after which the preconditioner stays as it is; ``None``: never. In the
             second half of them V turns from a running into a plain mean, so that G is no accident of the last steps.
             Discard the burn-in: ``SampleCollector(start=freeze_after)``.
-        weight_format: Grid of the weights; ``None``: not rounded.
-        gradient_format: Grid of the gradients (stochastic rounding); ``None``: not rounded.
-        accumulator: ``"low"`` or ``"full"``, as for :class:`SGLD`.
-        variance_corrected: With a low accumulator, use Q^vc instead of adding noise and rounding.
-        seed: Any int. **Must be equal on all ranks of a replica group.**
-        backend: For the ops; there is no fused step.
-        schedule: Factor on ``lr`` and gate of the noise, per step.
-        full_precision: Parameters that are never rounded.
-        check_finite: Refuse a step whose loss or gradient is NaN or infinite.
+        options: See :class:`~lightning_lpsgld.samplers.options.GridOptions`. At ``temperature=0`` this is
+            (low-precision) RMSprop with bias correction; weight decay is inside the preconditioner, as in Adam's (not
+            AdamW's) L2 term. There is no fused step.
 
     State (all in ``state_dict``): per group ``step``, ``seed``, ``temperature``, ``lr``, ``weight_decay``, ``beta``,
     ``eps``, ``freeze_after``; per parameter ``second_moment`` (float32: four bytes a weight, not rounded), ``weight``
@@ -211,38 +202,13 @@ class PreconditionedSGLD(GridSampler):
         lr: float,
         *,
         num_data: int,
-        temperature: float = 1.0,
-        weight_decay: float = 0.0,
         beta: float = 0.99,
         eps: float = 1e-5,
-        weight_format: FormatLike | None = None,
-        gradient_format: FormatLike | None = None,
-        accumulator: Literal["full", "low"] = "low",
-        variance_corrected: bool = True,
-        seed: int = 0,
-        backend: BackendName = "auto",
-        schedule: StepSize | None = None,
-        full_precision: Iterable[Tensor] = (),
-        check_finite: bool = True,
         freeze_after: int | None = None,
+        **options: Unpack[GridOptions],
     ) -> None:
-        super().__init__(
-            params,
-            {"beta": beta, "eps": eps, "freeze_after": freeze_after},
-            lr=lr,
-            num_data=num_data,
-            temperature=temperature,
-            weight_decay=weight_decay,
-            weight_format=weight_format,
-            gradient_format=gradient_format,
-            accumulator=accumulator,
-            variance_corrected=variance_corrected,
-            seed=seed,
-            backend=backend,
-            schedule=schedule,
-            full_precision=full_precision,
-            check_finite=check_finite,
-        )
+        extra = {"beta": beta, "eps": eps, "freeze_after": freeze_after}
+        super().__init__(params, extra, lr=lr, num_data=num_data, **options)
 
     @classmethod
     def from_optimizer(cls: type[S], optimizer: Optimizer, **options: Any) -> S:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from lightning_lpsgld.formats import FormatLike, NumberFormat, check_dtype, parse_format
-from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.ops.spec import Accumulation
 from lightning_lpsgld.samplers.grid import GridSampler
+from lightning_lpsgld.samplers.options import GridOptions
 from lightning_lpsgld.samplers.statistics import Measured, StepStatistics
-from lightning_lpsgld.samplers.step_size import StepSize
 from lightning_lpsgld.samplers.underdamped import Flow, UnderdampedSpec, exact_flow, underdamped_step_
 from lightning_lpsgld.samplers.underdamped_statistics import underdamped_statistics
 
@@ -50,27 +49,20 @@ class SGHMC(GridSampler):
             :math:`u\eta^2/2` per unit of gradient. SGD with learning rate a and momentum m is, to leading order,
             :math:`\eta = \sqrt{a/u}` and :math:`\gamma = (1 - m)/\eta`.
         num_data: N, number of training examples.
-        temperature: T >= 0; 0 is (low-precision) gradient descent with momentum.
-        weight_decay: λ >= 0; the Gaussian prior it implies has variance T/(Nλ) per weight.
         friction: γ > 0, per unit of time; the velocity is forgotten after a time 1/γ.
         inverse_mass: u > 0.
-        weight_format: Grid of the weights; ``None``: neither weights nor velocities are rounded.
-        gradient_format: Grid of the gradients (stochastic rounding); ``None``: not rounded.
         velocity_format: Grid of the velocities, with a low accumulator; ``None``: float32.
         rescale_velocity: A fixed-point velocity is stored as v = S·(value on the grid), with one scale S per tensor,
             chosen at every step as the smallest power of two at which neither mean nor noise leaves the range. A power
             of two keeps the arithmetic exact and lets S change without rounding error; without it |v| is often below
             the gap. Block formats have their own scales and are not touched.
-        accumulator: ``"low"``: weights and velocities stay on their grids. ``"full"``: SGHMCLP-F.
-        variance_corrected: With a low accumulator, use Q^vc instead of adding noise and rounding.
-        seed: Any int. **Must be equal on all ranks of a replica group.**
-        backend: For the ops; there is no fused step.
-        schedule: Factor on ``lr`` and gate of the noise, per step.
-        full_precision: Parameters that are never rounded, nor their velocities.
-        check_finite: Refuse a step whose loss or gradient is NaN or infinite.
         drift: ``"corrected"``. ``"paper"``: as printed and coded by the authors: a plus before the gradient term of the
             position, and with variance correction independent noise of position and velocity. The stationary variance
             is then wrong (at u = 2, γ = 3, η = 0.09 it is 1.44 instead of 1.03 for U = x²/2). Only for comparisons.
+        options: See :class:`~lightning_lpsgld.samplers.options.GridOptions`. At ``temperature=0`` this is
+            (low-precision) gradient descent with momentum. Without a ``weight_format`` velocities are not rounded
+            either, nor are those of ``full_precision`` parameters; with ``accumulator="full"`` velocities are float32
+            too (SGHMCLP-F). There is no fused step.
 
     State (all in ``state_dict``): per group ``step``, ``seed``, ``temperature``, ``lr``, ``weight_decay``,
     ``friction``, ``inverse_mass``; per parameter ``velocity`` (float32, weight units per time, on its grid; starts at
@@ -109,26 +101,16 @@ class SGHMC(GridSampler):
         lr: float,
         *,
         num_data: int,
-        temperature: float = 1.0,
-        weight_decay: float = 0.0,
         friction: float,
         inverse_mass: float = 1.0,
-        weight_format: FormatLike | None = None,
-        gradient_format: FormatLike | None = None,
         velocity_format: FormatLike | None = None,
         rescale_velocity: bool = True,
-        accumulator: Literal["full", "low"] = "low",
-        variance_corrected: bool = True,
-        seed: int = 0,
-        backend: BackendName = "auto",
-        schedule: StepSize | None = None,
-        full_precision: Iterable[Tensor] = (),
-        check_finite: bool = True,
         drift: Literal["corrected", "paper"] = "corrected",
+        **options: Unpack[GridOptions],
     ) -> None:
         if drift not in ("corrected", "paper"):
             raise ValueError(f"`drift` must be 'corrected' or 'paper', got {drift!r}.")
-        if velocity_format is not None and accumulator == "full":
+        if velocity_format is not None and options.get("accumulator") == "full":
             raise ValueError(
                 "`velocity_format` has no place with accumulator='full': SGHMCLP-F keeps the velocity in float32. Use "
                 "accumulator='low', or velocity_format=None."
@@ -138,23 +120,8 @@ class SGHMC(GridSampler):
             check_dtype(self.velocity_format, torch.float32)
         self.rescale_velocity = rescale_velocity
         self.drift = drift
-        super().__init__(
-            params,
-            {"friction": friction, "inverse_mass": inverse_mass},
-            lr=lr,
-            num_data=num_data,
-            temperature=temperature,
-            weight_decay=weight_decay,
-            weight_format=weight_format,
-            gradient_format=gradient_format,
-            accumulator=accumulator,
-            variance_corrected=variance_corrected,
-            seed=seed,
-            backend=backend,
-            schedule=schedule,
-            full_precision=full_precision,
-            check_finite=check_finite,
-        )
+        extra = {"friction": friction, "inverse_mass": inverse_mass}
+        super().__init__(params, extra, lr=lr, num_data=num_data, **options)
 
     @classmethod
     def from_optimizer(cls: type[S], optimizer: Optimizer, **options: Any) -> S:
@@ -192,6 +159,12 @@ class SGHMC(GridSampler):
             kind, velocity = "VC" if self.variance_corrected else "naive", self.velocity_format or "not rounded"
             name = f"{kind} SGHMCLP-L (velocity {velocity})"
         return name if self.drift == "corrected" else f"{name}, drift as printed"
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """Role of each rounded quantity and its format, for display."""
+        rounded = self.weight_format is not None and self.velocity_format is not None
+        return {**super().formats, **({"velocities": str(self.velocity_format)} if rounded else {})}
 
     def flow(self, group: dict[str, Any], accumulation: Accumulation = "float") -> Flow:
         """Linear map and noise covariance of the current step of a group."""

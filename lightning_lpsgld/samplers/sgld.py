@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from typing_extensions import Unpack
 
-from lightning_lpsgld.formats import FloatingPoint, FormatLike, MicroscalingFloat
+from lightning_lpsgld.formats import FloatingPoint, MicroscalingFloat
 from lightning_lpsgld.ops import StepSpec
-from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.ops.lattice import RATES, Rates
 from lightning_lpsgld.ops.spec import Accumulation
 from lightning_lpsgld.samplers.grid import GridSampler
+from lightning_lpsgld.samplers.options import GridOptions
 from lightning_lpsgld.samplers.shards import local_part, sharded_steps_
 from lightning_lpsgld.samplers.statistics import Measured, StepStatistics, step_statistics
-from lightning_lpsgld.samplers.step_size import StepSize
 
 __all__ = ["SGLD"]
 
@@ -47,18 +47,6 @@ class SGLD(GridSampler):
         params: Iterable of parameters or of parameter groups; float32, or a dtype that can hold ``weight_format``.
         lr: Step size η >= 0 per batch-mean loss; every LR scheduler of PyTorch applies.
         num_data: N, number of training examples (not batches, not divided by the world size).
-        temperature: T >= 0; 1 samples the posterior, 0 is (low-precision) SGD.
-        weight_decay: λ >= 0; the Gaussian prior it implies has variance T/(Nλ) per weight.
-        weight_format: Grid of the weights, e.g. ``"bfp8"`` or a format object; ``None``: not rounded.
-        gradient_format: Grid of the gradients (stochastic rounding); ``None``: not rounded.
-        accumulator: ``"low"``: the weight itself stays on the grid. ``"full"``: steps are summed in a float32
-            accumulator (in the state), and the weight is its stochastic rounding.
-        variance_corrected: With a low accumulator, use Q^vc instead of adding noise and rounding.
-        seed: Any int. **Must be equal on all ranks of a replica group**, which then stay bit-identical.
-        backend: For the ops; ``"auto"`` takes the fastest one.
-        schedule: Factor on ``lr`` and gate of the noise, per step; see :mod:`.step_size`.
-        full_precision: Parameters that are never rounded although there is a ``weight_format``.
-        check_finite: Refuse a step whose loss or gradient is NaN or infinite.
         variant: ``"auto"``: the table above. ``"lattice"``: the walk between neighbouring grid points of
             :mod:`lightning_lpsgld.ops.lattice`, which has the right law where rounding alone has more variance than v.
             It needs T > 0, a fixed-point or block ``weight_format`` and a low accumulator; it has no fused kernels, so
@@ -69,6 +57,7 @@ class SGLD(GridSampler):
             the batch-mean loss, which the walk then takes out of its odds. A float, or a callable from a parameter to a
             float or to a tensor that broadcasts to it (of a sharded one: a float), called in every step. Estimate it
             from other batches than the present one.
+        options: See :class:`~lightning_lpsgld.samplers.options.GridOptions`.
 
     State (all in ``state_dict``): per group ``step``, ``seed``, ``temperature``, ``lr``, ``weight_decay``; per
     parameter ``accumulator`` (only with ``accumulator="full"``), ``shrinkage`` (only where :meth:`compensate` set it).
@@ -107,20 +96,10 @@ class SGLD(GridSampler):
         lr: float,
         *,
         num_data: int,
-        temperature: float = 1.0,
-        weight_decay: float = 0.0,
-        weight_format: FormatLike | None = None,
-        gradient_format: FormatLike | None = None,
-        accumulator: Literal["full", "low"] = "low",
-        variance_corrected: bool = True,
-        seed: int = 0,
-        backend: BackendName = "auto",
-        schedule: StepSize | None = None,
-        full_precision: Iterable[Tensor] = (),
-        check_finite: bool = True,
         variant: Literal["auto", "lattice"] = "auto",
         rates: Rates = "bernoulli",
         gradient_std: GradientStd = 0.0,
+        **options: Unpack[GridOptions],
     ) -> None:
         if variant not in ("auto", "lattice"):
             raise ValueError(f"`variant` must be 'auto' or 'lattice', got {variant!r}.")
@@ -131,23 +110,7 @@ class SGLD(GridSampler):
         self.variant = variant
         self.rates: Rates = rates
         self.gradient_std: GradientStd = gradient_std
-        super().__init__(
-            params,
-            {},
-            lr=lr,
-            num_data=num_data,
-            temperature=temperature,
-            weight_decay=weight_decay,
-            weight_format=weight_format,
-            gradient_format=gradient_format,
-            accumulator=accumulator,
-            variance_corrected=variance_corrected,
-            seed=seed,
-            backend=backend,
-            schedule=schedule,
-            full_precision=full_precision,
-            check_finite=check_finite,
-        )
+        super().__init__(params, {}, lr=lr, num_data=num_data, **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As :meth:`LangevinOptimizer.add_param_group`.

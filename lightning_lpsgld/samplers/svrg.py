@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lightning_lpsgld.formats import FormatLike, NumberFormat, check_dtype, parse_format
 from lightning_lpsgld.ops import quantize
-from lightning_lpsgld.ops.dispatch import BackendName
-from lightning_lpsgld.samplers.step_size import StepSize
+from lightning_lpsgld.samplers.options import CentredOptions
 from lightning_lpsgld.samplers.updates import langevin_steps_
 from lightning_lpsgld.samplers.variance_reduced import VarianceReduced
 
@@ -31,18 +30,8 @@ class SVRG(VarianceReduced):
     Args:
         params: Iterable of parameters or of parameter groups.
         lr: Step size η >= 0 per batch-mean loss.
-        num_data: N, number of training examples; only the noise depends on it.
-        temperature: T >= 0; 0 optimizes.
-        weight_decay: λ >= 0.
         weight_format: Grid of the weights; ``None``: not rounded.
-        gradient_format: Grid of the corrected gradient; ``None``: not rounded.
-        variance_corrected: Round with Q^vc; ``False`` adds the noise and rounds stochastically.
-        seed: Any int; equal on all ranks of a replica group.
-        backend: For the ops.
-        schedule: Factor on ``lr`` and gate of the noise, per step.
-        full_precision: Parameters that are never rounded.
-        period: Steps between two centres in the Trainer; ``None``: one centre an epoch.
-        check_finite: Refuse a step whose loss or gradient is NaN or infinite.
+        options: See :class:`~lightning_lpsgld.samplers.options.CentredOptions`.
 
     State (all in ``state_dict``): per group ``step``, ``inner``, ``seed``, ``temperature``; per parameter ``centre``
     and ``full_gradient``.
@@ -75,25 +64,11 @@ class SVRG(VarianceReduced):
         params: Any,
         lr: float,
         *,
-        num_data: int = 1,
-        temperature: float = 0.0,
-        weight_decay: float = 0.0,
         weight_format: FormatLike | None = None,
-        gradient_format: FormatLike | None = None,
-        variance_corrected: bool = True,
-        seed: int = 0,
-        backend: BackendName = "auto",
-        schedule: StepSize | None = None,
-        full_precision: Iterable[Tensor] = (),
-        period: int | None = None,
-        check_finite: bool = True,
+        **options: Unpack[CentredOptions],
     ) -> None:
         self.weight_format: NumberFormat | None = None if weight_format is None else parse_format(weight_format)
-        super().__init__(
-            params, {}, lr=lr, weight_decay=weight_decay, temperature=temperature, seed=seed, num_data=num_data,
-            gradient_format=gradient_format, variance_corrected=variance_corrected, backend=backend,
-            schedule=schedule, full_precision=full_precision, period=period, check_finite=check_finite,
-        )  # fmt: skip
+        super().__init__(params, {}, lr=lr, **options)
         for param in self._indices:
             fmt = self.format_of(param)
             if fmt is not None:

@@ -49,38 +49,30 @@ class VarianceReduced(LangevinOptimizer):
 
     Args:
         params: As :class:`LangevinOptimizer`.
-        options: Further options of a group.
+        group_options: Further options of a group.
         lr: Step size.
-        weight_decay: λ.
-        temperature: T.
-        seed: Seed of the draws.
-        num_data: N.
-        gradient_format: Grid of the *corrected* gradient.
-        variance_corrected: Round with Q^vc where there is noise.
-        backend: For the ops.
-        schedule: Factor on ``lr``.
-        full_precision: Parameters that are never rounded.
-        period: Steps between two centres in the Trainer; ``None``: one centre an epoch.
-        check_finite: Refuse NaN and infinity.
+
+    The other arguments are those of :class:`~lightning_lpsgld.samplers.options.CentredOptions`; their defaults stand
+    here. ``gradient_format`` is that of the *corrected* gradient.
     """
 
     def __init__(
         self,
         params: Any,
-        options: dict[str, Any],
+        group_options: dict[str, Any],
         *,
         lr: float,
-        weight_decay: float,
-        temperature: float,
-        seed: int,
-        num_data: int,
-        gradient_format: FormatLike | None,
-        variance_corrected: bool,
-        backend: BackendName,
-        schedule: StepSize | None,
-        full_precision: Iterable[Tensor],
-        period: int | None,
-        check_finite: bool,
+        num_data: int = 1,
+        temperature: float = 0.0,
+        weight_decay: float = 0.0,
+        gradient_format: FormatLike | None = None,
+        variance_corrected: bool = True,
+        seed: int = 0,
+        backend: BackendName = "auto",
+        schedule: StepSize | None = None,
+        full_precision: Iterable[Tensor] = (),
+        period: int | None = None,
+        check_finite: bool = True,
     ) -> None:
         if period is not None and period < 1:
             raise ValueError(f"`period` must be None or an int >= 1 (steps between two centres), got {period}.")
@@ -90,10 +82,9 @@ class VarianceReduced(LangevinOptimizer):
         self.full_precision = set(full_precision)
         self.period = period
         self.saturated: list[tuple[Tensor, Tensor]] = []
-        defaults = {"lr": lr, "weight_decay": weight_decay, "temperature": temperature, "seed": int(seed), **options}
-        super().__init__(
-            params, {**defaults, "inner": 0}, num_data=num_data, schedule=schedule, check_finite=check_finite
-        )
+        defaults = {"lr": lr, "weight_decay": weight_decay, "temperature": temperature, "seed": int(seed), "inner": 0}
+        defaults.update(group_options)
+        super().__init__(params, defaults, num_data=num_data, schedule=schedule, check_finite=check_finite)
         if self.gradient_format is not None:
             for param in set(self._indices) - self.full_precision:
                 check_dtype(self.gradient_format, param.dtype)
@@ -132,15 +123,6 @@ class VarianceReduced(LangevinOptimizer):
         if not self.centred:
             return True
         return first_batch if self.period is None else self.inner_steps >= self.period
-
-    @abstractmethod
-    def format_of(self, param: Tensor) -> NumberFormat | None:
-        """Grid on which a parameter itself lies, ``None`` where it lies on none."""
-
-    @property
-    @abstractmethod
-    def formats(self) -> dict[str, str]:
-        """Role of each rounded quantity and its format, for display."""
 
     def spec(self, group: dict[str, Any], fmt: NumberFormat | None, *, exempt: bool = False) -> StepSpec:
         """What the current step does to one parameter; ``exempt`` ones do not round their gradient either."""

@@ -1,6 +1,7 @@
 """What every sampler of the package promises, one test per promise, over all that ``samplers.__all__`` exports.
 
-A new sampler joins by being exported; one that needs more arguments than ``num_data`` is named in ``OPTIONS``.
+A new sampler joins by being exported; one that needs more arguments than ``num_data`` is named in ``OPTIONS``. So do
+two toys that a user could have written.
 """
 
 import inspect
@@ -8,6 +9,7 @@ import io
 
 import pytest
 import torch
+from helpers.toy_sampler import FloatToy, GridToy
 
 from lightning_lpsgld import samplers
 from lightning_lpsgld.samplers import LangevinOptimizer, VarianceReduced
@@ -18,7 +20,7 @@ SAMPLERS = {
     if inspect.isclass(member := getattr(samplers, name))
     and issubclass(member, LangevinOptimizer)
     and not getattr(member.update, "__isabstractmethod__", False)
-}
+} | {"FloatToy": FloatToy, "GridToy": GridToy}
 
 #: What a sampler needs or is worth trying with, beside ``num_data``.
 OPTIONS = {
@@ -27,6 +29,7 @@ OPTIONS = {
     "PreconditionedSGLD": {"weight_format": "bfp8", "gradient_format": "bfp8"},
     "SVRG": {"weight_format": "bfp8"},
     "HALP": {"mu": 0.5},
+    "GridToy": {"weight_format": "fixed16.12"},
 }
 
 
