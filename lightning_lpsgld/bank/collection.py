@@ -4,49 +4,45 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from lightning_lpsgld.bank.catalog import Catalog, Change, check_run, check_same_module, merged_labels
 from lightning_lpsgld.bank.errors import BankError
 from lightning_lpsgld.bank.folder import open_folder
-from lightning_lpsgld.bank.history import (
-    check_same_module,
-    check_same_retention,
-    keeps,
-    merged_labels,
-    restricted,
-    truncated,
-    with_arrival,
-    with_record,
-)
-from lightning_lpsgld.bank.manifest import MANIFEST, Manifest, Record
+from lightning_lpsgld.bank.manifest import MANIFEST, Manifest
+from lightning_lpsgld.bank.resume import readopted, resume_report, without_samples_after
 from lightning_lpsgld.bank.retention import Policy, check_retention
-from lightning_lpsgld.bank.sample import Damage, Sample, SampleInfo, encode_tensors
+from lightning_lpsgld.bank.sample import SampleInfo, encode_tensors
 from lightning_lpsgld.bank.spec import Formats, ModuleSpec, formats_by_name, module_tensors
 from lightning_lpsgld.bank.store import FileStore, MemoryStore
+from lightning_lpsgld.bank.writing import WrittenSamples
 
 __all__ = ["SampleBank"]
 
 log = logging.getLogger(__name__)
 
 
-class SampleBank:
+class SampleBank(WrittenSamples):
     r"""Posterior samples of one module, as codes and exponents; in memory or in a directory that survives crashes.
 
     A parameter on the grid of a format is stored as integer codes (and exponents, per block), losslessly; everything
     else (BatchNorm statistics, float32 parameters, counters) as it is; tied weights once. Loading copies values back
     and rounds nothing.
 
-    A directory holds one safetensors file per sample, named after chain, step and checksum, and ``manifest.json``.
-    A sample is written to a temporary file, synced and renamed, then the manifest is, so that a crash at any moment
-    leaves the bank as it was before or after the call. No pickle is written or read.
+    A directory holds one safetensors file per sample, named after chain, step and checksum, ``manifest.json``, and a
+    journal of what was added since the manifest was written. A sample is on the disk before the journal names it, so
+    that a crash at any moment leaves the bank as it was before or after the call. No pickle is written or read.
 
-    **Where the promise stops.** One writer per directory: a second one is noticed and refused, but not in every race.
-    Codes below 8 bits take a byte each. What modules keep outside parameters and persistent buffers
-    (``get_extra_state``) is not stored.
+    **One writer.** Creating or continuing a bank locks its directory until :meth:`close`, the end of the object or of
+    the process; a bank from :meth:`open` is locked from its first change on. Threads may share one object. What each
+    call may remove is the table in ``docs/durability.md``; nothing else ever removes a sample.
+
+    **Where the promise stops.** Behind fsspec there is no lock. Codes below 8 bits take a byte each. What modules keep
+    outside parameters and persistent buffers (``get_extra_state``) is not stored.
 
     Args:
         path: Directory of a new bank, or an address that fsspec knows (``"s3://..."``; see
@@ -58,7 +54,8 @@ class SampleBank:
         exist_ok: Continue the bank that is at ``path`` already; its capacity, policy and seed must be those given.
 
     Raises:
-        BankError: If a bank is there already and ``exist_ok`` is not set, or an argument is out of range.
+        BankError: If a bank is there already and ``exist_ok`` is not set, another writer has it open, or an argument
+            is out of range.
 
     Example:
         >>> import torch
@@ -87,14 +84,17 @@ class SampleBank:
         exist_ok: bool = False,
     ) -> None:
         check_retention(capacity, policy, seed)
-        self._manifest = Manifest(capacity=capacity, policy=policy, seed=seed)
-        self._damaged: dict[str, str] = {}
-        self._store: MemoryStore | FileStore = MemoryStore()
-        if path is not None:
-            store = FileStore(open_folder(path))
-            self._manifest = store.start(self._manifest, exist_ok=exist_ok)
+        self._hold(MemoryStore(), Catalog(capacity=capacity, policy=policy, seed=seed))
+        if path is None:
+            return
+        store = FileStore(open_folder(path))
+        try:
+            self._catalog = store.start(self._catalog, exist_ok=exist_ok)
             self._store = store
             self.verify()
+        except BaseException:
+            store.release()
+            raise
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> SampleBank:
@@ -116,7 +116,7 @@ class SampleBank:
         store = FileStore(open_folder(path))
         if not store.folder.exists(MANIFEST):
             raise BankError(f"There is no sample bank at {store.location}: it has no {MANIFEST}.")
-        bank._store, bank._manifest = store, store.load_manifest()
+        bank._store, bank._catalog = store, store.load()
         bank.verify(content=verify)
         return bank
 
@@ -125,104 +125,24 @@ class SampleBank:
         """Rebuild a lost or altered manifest from the sample files, each of which describes itself, and open the bank.
 
         Samples are ordered by step and chain. Files that do not match their own checksum are left where they are and
-        are not named by the new manifest; capacity and the history of rejected samples are not recovered.
+        are not named by the new manifest. Where nothing of the old manifest can be read, capacity and the history of
+        rejected samples are unknown; the bank then takes them from the next run or checkpoint that continues it.
 
         Raises:
-            BankError: If there is no intact sample, or there are samples of different modules.
+            BankError: If there is no intact sample, there are samples of different modules, or the bank has a writer.
         """
-        FileStore(open_folder(path)).rebuild()
+        store = FileStore(open_folder(path))
+        try:
+            store.rebuild()
+        finally:
+            store.release()
         return cls.open(path)
 
-    @property
-    def path(self) -> str | None:
-        """Where the bank is; ``None`` in memory."""
-        return self._store.location
+    def __enter__(self) -> SampleBank:
+        return self
 
-    @property
-    def fingerprint(self) -> str | None:
-        """Hash of the module's names, shapes, dtypes and formats; ``None`` while the bank is empty."""
-        return None if self._manifest.spec is None else self._manifest.spec.fingerprint
-
-    @property
-    def spec(self) -> ModuleSpec | None:
-        """The module's description; ``None`` while the bank is empty."""
-        return self._manifest.spec
-
-    @property
-    def _usable(self) -> list[Record]:
-        return [record for record in self._manifest.records if record.file not in self._damaged]
-
-    @property
-    def infos(self) -> list[SampleInfo]:
-        """Metadata of all samples, in the order of their index; no tensor is read."""
-        return [record.info for record in self._usable]
-
-    @property
-    def steps(self) -> list[int]:
-        """Step of each sample."""
-        return [record.info.step for record in self._usable]
-
-    @property
-    def chains(self) -> list[int]:
-        """Labels of the chains, ascending, each once."""
-        return sorted({record.info.chain for record in self._usable})
-
-    @property
-    def damaged(self) -> list[Damage]:
-        """Samples that cannot be used, and why."""
-        broken = (record for record in self._manifest.records if record.file in self._damaged)
-        return [Damage(record.info, record.file, self._damaged[record.file]) for record in broken]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the stored tensors of all samples (files add a header each)."""
-        return 0 if self.spec is None else len(self) * self.spec.nbytes
-
-    @property
-    def nbytes_fp32(self) -> int:
-        """Bytes that as many float32 ``state_dict`` copies would take."""
-        return 0 if self.spec is None else len(self) * self.spec.nbytes_fp32
-
-    def __len__(self) -> int:
-        return len(self._usable)
-
-    def __iter__(self) -> Iterator[Sample]:
-        for record in self._usable:
-            yield self._read(record)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.sample(index)
-
-    def __repr__(self) -> str:
-        where = "in memory" if self.path is None else f"at {self.path}"
-        damaged = f", {len(self._damaged)} damaged" if self._damaged else ""
-        return f"<SampleBank {where}: {len(self)} samples of {len(self.chains)} chains, {self.nbytes} bytes{damaged}>"
-
-    def sample(self, index: int) -> Sample:
-        """Sample number ``index``, read and checked.
-
-        Raises:
-            IndexError: If there is no such sample.
-            BankError: If its file has been damaged since the bank was opened.
-        """
-        return self._read(self._usable[index])
-
-    def _read(self, record: Record) -> Sample:
-        assert self.spec is not None
-        return Sample(record.info, self.spec, self._store.read(record, self.spec))
-
-    def load_into(self, module: nn.Module, index: int) -> None:
-        """Write sample number ``index`` into the module's own tensors, in place and without rounding.
-
-        Args:
-            module: The module that was sampled, or one built like it; any device.
-            index: 0 to ``len(bank) - 1``; negative ones count from the end.
-
-        Raises:
-            IndexError: If there is no such sample.
-            BankError: If the module differs in a name, shape or dtype, or the file is damaged; nothing is written then.
-        """
-        self.sample(index).load_into(module)
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def add(
         self,
@@ -253,61 +173,63 @@ class SampleBank:
             The sample's metadata, or ``None`` if the bank is full and its policy passes the sample over.
 
         Raises:
-            BankError: If a value is not on its grid, the module or its formats differ from those in the bank, or the
-                metadata is malformed. The bank is then unchanged.
+            BankError: If a value is not finite or not on its grid, the module or its formats differ from those in the
+                bank, the metadata is malformed, or another writer has the bank open. The bank is then unchanged.
         """
         info = SampleInfo(step, cycle, chain, temperature, lr, metrics or {})
         tensors = module_tensors(source) if isinstance(source, nn.Module) else dict(source)
         spec = ModuleSpec.of(tensors, formats_by_name(tensors, formats))
-        check_same_module(self._manifest, spec)
-        manifest = with_arrival(self._manifest, info)
-        kept = keeps(manifest, info)
-        if kept:
-            record = self._store.write(info, spec, encode_tensors(tensors, spec))
-            manifest = with_record(replace(manifest, spec=spec), record)
-            self._damaged.pop(record.file, None)
-        self._commit(manifest)
+        with self._writing():
+            if spec == self.spec:
+                spec = self.spec
+            check_same_module(self._catalog, spec)
+            change, kept = self._catalog.planned([info])
+            if kept:
+                record = self._store.write(info, spec, encode_tensors(tensors, spec))
+                change = replace(change, records=(record,))
+            self._commit(change, spec)
         return info if kept else None
 
-    def _commit(self, manifest: Manifest) -> None:
-        self._store.commit(manifest)
-        self._manifest = manifest
-        self._damaged = {r.file: self._damaged[r.file] for r in manifest.records if r.file in self._damaged}
+    def compact(self) -> None:
+        """Write the manifest anew, so that it names every sample without a journal; it happens by itself in time."""
+        with self._writing():
+            self._save(self._catalog)
 
-    def verify(self, *, content: bool = True) -> list[Damage]:
-        """Check every file again.
+    def claim(self, run: str, chains: Iterable[int]) -> None:
+        """Note that ``chains`` are written by the run with that id, and by no other.
 
         Args:
-            content: Compare checksums; otherwise sizes only.
+            run: 16 hexadecimal digits, drawn at random when a run starts.
+            chains: Labels of its chains.
 
-        Returns:
-            The damaged samples, also kept as :attr:`damaged`.
+        Raises:
+            BankError: If one of them has samples of another run.
         """
-        spec = self.spec
-        for record in self._manifest.records:
-            reason = None if spec is None else self._store.check(record, spec, content=content)
-            self._damaged.pop(record.file, None)
-            if reason is not None:
-                self._damaged[record.file] = reason
-                log.warning("Sample of chain %d, step %d is left out: %s", *record.key, reason)
-        return self.damaged
+        check_run(run)
+        chains = list(chains)
+        with self._writing():
+            self._catalog.check_runs(run, [c for c in chains if c in self._catalog.arrivals], self.path)
+            after = self._catalog.copied()
+            after.runs.update(dict.fromkeys(chains, run))
+            if after.runs != self._catalog.runs:
+                self._save(after)
 
-    def truncate(self, step: int) -> int:
-        """Drop all samples taken after ``step``: what a run that resumes from a checkpoint at ``step`` has to do.
+    def truncate(self, step: int, *, chains: Collection[int] | None = None) -> int:
+        """Drop samples taken after ``step``: what a run that resumes from a checkpoint at ``step`` has to do.
 
         With the samples of the repeated steps added again, the bank is that of an uninterrupted run, whatever its
         policy. (Until those steps are repeated, samples that a full bank had already discarded stay missing.)
 
+        Args:
+            step: The last step whose sample stays.
+            chains: Only samples of these chains; ``None``: of all.
+
         Returns:
             How many samples were dropped.
         """
-        return self._replace_manifest(truncated(self._manifest, step))
-
-    def _replace_manifest(self, manifest: Manifest) -> int:
-        dropped = len(self._manifest.records) - len(manifest.records)
-        if manifest != self._manifest:
-            self._commit(manifest)
-        return dropped
+        with self._writing():
+            labels = set(self._catalog.arrivals) if chains is None else set(chains)
+            return len(self._cut(self._catalog.truncated_arrivals(step, labels), labels))
 
     def merge(self, other: SampleBank, *, chains: Literal["keep", "renumber"] = "keep") -> None:
         """Add all samples of another bank of the same module.
@@ -318,21 +240,26 @@ class SampleBank:
 
         Raises:
             BankError: If the modules or formats differ, or with ``"keep"`` both banks have a sample of the same chain
-                and step.
+                and step, or a chain is one run's here and another's there.
         """
-        if other.spec is None:
+        spec = other.spec
+        if spec is None:
             return
-        check_same_module(self._manifest, other.spec)
-        labels = merged_labels(self._manifest, other.infos, chains)
-        manifest = self._manifest
-        for sample in other:
-            info = replace(sample.info, chain=labels[sample.chain])
-            manifest = with_arrival(manifest, info)
-            if keeps(manifest, info):
-                record = self._store.write(info, sample.spec, dict(sample.tensors))
-                manifest = with_record(replace(manifest, spec=sample.spec), record)
-                self._damaged.pop(record.file, None)
-        self._commit(manifest)
+        with self._writing():
+            check_same_module(self._catalog, spec)
+            labels = merged_labels(self._catalog, other._catalog, other.infos, chains)
+            infos = [replace(info, chain=labels[info.chain]) for info in other.infos]
+            change, kept = self._catalog.planned(infos)
+            records = []
+            for index, info in enumerate(infos):
+                if (info.chain, info.step) in kept:
+                    records.append(self._store.write(info, spec, dict(other.sample(index).tensors)))
+            self._commit(replace(change, records=tuple(records)), spec)
+            runs = {labels[chain]: run for chain, run in other.runs.items() if chain in labels}
+            if not runs.items() <= self._catalog.runs.items():
+                after = self._catalog.copied()
+                after.runs.update(runs)
+                self._save(after)
 
     @classmethod
     def merged(
@@ -357,40 +284,73 @@ class SampleBank:
             bank.merge(source if isinstance(source, SampleBank) else cls.open(source), chains=chains)
         return bank
 
+    # -------------------------------------------------------------------------------------------------- checkpoints
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint carries: all of a bank in memory; of a durable one the table of contents.
 
         Plain containers and tensors only, so that ``torch.load(weights_only=True)`` reads it.
         """
-        if not isinstance(self._store, MemoryStore):
-            return {"manifest": self._manifest.to_json(), "samples": None}
-        return {"manifest": self._manifest.to_json(), "samples": self._store.state(self._manifest)}
+        with self._guard:
+            manifest = Manifest(self._catalog).to_json()
+            if not isinstance(self._store, MemoryStore):
+                return {"manifest": manifest, "samples": None}
+            return {"manifest": manifest, "samples": self._store.state(self._catalog)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Become the bank that the checkpoint knew.
+    def load_state_dict(self, state: Mapping[str, Any], *, chains: Collection[int] | None = None) -> None:
+        """Become the bank that the checkpoint knew, in the chains that are this run's own.
 
-        In memory, its samples replace those that are here. A durable bank drops every sample that came after the
-        checkpoint (see :meth:`truncate`); one that the checkpoint knew and that is gone is logged as a warning.
+        In memory, its samples replace those of these chains. A durable bank drops the samples of these chains that
+        came after the checkpoint (see :meth:`truncate`). What is dropped, and what the checkpoint knew and is gone, is
+        logged as a warning, with counts. Other chains are never touched.
 
         Args:
             state: What :meth:`state_dict` returned.
+            chains: The run's own chains; ``None``: those that the checkpoint knew, and all of a bank in memory.
 
         Raises:
-            BankError: If it is malformed, of a bank of another kind, capacity or policy, or of another module.
+            BankError: If it is malformed, of a bank of another kind, capacity or policy, or of another module, or if
+                one of these chains is another run's by now.
         """
         if not isinstance(state, Mapping) or set(state) != {"manifest", "samples"}:
             raise BankError("The state of a sample bank must have `manifest` and `samples`.")
-        manifest = Manifest.from_json(state["manifest"])
-        check_same_retention(self._manifest, manifest)
+        known = Manifest.from_json(state["manifest"]).catalog
+        self._catalog.check_same_retention(known)
         if (state["samples"] is None) == isinstance(self._store, MemoryStore):
             raise BankError("A bank in memory and one in a directory cannot resume from each other's checkpoint.")
-        if isinstance(self._store, MemoryStore):
-            self._store, self._manifest = MemoryStore.from_state(manifest, state["samples"]), manifest
-            return
-        if manifest.spec is not None:
-            check_same_module(self._manifest, manifest.spec)
-        self._replace_manifest(restricted(self._manifest, manifest.arrivals))
-        usable = {record.key for record in self._usable}
-        gone = sorted(record.key for record in manifest.records if record.key not in usable)
-        if gone and manifest.capacity is None:
-            log.warning("The bank at %s lacks samples (chain, step) that the checkpoint knew: %s", self.path, gone)
+        if known.spec is not None and not (isinstance(self._store, MemoryStore) and chains is None):
+            check_same_module(self._catalog, known.spec)
+        with self._writing():
+            own = set(known.arrivals) if chains is None else set(chains)
+            for chain in own & known.runs.keys():
+                self._catalog.check_runs(known.runs[chain], [chain], self.path)
+            if isinstance(self._store, MemoryStore):
+                self._adopt_memory(
+                    known, state["samples"], own if chains is not None else {*own, *self._catalog.arrivals}
+                )
+            else:
+                self._resume(self._store, known, own)
+
+    def _adopt_memory(self, known: Catalog, samples: object, chains: set[int]) -> None:
+        assert isinstance(self._store, MemoryStore)
+        records = self._store.adopt(known, samples)
+        after, _ = without_samples_after(self._catalog, {}, chains, ())
+        after = self._catalog.copied() if after is None else after
+        after.spec = known.spec if after.spec is None or not after.records else after.spec
+        after.adopt_retention(known)
+        after.cut({chain: known.arrivals[chain] for chain in chains if chain in known.arrivals}, chains)
+        after.apply(Change((), tuple(record for record in records if record.info.chain in chains)))
+        after.runs.update({chain: run for chain, run in known.runs.items() if chain in chains})
+        self._save(after)
+
+    def _resume(self, store: FileStore, known: Catalog, chains: set[int]) -> None:
+        before = self._catalog
+        after, gone = without_samples_after(before, known.arrivals, chains, store.unlisted)
+        after = before.copied() if after is None else after
+        after.adopt_retention(known)
+        readopted(after, known, chains, lambda record, spec: store.check(record, spec, content=True) is None)
+        after.runs.update({chain: run for chain, run in known.runs.items() if chain in chains})
+        if after != before:
+            self._save(after)
+        for message in resume_report(before, known, chains, gone, {record.key for record in self._usable}, self.path):
+            log.warning(message)

@@ -1,131 +1,57 @@
-"""The table of contents of a bank: JSON with a version and a checksum of its own, read with distrust."""
+"""The table of contents as a file: JSON with a version and a checksum of its own, read with distrust."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from lightning_lpsgld.bank.catalog import Catalog, check_run
 from lightning_lpsgld.bank.errors import BankError
-from lightning_lpsgld.bank.retention import Policy, check_retention
-from lightning_lpsgld.bank.sample import SampleInfo
+from lightning_lpsgld.bank.records import Record, checksum, parse_sample_name
+from lightning_lpsgld.bank.retention import check_retention
 from lightning_lpsgld.bank.spec import ModuleSpec
 
-__all__ = ["MANIFEST", "Manifest", "Record", "checksum", "sample_name"]
+__all__ = ["MANIFEST", "MAX_MANIFEST_BYTES", "Manifest", "body_checksum", "check_json_size", "checksum"]
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_MANIFEST_BYTES = 2**28
-_SAMPLE = re.compile(r"sample-c(0|[1-9][0-9]{0,18})-s(0|[1-9][0-9]{0,18})-([0-9a-f]{40})\.safetensors")
-#: Room for the header of a safetensors file: a fixed part, and one line per tensor with its name and metadata.
-_HEADER_BYTES, _HEADER_BYTES_PER_ENTRY = 2**20, 2**13
-
-
-def checksum(data: bytes) -> str:
-    """BLAKE2b of ``data``, 40 hexadecimal digits."""
-    return hashlib.blake2b(data, digest_size=20).hexdigest()
-
-
-def sample_name(info: SampleInfo, digest: str) -> str:
-    """File name of a sample: chain, step and checksum of its content."""
-    return f"sample-c{info.chain}-s{info.step}-{digest}.safetensors"
-
-
-def parse_sample_name(name: str) -> tuple[int, int, str] | None:
-    """Chain, step and checksum in a sample's file name; ``None`` if it is not one."""
-    match = _SAMPLE.fullmatch(name)
-    return None if match is None else (int(match[1]), int(match[2]), match[3])
-
-
-@dataclass(frozen=True)
-class Record:
-    """A sample's line in the manifest.
-
-    Attributes:
-        info: Metadata.
-        file: Plain file name that holds chain, step and checksum.
-        size: Bytes of the file.
-    """
-
-    info: SampleInfo
-    file: str
-    size: int
-
-    @property
-    def key(self) -> tuple[int, int]:
-        """Chain and step: unique in a bank."""
-        return self.info.chain, self.info.step
-
-    @property
-    def checksum(self) -> str:
-        """Checksum of the file's content."""
-        return self.file[-52:-12]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain form."""
-        return {"info": self.info.to_json(), "file": self.file, "size": self.size}
-
-    @classmethod
-    def from_json(cls, data: object, spec: ModuleSpec) -> Record:
-        """Inverse of :meth:`to_json`.
-
-        Raises:
-            BankError: If ``data`` is malformed, the name is not one of ours, or the size cannot be right.
-        """
-        if not isinstance(data, dict) or set(data) != {"info", "file", "size"}:
-            raise BankError("A sample in the manifest must have the fields `info`, `file` and `size`.")
-        info, file, size = SampleInfo.from_json(data["info"]), data["file"], data["size"]
-        parsed = parse_sample_name(file) if isinstance(file, str) else None
-        if parsed is None or parsed[:2] != (info.chain, info.step):
-            raise BankError(
-                f"{file!r:.120} is not the file name of the sample of chain {info.chain} and step {info.step}; "
-                "only plain names of the bank's own pattern are opened."
-            )
-        check_size(file, size, spec)
-        return cls(info, file, size)
-
-
-def check_size(file: str, size: object, spec: ModuleSpec) -> None:
-    """Raise :class:`BankError` unless ``size`` is what a sample of ``spec`` can take."""
-    most = spec.nbytes + _HEADER_BYTES + _HEADER_BYTES_PER_ENTRY * len(spec.entries)
-    if type(size) is not int or not spec.nbytes < size <= most:
-        raise BankError(f"{file}: a sample of this module takes {spec.nbytes} to {most} bytes, not {size!r:.80}.")
+#: Most values in a manifest. Parsed, each takes up to a hundred bytes, however few its text has.
+_MAX_VALUES = 2**23
+_JOURNAL = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything about a bank but the tensors.
+    """What the manifest says.
 
     Attributes:
-        spec: The module's description; ``None`` until the first sample.
-        records: The samples, in the order in which they arrived.
-        arrivals: Per chain, the steps of all samples that were offered, kept or not.
-        capacity: Most samples kept per chain, or ``None``.
-        policy: What a full bank does.
-        seed: Seed of the reservoir.
+        catalog: The table of contents, without what the journal adds.
+        journal: Id of the journal that goes on from here; ``None``: there is none.
     """
 
-    spec: ModuleSpec | None = None
-    records: tuple[Record, ...] = ()
-    arrivals: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    capacity: int | None = None
-    policy: Policy = "thin"
-    seed: int = 0
+    catalog: Catalog
+    journal: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain form with version and checksum."""
+        catalog = self.catalog
         body = {
             "format": "lightning_lpsgld.bank",
             "version": FORMAT_VERSION,
-            "fingerprint": None if self.spec is None else self.spec.fingerprint,
-            "module": None if self.spec is None else self.spec.to_json(),
-            "capacity": self.capacity,
-            "policy": self.policy,
-            "seed": self.seed,
-            "arrivals": {str(chain): list(steps) for chain, steps in self.arrivals.items()},
-            "samples": [record.to_json() for record in self.records],
+            "fingerprint": None if catalog.spec is None else catalog.spec.fingerprint,
+            "module": None if catalog.spec is None else catalog.spec.to_json(),
+            "capacity": catalog.capacity,
+            "policy": catalog.policy,
+            "seed": catalog.seed,
+            "recovered": catalog.recovered,
+            "runs": {str(chain): run for chain, run in catalog.runs.items()},
+            "arrivals": {str(chain): list(steps) for chain, steps in catalog.arrivals.items()},
+            "samples": [record.to_json() for record in catalog.records.values()],
+            "removed": sorted(catalog.removed),
+            "journal": self.journal,
         }
         return {**body, "checksum": body_checksum(body)}
 
@@ -135,9 +61,11 @@ class Manifest:
         Raises:
             BankError: If it would be larger than what is read.
         """
-        data = json.dumps(self.to_json(), indent=1, allow_nan=False).encode()
-        if len(data) > MAX_MANIFEST_BYTES:
-            raise BankError(f"{MANIFEST} would exceed {MAX_MANIFEST_BYTES} bytes; start another bank and merge later.")
+        data = json.dumps(self.to_json(), separators=(",", ":"), allow_nan=False).encode()
+        try:
+            check_json_size(data)
+        except BankError as error:
+            raise BankError(f"{error} Start another bank and merge later.") from error
         return data
 
     @classmethod
@@ -147,6 +75,7 @@ class Manifest:
         Raises:
             BankError: If ``data`` is not a manifest that a bank of this or an earlier version wrote.
         """
+        check_json_size(data)
         try:
             parsed = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
@@ -168,15 +97,30 @@ class Manifest:
         samples = body["samples"]
         if not isinstance(samples, list) or (samples and spec is None):
             raise BankError(f"{MANIFEST}: `samples` must be a list, and empty without a module.")
-        records = tuple(Record.from_json(sample, spec) for sample in samples) if spec is not None else ()
-        arrivals = _arrivals_from_json(body["arrivals"])
-        keys = [record.key for record in records]
-        if len(set(keys)) != len(keys):
+        records = [Record.from_json(sample, spec) for sample in samples] if spec is not None else []
+        unique = {record.key: record for record in records}
+        if len(unique) != len(records):
             raise BankError(f"{MANIFEST}: two samples have the same chain and step.")
-        offered = {(chain, step) for chain, steps in arrivals.items() for step in steps}
-        if not offered.issuperset(keys):
-            raise BankError(f"{MANIFEST}: a sample is missing from `arrivals`.")
-        return cls(spec, records, arrivals, body["capacity"], body["policy"], body["seed"])
+        if type(body["recovered"]) is not bool:
+            raise BankError(f"{MANIFEST}: `recovered` must be true or false.")
+        catalog = Catalog(
+            spec, unique, _arrivals_from_json(body["arrivals"]), body["capacity"], body["policy"], body["seed"],
+            _runs_from_json(body["runs"]), _removed_from_json(body["removed"]), body["recovered"],
+        )  # fmt: skip
+        catalog.check_complete()
+        if catalog.removed & catalog.files:
+            raise BankError(f"{MANIFEST}: a sample is among `samples` and among `removed`.")
+        return cls(catalog, _journal_from_json(body["journal"]))
+
+
+def check_json_size(data: bytes) -> None:
+    """Raise :class:`BankError` if parsing ``data`` would take more memory than any bank's contents do."""
+    values = data.count(b",") + data.count(b"[") + data.count(b"{")
+    if len(data) > MAX_MANIFEST_BYTES or values > _MAX_VALUES:
+        raise BankError(
+            f"{MANIFEST} has {len(data)} bytes and {values} values; at most {MAX_MANIFEST_BYTES} bytes and "
+            f"{_MAX_VALUES} values are read."
+        )
 
 
 def _no_constant(text: str) -> float:
@@ -196,50 +140,67 @@ def body_checksum(body: dict[str, Any]) -> str:
     return checksum(text.encode())
 
 
-_FIELDS = {
-    "format",
-    "version",
-    "fingerprint",
-    "module",
-    "capacity",
-    "policy",
-    "seed",
-    "arrivals",
-    "samples",
-    "checksum",
+_FIELDS_1 = {
+    *("format", "version", "fingerprint", "module", "capacity", "policy", "seed", "arrivals", "samples", "checksum")
 }
+#: Fields by version, and what those that an older version lacks mean.
+_FIELDS = {1: _FIELDS_1, 2: _FIELDS_1 | {"recovered", "runs", "removed", "journal"}}
+_ABSENT: dict[str, Any] = {"recovered": False, "runs": {}, "removed": [], "journal": None}
 
 
 def _checked_body(data: object) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("format") != "lightning_lpsgld.bank":
         raise BankError(f"{MANIFEST} is not the manifest of a sample bank.")
     version = data.get("version")
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in _FIELDS:
         raise BankError(
-            f"{MANIFEST} has format version {version!r:.80}, this release reads {FORMAT_VERSION}. "
+            f"{MANIFEST} has format version {version!r:.80}, this release reads 1 to {FORMAT_VERSION}. "
             "Use a release that matches."
         )
-    if set(data) != _FIELDS:
-        raise BankError(f"{MANIFEST} must have exactly the fields {sorted(_FIELDS)}.")
+    if set(data) != _FIELDS[version]:
+        raise BankError(f"{MANIFEST} must have exactly the fields {sorted(_FIELDS[version])}.")
     body = {name: value for name, value in data.items() if name != "checksum"}
     if data["checksum"] != body_checksum(body):
         raise BankError(
             f"{MANIFEST} was altered: its checksum does not match. "
             "`SampleBank.recover(path)` rebuilds it from the samples."
         )
-    return body
+    return {**_ABSENT, **body}
 
 
-def _arrivals_from_json(data: object) -> dict[int, tuple[int, ...]]:
+def _chain_from_json(chain: object, where: str) -> int:
+    if not isinstance(chain, str) or not re.fullmatch(r"0|[1-9][0-9]{0,18}", chain) or int(chain) >= 2**63:
+        raise BankError(f"{MANIFEST}: {chain!r:.80} in `{where}` is no chain.")
+    return int(chain)
+
+
+def _arrivals_from_json(data: object) -> dict[int, list[int]]:
     if not isinstance(data, dict):
         raise BankError(f"{MANIFEST}: `arrivals` must map chains to lists of steps.")
-    arrivals: dict[int, tuple[int, ...]] = {}
-    for chain, steps in data.items():
-        if not isinstance(chain, str) or not re.fullmatch(r"0|[1-9][0-9]{0,18}", chain) or int(chain) >= 2**63:
-            raise BankError(f"{MANIFEST}: {chain!r:.80} in `arrivals` is no chain.")
+    arrivals: dict[int, list[int]] = {}
+    for name, steps in data.items():
+        chain = _chain_from_json(name, "arrivals")
         if not isinstance(steps, list) or not all(type(step) is int and 0 <= step < 2**63 for step in steps):
             raise BankError(f"{MANIFEST}: `arrivals` of chain {chain} must be a list of steps.")
         if len(set(steps)) != len(steps):
             raise BankError(f"{MANIFEST}: a step is twice in `arrivals` of chain {chain}.")
-        arrivals[int(chain)] = tuple(steps)
+        arrivals[chain] = list(steps)
     return arrivals
+
+
+def _runs_from_json(data: object) -> dict[int, str]:
+    if not isinstance(data, dict):
+        raise BankError(f"{MANIFEST}: `runs` must map chains to ids of runs.")
+    return {_chain_from_json(chain, "runs"): check_run(run) for chain, run in data.items()}
+
+
+def _removed_from_json(data: object) -> set[str]:
+    if not isinstance(data, list) or not all(isinstance(name, str) and parse_sample_name(name) for name in data):
+        raise BankError(f"{MANIFEST}: `removed` must be a list of sample files.")
+    return set(data)
+
+
+def _journal_from_json(data: object) -> str | None:
+    if data is not None and not (isinstance(data, str) and _JOURNAL.fullmatch(data)):
+        raise BankError(f"{MANIFEST}: `journal` must be null or 16 hexadecimal digits, got {data!r:.80}.")
+    return data

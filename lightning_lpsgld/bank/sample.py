@@ -174,18 +174,36 @@ def _encode_exactly(entry: EntrySpec, tensor: Tensor) -> dict[str, Tensor]:
     return tensors
 
 
+def _check_finite(name: str, tensor: Tensor) -> None:
+    """A sample with one NaN gives predictions that are averaged into finite, wrong scores: it is none."""
+    if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
+        return
+    missing, infinite = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+    finite = tensor[torch.isfinite(tensor)]
+    is_mask = not isinstance(tensor, nn.Parameter) and not missing and bool((finite == finite[:1]).all())
+    if not is_mask:
+        raise BankError(
+            f"`{name}` cannot be stored: {missing} of its {tensor.numel()} elements are NaN and {infinite} infinite: "
+            "this is no sample of any posterior. Lower the learning rate, or find out where they come from."
+        )
+
+
 @torch.no_grad()
 def encode_tensors(tensors: Mapping[str, Tensor], spec: ModuleSpec) -> dict[str, Tensor]:
     """What a sample stores of ``tensors``: CPU copies, codes and exponents where ``spec`` has a format.
 
+    Infinities are stored only in a tensor that is no parameter and has but one value beside them: a mask.
+
     Raises:
-        BankError: If a tensor with a format is not exactly on its grid. Negative zeros become positive.
+        BankError: If a tensor with a format is not exactly on its grid (negative zeros become positive), or an element
+            is NaN or infinite.
     """
     stored: dict[str, Tensor] = {}
     for entry in spec.entries:
         if entry.format is not None:
             stored.update(_encode_exactly(entry, tensors[entry.name]))
         else:
+            _check_finite(entry.name, tensors[entry.name])
             values = tensors[entry.name].detach()
             stored[f"values.{entry.name}"] = values.to("cpu", copy=True, memory_format=torch.contiguous_format)
     return {key: value.contiguous() for key, value in stored.items()}
@@ -281,6 +299,7 @@ def _check_targets(targets: Mapping[str, Tensor], stored: Mapping[str, EntrySpec
     for name, entry in stored.items():
         target = targets[name]
         check_storable(name, target)
+        _check_writable(name, target)
         if tuple(target.shape) != entry.shape or target.dtype != entry.dtype:
             raise BankError(
                 f"`{name}` is {tuple(target.shape)} {target.dtype} in the module, but the sample has {entry}."
@@ -288,3 +307,13 @@ def _check_targets(targets: Mapping[str, Tensor], stored: Mapping[str, EntrySpec
         owner = owners.setdefault(identity(target), entry)
         if owner is not entry:
             raise BankError(f"`{name}` is tied to `{owner.name}` in the module, but not in the sample.")
+
+
+def _check_writable(name: str, target: Tensor) -> None:
+    if target.is_meta:
+        raise BankError(f"`{name}` is on the meta device and has no memory to load into; use `module.to_empty` first.")
+    if any(stride == 0 and size > 1 for stride, size in zip(target.stride(), target.shape)):
+        raise BankError(
+            f"`{name}` is expanded: several of its elements are one number in memory, and cannot be set to several. "
+            "Make it a tensor of its own with `.clone()`."
+        )

@@ -237,12 +237,17 @@ class ModuleSpec:
         text = json.dumps(self.to_json(), separators=(",", ":"), sort_keys=True)
         return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
 
-    @property
+    @cached_property
+    def text(self) -> str:
+        """The plain form as JSON text."""
+        return json.dumps(self.to_json())
+
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of one sample's tensors."""
         return sum(entry.nbytes for entry in self.entries)
 
-    @property
+    @cached_property
     def nbytes_fp32(self) -> int:
         """Bytes of one float32 ``state_dict``, tied tensors counted once."""
         return sum(entry.nbytes_fp32 for entry in self.entries)

@@ -2,47 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+import logging
+import secrets
+from collections.abc import Mapping
 from typing import Protocol
 
-import safetensors.torch
 from torch import Tensor
 
+from lightning_lpsgld.bank.catalog import Catalog, Change, from_records
 from lightning_lpsgld.bank.errors import BankError
-from lightning_lpsgld.bank.folder import Folder, LocalFolder, RemoteFolder
-from lightning_lpsgld.bank.history import check_same_retention, from_records
-from lightning_lpsgld.bank.manifest import (
-    MANIFEST,
-    MAX_MANIFEST_BYTES,
-    Manifest,
-    Record,
-    check_size,
-    checksum,
-    parse_sample_name,
-    sample_name,
-)
+from lightning_lpsgld.bank.folder import LocalFolder, RemoteFolder
+from lightning_lpsgld.bank.journal import header, journal_name, line, replay
+from lightning_lpsgld.bank.lock import FileLock
+from lightning_lpsgld.bank.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest
+from lightning_lpsgld.bank.records import Record, checksum, parse_sample_name, sample_name
+from lightning_lpsgld.bank.recovery import intact_samples
 from lightning_lpsgld.bank.sample import SampleInfo
 from lightning_lpsgld.bank.spec import ModuleSpec
+from lightning_lpsgld.bank.tensors import check_tensors, parse_sample, sample_bytes
 
-__all__ = ["FileStore", "MemoryStore", "SampleStore", "check_tensors"]
+__all__ = ["FileStore", "MemoryStore", "SampleStore"]
 
+log = logging.getLogger(__name__)
 
-def check_tensors(tensors: Mapping[str, Tensor], spec: ModuleSpec, where: str) -> None:
-    """Raise :class:`BankError` unless ``tensors`` are what a sample of ``spec`` consists of."""
-    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    if found != spec.stored:
-        names = sorted(set(found) ^ set(spec.stored)) or [n for n in spec.stored if found[n] != spec.stored[n]]
-        raise BankError(f"{where} does not hold the tensors of this bank's module: `{names[0]}` differs.")
+#: A journal is folded into the manifest when it has at least so many lines, and as many as there are samples: then
+#: rewriting the manifest costs a constant share of every addition.
+_MIN_LINES = 1000
+_MAX_JOURNAL_BYTES = 2**26
 
 
 class SampleStore(Protocol):
-    """Keeps tensors; the manifest says which of them count."""
+    """Keeps tensors; the table of contents says which of them count."""
 
     location: str | None
+    #: Files of samples that the table of contents did not name when it was last read.
+    unlisted: list[str]
+
+    def acquire(self) -> bool:
+        """Become the only writer; whether the contents have changed since they were last read or written here."""
+
+    def release(self) -> None:
+        """Let others write."""
+
+    def doubt(self) -> None:
+        """Expect that what is kept may be another than what was last read or written here."""
+
+    def load(self) -> Catalog:
+        """Read the table of contents."""
 
     def write(self, info: SampleInfo, spec: ModuleSpec, tensors: dict[str, Tensor]) -> Record:
-        """Keep a sample; it counts from the next :meth:`commit` on."""
+        """Keep a sample; it counts from the change that names it on."""
 
     def read(self, record: Record, spec: ModuleSpec) -> dict[str, Tensor]:
         """Tensors of a sample; :class:`BankError` if they are not what was written."""
@@ -50,8 +61,14 @@ class SampleStore(Protocol):
     def check(self, record: Record, spec: ModuleSpec, *, content: bool) -> str | None:
         """Why a sample is damaged, or ``None``."""
 
-    def commit(self, manifest: Manifest) -> None:
-        """Make ``manifest`` the truth, and remove what it does not name."""
+    def save(self, catalog: Catalog) -> None:
+        """Make ``catalog`` the truth."""
+
+    def append(self, catalog: Catalog, change: Change) -> None:
+        """Make ``catalog`` with ``change`` the truth; the catalog itself is changed by the caller."""
+
+    def clean(self, catalog: Catalog) -> None:
+        """Remove what ``catalog.removed`` names, and take out of it what is gone."""
 
 
 class MemoryStore:
@@ -59,8 +76,23 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self.location: str | None = None
+        self.unlisted: list[str] = []
         self.tensors: dict[str, dict[str, Tensor]] = {}
         self._count = 0
+
+    def acquire(self) -> bool:
+        """Nobody else has it."""
+        return False
+
+    def release(self) -> None:
+        """Nothing to do."""
+
+    def doubt(self) -> None:
+        """Nothing to do."""
+
+    def load(self) -> Catalog:
+        """There is nothing that could be read again."""
+        raise BankError("A bank in memory is not kept anywhere else.")
 
     def write(self, info: SampleInfo, spec: ModuleSpec, tensors: dict[str, Tensor]) -> Record:
         """Keep the tensors as they are; the "checksum" of the name is a running number."""
@@ -77,37 +109,46 @@ class MemoryStore:
         """Memory is not damaged."""
         return None
 
-    def state(self, manifest: Manifest) -> list[dict[str, Tensor]]:
-        """Tensors of every sample that ``manifest`` names, in its order."""
-        return [dict(self.tensors[record.file]) for record in manifest.records]
+    def state(self, catalog: Catalog) -> list[dict[str, Tensor]]:
+        """Tensors of every sample that ``catalog`` names, in its order."""
+        return [dict(self.tensors[record.file]) for record in catalog.records.values()]
 
-    @classmethod
-    def from_state(cls, manifest: Manifest, samples: object) -> MemoryStore:
-        """Inverse of :meth:`state`.
+    def adopt(self, catalog: Catalog, samples: object) -> list[Record]:
+        """Inverse of :meth:`state`: keep these tensors beside those that are here, under new names.
 
         Raises:
-            BankError: If ``samples`` are not what ``manifest`` describes.
+            BankError: If ``samples`` are not what ``catalog`` describes; nothing is kept then.
         """
-        if not isinstance(samples, list) or len(samples) != len(manifest.records):
+        records = list(catalog.records.values())
+        if not isinstance(samples, list) or len(samples) != len(records):
             raise BankError("The state of a sample bank does not hold as many samples as its manifest names.")
-        store = cls()
-        for record, tensors in zip(manifest.records, samples):
+        for record, tensors in zip(records, samples):
             plain = isinstance(tensors, Mapping) and all(isinstance(tensor, Tensor) for tensor in tensors.values())
-            if not plain or manifest.spec is None:
+            if not plain or catalog.spec is None:
                 raise BankError("A sample in the state of a sample bank is not a mapping of tensors.")
-            check_tensors(tensors, manifest.spec, f"The sample of chain {record.info.chain}, step {record.info.step}")
-            store.tensors[record.file] = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-        store._count = max((int(record.checksum, 16) for record in manifest.records), default=0)
-        return store
+            check_tensors(tensors, catalog.spec, f"The sample of chain {record.info.chain}, step {record.info.step}")
+        assert catalog.spec is not None or not records
+        return [
+            self.write(record.info, catalog.spec, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
+            for record, tensors in zip(records, samples)
+            if catalog.spec is not None
+        ]
 
-    def commit(self, manifest: Manifest) -> None:
-        """Drop tensors without a record."""
-        named = {record.file for record in manifest.records}
-        self.tensors = {file: tensors for file, tensors in self.tensors.items() if file in named}
+    def save(self, catalog: Catalog) -> None:
+        """Nothing to do: the caller's catalog is the truth."""
+
+    def append(self, catalog: Catalog, change: Change) -> None:
+        """Nothing to do: the caller's catalog is the truth."""
+
+    def clean(self, catalog: Catalog) -> None:
+        """Drop tensors that are no sample's any more."""
+        for file in catalog.removed:
+            self.tensors.pop(file, None)
+        catalog.removed.clear()
 
 
 class FileStore:
-    """One safetensors file per sample and a manifest, in a folder with a single writer.
+    """One safetensors file per sample, a manifest and its journal, in a folder with a single writer.
 
     Args:
         folder: Where the files are.
@@ -116,53 +157,170 @@ class FileStore:
     def __init__(self, folder: LocalFolder | RemoteFolder) -> None:
         self.folder = folder
         self.location: str | None = folder.location
-        self._seen: bytes | None = None
-        self._named: set[str] | None = None  # sample files that the last manifest written here names
+        self.unlisted: list[str] = []
+        self._lock = FileLock(folder.path) if isinstance(folder, LocalFolder) else None
+        self._held = False
+        self._journal: str | None = None
+        self._lines = 0
+        self._torn = False
+        self._marks: tuple[object, object] | None = None
 
-    def start(self, manifest: Manifest, *, exist_ok: bool) -> Manifest:
-        """Begin a bank with ``manifest``, or continue the one that is there.
+    # ------------------------------------------------------------------------------------------------ who may write
+
+    def acquire(self) -> bool:
+        """Take the lock, if it is not held; then whether another writer has been here since."""
+        if self._held:
+            if self._marks is not None:
+                self._check_untouched()
+            return False
+        self._check_there()
+        if self._lock is not None:
+            self._lock.acquire()
+        self._held = True
+        self.folder.sweep()
+        return self._marks is not None and self._marks != self._current_marks()
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self._lock is not None:
+            self._lock.release()
+        self._held = False
+
+    def doubt(self) -> None:
+        """Forget how manifest and journal looked."""
+        self._marks = None
+
+    def _current_marks(self) -> tuple[object, object]:
+        journal = None if self._journal is None else self.folder.mark(journal_name(self._journal))
+        return self.folder.mark(MANIFEST), journal
+
+    def _check_there(self) -> None:
+        if not self.folder.there():
+            raise BankError(
+                f"The directory of the bank at {self.location} is gone: it was deleted or moved while it was in use. "
+                "Bring it back, or start a new bank elsewhere."
+            )
+
+    def _check_untouched(self) -> None:
+        if self._marks == self._current_marks():
+            return
+        self._check_there()
+        what = "has lost its manifest" if not self.folder.exists(MANIFEST) else "was changed by another writer"
+        raise BankError(
+            f"The bank at {self.location} {what} since it was opened. Open it again to see what is there, and give "
+            "every process a bank of its own; they can be merged."
+        )
+
+    # ------------------------------------------------------------------------------------------- table of contents
+
+    def start(self, catalog: Catalog, *, exist_ok: bool) -> Catalog:
+        """Begin a bank with ``catalog``, or continue the one that is there; others cannot write from here on.
 
         Raises:
-            BankError: If one is there and ``exist_ok`` is not set, or it was made otherwise, or has lost its manifest.
+            BankError: If one is there and ``exist_ok`` is not set, or it was made otherwise, has lost its manifest, or
+                has another writer.
         """
         self.folder.create()
+        self.acquire()
         if self.folder.exists(MANIFEST):
             if not exist_ok:
                 raise BankError(
                     f"A bank is at {self.location} already. Use `SampleBank.open`, `exist_ok=True`, or another path."
                 )
-            found = self.load_manifest()
-            check_same_retention(manifest, found)
+            found = self.load()
+            catalog.check_same_retention(found)
+            if found.recovered:
+                found.adopt_retention(catalog)
+                self.save(found)
             return found
         if any(parse_sample_name(name) for name in self.folder.names()):
             raise BankError(f"{self.location} has samples but no {MANIFEST}. `SampleBank.recover` rebuilds it.")
-        self.commit(manifest)
-        return manifest
+        self.save(catalog)
+        return catalog
 
-    def load_manifest(self) -> Manifest:
-        """Read and check the manifest.
+    def load(self) -> Catalog:
+        """Read and check manifest and journal.
 
         Raises:
-            BankError: If it is missing or malformed.
+            BankError: If one of them is missing or malformed.
         """
-        data = self.folder.read(MANIFEST, MAX_MANIFEST_BYTES)
-        manifest = Manifest.loads(data)
-        self._seen = data
-        return manifest
+        for _ in range(20):  # a writer may fold the journal into the manifest between our two looks
+            mark = self.folder.mark(MANIFEST)
+            manifest = Manifest.loads(self.folder.read(MANIFEST, MAX_MANIFEST_BYTES))
+            try:
+                return self._replayed(manifest, mark)
+            except BankError:
+                if self.folder.mark(MANIFEST) == mark:
+                    raise
+        raise BankError(f"The bank at {self.location} changes faster than it can be read.")
+
+    def _replayed(self, manifest: Manifest, mark: object) -> Catalog:
+        catalog = manifest.catalog
+        lines, torn, journal_mark = 0, 0, None
+        if manifest.journal is not None:
+            name = journal_name(manifest.journal)
+            journal_mark = self.folder.mark(name)
+            lines, torn = replay(catalog, manifest.journal, self.folder.read(name, MAX_MANIFEST_BYTES))
+        names = self.folder.names()
+        catalog.removed.intersection_update(names)
+        named = catalog.files | catalog.removed
+        self.unlisted = [n for n in names if n not in named and parse_sample_name(n) is not None]
+        self._journal, self._lines, self._torn = manifest.journal, lines, torn > 0
+        self._marks = mark, journal_mark
+        if torn:
+            log.warning(
+                "The journal of the bank at %s ends in an unfinished line: an addition was cut short, and does not "
+                "count. Files of samples that are not listed: %d.",
+                self.location,
+                len(self.unlisted),
+            )
+        return catalog
+
+    def save(self, catalog: Catalog) -> None:
+        """Write the manifest anew, with an empty journal behind it."""
+        self._check_there()
+        journal = secrets.token_hex(8) if self.folder.appends else None
+        data = Manifest(catalog, journal).dumps()
+        if journal is not None:
+            self.folder.write(journal_name(journal), header(journal), unnamed=True)
+        self.folder.write(MANIFEST, data)
+        self._journal, self._lines, self._torn = journal, 1, False
+        self._marks = self._current_marks()
+        stale = {name for name in self.folder.names() if name.startswith("journal-") and name.endswith(".jsonl")}
+        self.folder.remove(stale - ({journal_name(journal)} if journal is not None else set()))
+
+    def append(self, catalog: Catalog, change: Change) -> None:
+        """Write a line of the journal; now and then, and where that is not possible, the manifest anew."""
+        full = self._lines >= max(_MIN_LINES, len(catalog.records))
+        if self._journal is None or self._torn or full or self._journal_size() > _MAX_JOURNAL_BYTES:
+            after = catalog.copied()
+            after.apply(change)
+            self.save(after)
+            return
+        text = _compact(change)
+        self.folder.append(journal_name(self._journal), line(self._journal, self._lines, text))
+        self._lines += 1
+        self._marks = self._current_marks()
+
+    def _journal_size(self) -> int:
+        return 0 if self._journal is None else self.folder.size(journal_name(self._journal))
+
+    def clean(self, catalog: Catalog) -> None:
+        """Remove files of discarded samples; what resists is tried again next time."""
+        if catalog.removed:
+            catalog.removed -= self.folder.remove(catalog.removed)
+
+    # ------------------------------------------------------------------------------------------------------ samples
 
     def write(self, info: SampleInfo, spec: ModuleSpec, tensors: dict[str, Tensor]) -> Record:
         """Write a sample file, whole or not at all."""
-        self._check_single_writer()
-        header = {"format": "lightning_lpsgld.sample", "version": "1", "info": json.dumps(info.to_json())}
-        data = _sorted_header(safetensors.torch.save(tensors, {**header, "module": json.dumps(spec.to_json())}))
+        data = sample_bytes(info, spec, tensors)
         record = Record(info, sample_name(info, checksum(data)), len(data))
-        self.folder.write(record.file, data)
-        if self._named is not None:
-            self._named.add(record.file)
+        self.folder.write(record.file, data, unnamed=True)
         return record
 
     def read(self, record: Record, spec: ModuleSpec) -> dict[str, Tensor]:
-        """Read a sample file; size, checksum, names, dtypes and shapes are checked first."""
+        """Read a sample file; size, checksum, names, dtypes, shapes and codes are checked first."""
         return parse_sample(self._content(record), spec, record.file)
 
     def _content(self, record: Record) -> bytes:
@@ -185,92 +343,42 @@ class FileStore:
             return str(error)
         return None
 
-    def commit(self, manifest: Manifest) -> None:
-        """Replace the manifest, then remove sample files that it does not name and what crashes left behind."""
-        self._check_single_writer()
-        data = manifest.dumps()
-        self.folder.write(MANIFEST, data)
-        self._seen = data
-        named = {record.file for record in manifest.records}
-        if self._named is None:  # only the first time: what a killed process left can be anything
-            self._named = {name for name in self.folder.names() if parse_sample_name(name) is not None}
-            self.folder.sweep()
-        self.folder.remove(self._named - named)
-        self._named = named
-
     def rebuild(self) -> None:
         """Write a manifest of all intact samples over whatever is there; remove nothing else.
+
+        What can be read of the old one is kept: all of it if its journal can be read too, otherwise capacity, policy,
+        seed and runs.
 
         Raises:
             BankError: If there is no intact sample, or there are samples of different modules.
         """
-        found = list(self.scan())
+        self._marks = None
+        self.acquire()
+        try:
+            catalog = self.load()
+        except BankError:
+            catalog = self._from_files()
+        else:
+            for record, spec in intact_samples(self.folder, self.unlisted):
+                if catalog.spec in (None, spec) and record.key not in catalog.records:
+                    catalog.spec = spec
+                    catalog.apply(Change((record.key,), (record,)))
+        self.save(catalog)
+
+    def _from_files(self) -> Catalog:
+        found = list(intact_samples(self.folder, self.folder.names()))
         if not found:
             raise BankError(f"{self.location} holds no intact sample.")
         specs = {spec.fingerprint: spec for _, spec in found}
         if len(specs) > 1:
             raise BankError(f"{self.location} holds samples of {len(specs)} modules; move those of one elsewhere.")
-        manifest = from_records([record for record, _ in found], found[0][1])
-        self.folder.write(MANIFEST, manifest.dumps())
-
-    def _check_single_writer(self) -> None:
-        now = self.folder.read(MANIFEST, MAX_MANIFEST_BYTES) if self.folder.exists(MANIFEST) else None
-        if now != self._seen:
-            raise BankError(
-                f"The bank at {self.location} was changed by another writer since it was opened. "
-                "Give every process a bank of its own and merge them."
-            )
-
-    def scan(self) -> Iterable[tuple[Record, ModuleSpec]]:
-        """Intact samples, found without a manifest; damaged files are passed over."""
-        for name in self.folder.names():
-            if parse_sample_name(name) is None:
-                continue
-            try:
-                yield _self_description(name, self.folder)
-            except BankError:
-                continue
+        catalog = from_records((record for record, _ in found), found[0][1])
+        with contextlib.suppress(BankError):
+            old = Manifest.loads(self.folder.read(MANIFEST, MAX_MANIFEST_BYTES)).catalog
+            catalog.adopt_retention(old)
+            catalog.runs = dict(old.runs)
+        return catalog
 
 
-def _sorted_header(data: bytes) -> bytes:
-    """The same file with its metadata in order: safetensors writes them in one that changes from process to process.
-
-    Then equal samples are equal files with equal names, and a resumed run leaves the bytes of an uninterrupted one.
-    """
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    metadata = dict(sorted(header.pop("__metadata__").items()))
-    text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[8 + length :]
-
-
-def parse_sample(data: bytes, spec: ModuleSpec, where: str) -> dict[str, Tensor]:
-    """Tensors of a sample file's content.
-
-    Raises:
-        BankError: If it is not a safetensors file of exactly the tensors of ``spec``.
-    """
-    try:
-        tensors = safetensors.torch.load(data)
-    except Exception as error:  # what a parser raises on foreign bytes is not ours to list
-        raise BankError(f"{where} is not a readable safetensors file: {str(error)[:200]}.") from error
-    check_tensors(tensors, spec, where)
-    return tensors
-
-
-def _self_description(name: str, folder: Folder) -> tuple[Record, ModuleSpec]:
-    parsed = parse_sample_name(name)
-    data = folder.read(name, folder.size(name))
-    if parsed is None or checksum(data) != parsed[2]:
-        raise BankError(f"{name} was altered: its checksum does not match.")
-    try:
-        length = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + length])["__metadata__"]
-        info, spec = json.loads(metadata["info"]), ModuleSpec.from_json(json.loads(metadata["module"]))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise BankError(f"{name} does not describe itself: {error}") from error
-    record = Record.from_json({"info": info, "file": name, "size": len(data)}, spec)
-    check_size(name, len(data), spec)
-    parse_sample(data, spec, name)
-    return record, spec
+def _compact(change: Change) -> str:
+    return json.dumps(change.to_json(), separators=(",", ":"), allow_nan=False)

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightning_lpsgld.bank import SampleBank
+from lightning_lpsgld.bank import BankError, SampleBank
 from lightning_lpsgld.distributed import RunsChains
 
 __all__ = ["add_sample", "chain_count"]
@@ -40,19 +40,29 @@ def add_sample(
         chain: Label of chain 0; the others follow.
         to_all: Whether all ranks write.
         info: Further arguments of :meth:`SampleBank.add`.
+
+    Raises:
+        BankError: If the sample of one of the chains is refused; on the ranks that write.
     """
     strategy = trainer.strategy
     if not isinstance(strategy, RunsChains) or strategy.chains == 1:
         if bank is not None:
             bank.add(tensors, chain=chain, **info)
         return
-    mine = None
+    mine: dict[str, Any] | BankError | None = None
     if strategy.leads:
         alone = SampleBank()
-        alone.add(tensors, chain=chain + strategy.chain, **info)
-        mine = alone.state_dict()
-    for state in strategy.gather_objects(mine, to_all=to_all):
-        if state is not None and bank is not None:
+        try:
+            alone.add(tensors, chain=chain + strategy.chain, **info)
+            mine = alone.state_dict()
+        except BankError as error:
+            mine = BankError(f"Chain {chain + strategy.chain}: {error}")  # all ranks must reach the exchange
+    gathered = [part for part in strategy.gather_objects(mine, to_all=to_all) if part is not None]
+    for part in gathered:
+        if isinstance(part, BankError):
+            raise part
+    for part in gathered:
+        if bank is not None:
             other = SampleBank()
-            other.load_state_dict(state)
+            other.load_state_dict(part)
             bank.merge(other)

@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from lightning_lpsgld.bank import BankError, SampleBank, module_tensors
 from lightning_lpsgld.callbacks.chains import add_sample, chain_count
+from lightning_lpsgld.callbacks.ranks import raise_everywhere
+from lightning_lpsgld.callbacks.run_facts import (
+    cycles_of,
+    formats_of,
+    full_tensors,
+    optimizer_of,
+    start_in_steps,
+    total_steps_of,
+)
 from lightning_lpsgld.callbacks.schedule import CollectionSchedule
-from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.samplers import CyclicalStepSize, LangevinOptimizer
 
 __all__ = ["SampleCollector"]
-
-
-@runtime_checkable
-class _OnGrid(Protocol):
-    """A sampler that keeps parameters on grids."""
-
-    def format_of(self, param: Tensor) -> NumberFormat | None: ...
 
 
 class SampleCollector(Callback):
@@ -38,9 +37,12 @@ class SampleCollector(Callback):
     the same step are written. Parameters on a grid are stored as codes and exponents; with ``accumulator="full"`` a
     sample is the rounded view that the forward pass sees. Any other optimizer is collected from as it is.
 
-    Resuming with ``fit(ckpt_path=...)`` cuts the bank back to the checkpoint, so that it becomes the bank of an
-    uninterrupted run. A further ``fit`` with the same trainer and callback continues the bank. ``fast_dev_run``
-    collects into memory and leaves ``path`` alone.
+    Every run has an id, drawn when it starts, kept in its checkpoints and in the bank. Resuming with
+    ``fit(ckpt_path=...)`` cuts the run's own chains back to the checkpoint, so that they become those of an
+    uninterrupted run; it says how many samples it drops, and which ones are missing. Samples of other runs are never
+    touched, and a bank in which the chain is another run's is refused. The bank is locked from the start of the fit to
+    its end, so that two runs on one path are refused at once. A further ``fit`` with the same trainer and callback
+    continues the bank. ``fast_dev_run`` collects into memory and leaves ``path`` alone.
 
     Args:
         path: Directory or fsspec address of the bank, written by rank zero; every rank must be able to read it.
@@ -59,7 +61,9 @@ class SampleCollector(Callback):
     Raises:
         ValueError: If an argument is out of range; when training starts, if it is certain that no step of the run will
             give a sample, or a fraction or a cycle length cannot be resolved.
-        BankError: When training starts, if samples of another run are at ``path`` and ``append`` is not set.
+        BankError: On every rank. When training starts, if samples of another run are at ``path`` and ``append`` is not
+            set, another run is writing there, or the bank is not that of the checkpoint. When a sample is taken, if it
+            is refused (it is not finite), or the bank was deleted, moved or changed by others.
 
     Warns:
         If a run ends without a sample.
@@ -113,6 +117,8 @@ class SampleCollector(Callback):
         self._bank: SampleBank | None = None
         self.schedule: CollectionSchedule | None = None
         self.collected = 0
+        #: Id of the run, 16 hexadecimal digits; ``None`` before training starts.
+        self.run: str | None = None
         self._label = self.chain
         self._burn_in: int | None = None
         self._seen: int | None = None
@@ -151,11 +157,19 @@ class SampleCollector(Callback):
             self._forget()
             self._dry = dry
         self._writes = trainer.is_global_zero or self.path is None or dry
-        if self._pending is not None:
-            self._restore(self._pending)
-            self._pending = None
-        else:
-            self._start_anew(trainer)
+        pending, self._pending = self._pending, None
+        problem: Exception | None = None
+        try:
+            if pending is None:
+                self._start_anew(trainer)
+            else:
+                self._restore(pending, chain_count(trainer))
+        except (BankError, OSError) as error:
+            problem = error
+            self._close()
+            self._bank = None
+        raise_everywhere(problem)  # a rank that went on alone would wait for the others for ever
+        self._label, self.run = trainer.strategy.broadcast((self._label, self.run))
         self.schedule = CollectionSchedule() if dry else self._resolve_schedule(trainer)
         self._refuse_hopeless(trainer)
         self._warn_if_lost(trainer)
@@ -165,7 +179,7 @@ class SampleCollector(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Note the step size before schedulers change it."""
-        optimizer = _optimizer(trainer)
+        optimizer = optimizer_of(trainer)
         group = optimizer.param_groups[0]
         lr = optimizer.step_size(group) if isinstance(optimizer, LangevinOptimizer) else group.get("lr")
         self._lr = None if lr is None else float(lr)
@@ -191,6 +205,18 @@ class SampleCollector(Callback):
             f"start={self._burn_in} and {self._description()}. Lower `start` or `every`, or train longer."
         )
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Let others write the bank."""
+        self._close()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let others write the bank."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._bank is not None:
+            self._bank.close()
+
     @property
     def _by_epoch(self) -> bool:
         return self.every == "epoch" and not self._dry
@@ -212,24 +238,27 @@ class SampleCollector(Callback):
 
     def _collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         assert self.schedule is not None
-        optimizer = _optimizer(trainer)
+        optimizer = optimizer_of(trainer)
         temperature = optimizer.param_groups[0]["temperature"] if isinstance(optimizer, LangevinOptimizer) else None
-        tensors = _full_tensors(module_tensors(pl_module))  # a sharded module is gathered on all ranks
-        add_sample(
-            self._bank if self._writes else None,
-            trainer,
-            tensors,
-            chain=self._label,
-            to_all=self.path is None or self._dry,
-            step=step,
-            cycle=self.schedule.cycle(step),
-            temperature=None if temperature is None else float(temperature),
-            lr=self._lr,
-            formats=_formats(trainer, pl_module),
-        )
+        tensors = full_tensors(module_tensors(pl_module))  # a sharded module is gathered on all ranks
+        problem: Exception | None = None
+        try:
+            add_sample(
+                self._bank if self._writes else None,
+                trainer,
+                tensors,
+                chain=self._label,
+                to_all=self.path is None or self._dry,
+                step=step,
+                cycle=self.schedule.cycle(step),
+                temperature=None if temperature is None else float(temperature),
+                lr=self._lr,
+                formats=formats_of(trainer, pl_module),
+            )
+        except (BankError, OSError) as error:
+            problem = error
+        raise_everywhere(problem)
         self.collected += 1
-        if self.path is not None and not self._dry:
-            trainer.strategy.barrier("SampleCollector")
 
     # ----------------------------------------------------------------------------------------------------- starting
 
@@ -239,19 +268,20 @@ class SampleCollector(Callback):
                 f"SampleCollector has seen {self._seen} steps of another run, and this one starts at step "
                 f"{trainer.global_step}. Use a new SampleCollector for a new run, or resume with `ckpt_path`."
             )
-        problem: BankError | None = None
-        if self._bank is None and self._writes:
-            try:
-                self._bank = self._open()
-                self._refuse_foreign_samples(chain_count(trainer))
-            except BankError as error:
-                problem = error
-        # the writer's fate is everyone's: a rank that went on alone would wait for the others for ever
-        self._label, message = trainer.strategy.broadcast((self._label, None if problem is None else str(problem)))
-        if message is not None:
-            self._bank = None
-            raise problem or BankError(message)
+        new = self._bank is None
+        if new or self.run is None:
+            self.run = secrets.token_hex(8)
         self._seen = trainer.global_step
+        if not self._writes:
+            return
+        if self._bank is None:
+            self._bank = self._open()
+            self._refuse_foreign_samples(chain_count(trainer))
+        self._bank.claim(self.run, self._chains(chain_count(trainer)))
+
+    def _chains(self, count: int) -> range:
+        """Labels of the chains that this run writes."""
+        return range(self._label, self._label + count)
 
     def _open(self) -> SampleBank:
         path = None if self._dry else self.path
@@ -269,46 +299,50 @@ class SampleCollector(Callback):
                 "fit starts a new run. Resume that run with `fit(ckpt_path=...)`, give SampleCollector another path, "
                 "or add to it as a further chain with `append=True`."
             )
-        if taken.intersection(range(self._label, self._label + chains)):
+        if taken.intersection(self._chains(chains)):
             self._label = max(taken) + 1
             rank_zero_info(f"SampleCollector appends to {self.path} as chain {self._label}.")
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
+    def _restore(self, state: Mapping[str, Any], chains: int) -> None:
         self._seen, self.collected = state["seen"], state["collected"]
         self._label, self._lr = state["chain"], state["lr"]
         asked, resolved = state["start"]
         self._burn_in = resolved if asked == self.start else None  # a fraction keeps its meaning if the run is extended
+        self.run = state.get("run") or secrets.token_hex(8)  # checkpoints of the first releases have none
         if not self._writes:
             return
-        self._bank = self._open()
+        if self.path is not None or self._bank is None:
+            self._close()
+            self._bank = self._open()
+        if state.get("run") and self.path is not None:
+            self._refuse_other_bank(self._bank, self.run)
         if state["bank"] is not None:
-            self._bank.load_state_dict(state["bank"])
+            self._bank.load_state_dict(state["bank"], chains=self._chains(chains))
+        self._bank.claim(self.run, self._chains(chains))
+
+    def _refuse_other_bank(self, bank: SampleBank, run: str) -> None:
+        others = sorted(set(bank.runs.values()))
+        if len(bank) and others and run not in others:
+            raise BankError(
+                f"The checkpoint is one of run {run}, and the {len(bank)} samples at {bank.path} are those of "
+                f"run {' and run '.join(others)}: they are not mixed. Give the path of this run's bank, "
+                "or an empty one."
+            )
 
     def _resolve_schedule(self, trainer: pl.Trainer) -> CollectionSchedule:
         if self._burn_in is None:
-            self._burn_in = self._resolve_start(trainer)
+            self._burn_in = start_in_steps(self.start, trainer)
         if self.per_cycle is None:
-            cycles = _cycles(trainer)
-            length = None if cycles is None else cycles.cycle_length
-            return CollectionSchedule(self._burn_in, self.every, cycle_length=length, cycles=cycles)
+            found = cycles_of(trainer)
+            length = None if found is None else found.cycle_length
+            return CollectionSchedule(self._burn_in, self.every, cycle_length=length, cycles=found)
         batches = trainer.num_training_batches
         epoch = math.ceil(batches / trainer.accumulate_grad_batches) if batches != math.inf else None
         cycles = self._resolve_cycles(trainer)
         return CollectionSchedule(self._burn_in, self.every, self.per_cycle, cycles.cycle_length, epoch, cycles)
 
-    def _resolve_start(self, trainer: pl.Trainer) -> int:
-        if isinstance(self.start, int):
-            return self.start
-        total = _total_steps(trainer)
-        if math.isinf(total):
-            raise ValueError(
-                f"SampleCollector: start={self.start} is a fraction of the run, whose number of steps is not known. "
-                "Set `max_steps`, or give `start` in steps."
-            )
-        return int(self.start * total)
-
     def _resolve_cycles(self, trainer: pl.Trainer) -> CyclicalStepSize:
-        found = _cycles(trainer)
+        found = cycles_of(trainer)
         if self.cycle_length is not None and found is not None and found.cycle_length != self.cycle_length:
             raise ValueError(
                 f"SampleCollector: `cycle_length` is {self.cycle_length}, but the sampler's cycles have "
@@ -325,7 +359,7 @@ class SampleCollector(Callback):
 
     def _refuse_hopeless(self, trainer: pl.Trainer) -> None:
         assert self.schedule is not None
-        total = _total_steps(trainer)
+        total = total_steps_of(trainer)
         if not self.collected and not self._dry and self.schedule.hopeless(trainer.global_step, total):
             raise ValueError(
                 f"SampleCollector will not collect a single sample: the run has {total:g} optimizer steps, with "
@@ -349,6 +383,7 @@ class SampleCollector(Callback):
             "start": (self.start, self._burn_in),
             "chain": self._label,
             "lr": self._lr,
+            "run": self.run,
             "bank": None if self._bank is None or self._dry else self._bank.state_dict(),
         }
 
@@ -358,35 +393,3 @@ class SampleCollector(Callback):
             self._pending = state_dict
         elif self.path is None and state_dict["bank"] is not None and not len(self.bank):
             self.bank.load_state_dict(state_dict["bank"])
-
-
-def _optimizer(trainer: pl.Trainer) -> Optimizer:
-    """The sampler, or the first optimizer where there is none."""
-    samplers = [o for o in trainer.optimizers if isinstance(o, LangevinOptimizer)]
-    optimizer: Optimizer = (samplers or trainer.optimizers)[0]
-    return optimizer
-
-
-def _total_steps(trainer: pl.Trainer) -> float:
-    total = float(trainer.estimated_stepping_batches)
-    return total if total >= 0 else math.inf  # Lightning says -1 for data without a length
-
-
-def _cycles(trainer: pl.Trainer) -> CyclicalStepSize | None:
-    optimizer = _optimizer(trainer)
-    schedule = optimizer.schedule if isinstance(optimizer, LangevinOptimizer) else None
-    return schedule if isinstance(schedule, CyclicalStepSize) else None
-
-
-def _formats(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, NumberFormat | None]:
-    """Grid of every parameter that a sampler keeps on one, by name."""
-    grids: dict[Tensor, NumberFormat | None] = {}
-    for optimizer in trainer.optimizers:
-        if isinstance(optimizer, _OnGrid):
-            grids.update({p: optimizer.format_of(p) for group in optimizer.param_groups for p in group["params"]})
-    # ``torch.compile`` puts `_orig_mod.` into names; the bank leaves it out
-    return {name.replace("_orig_mod.", ""): grids[p] for name, p in pl_module.named_parameters() if p in grids}
-
-
-def _full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}

@@ -25,6 +25,7 @@ from lightning_lpsgld.callbacks.passes import (
     targets_of,
     untouched_random_state,
 )
+from lightning_lpsgld.callbacks.ranks import RanksDisagreeError, opened_alike
 from lightning_lpsgld.metrics import CalibrationError, ReliabilityBins
 from lightning_lpsgld.predictive import (
     EnsembleResult,
@@ -197,7 +198,9 @@ class EnsembleEvaluation(Callback):
     def _bank(self, trainer: pl.Trainer) -> _Selection | None:
         """The samples to evaluate; ``None`` where their absence is no error."""
         try:
-            bank = self._open(trainer)
+            bank = opened_alike(lambda: self._open(trainer))
+        except RanksDisagreeError:
+            raise
         except BankError as error:
             if trainer.testing:
                 raise

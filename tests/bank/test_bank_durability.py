@@ -4,6 +4,7 @@ import builtins
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,6 +71,7 @@ def crashes(tmp_path, monkeypatch, action):
                 assert at >= 4, "the action touched the disk less often than a safe one can"
                 return
         assert crash.calls[-1] == "crash"
+        bank.close()  # the lock of a process that is no more
         yield path
 
 
@@ -83,7 +85,11 @@ def test_a_crash_while_adding_leaves_the_bank_before_or_after(tmp_path, monkeypa
         assert_holds(bank, (*STEPS, 40)[: len(bank)])
         bank.add(fill(Net(), 40), step=40, formats="bfp8")
         assert_holds(SampleBank.open(path), (*STEPS, 40))
-        assert len(list(path.iterdir())) == 5, "what the crash left behind is removed"
+        bank.close()
+        names = {file.name.split("-")[0].split(".")[0] for file in path.iterdir() if file.suffix != ".tmp"}
+        assert names == {"sample", "manifest", "journal"}
+        assert len(list(path.glob("sample-*"))) == 4, "what the crash left behind is used or removed"
+        assert len(list(path.glob("journal-*"))) == 1
     assert seen == {3, 4}
 
 
@@ -112,13 +118,18 @@ def test_a_crash_while_replacing_leaves_the_old_or_the_new_sample(tmp_path, monk
 
 
 def test_the_sample_is_on_the_disk_before_the_manifest_names_it(tmp_path, monkeypatch):
-    """Order of the operations: create, fsync, rename, fsync of the directory; the sample, then the manifest."""
+    """Order: the sample is created, renamed and synced, then its directory; and then the line of the journal is."""
     bank = filled_bank(tmp_path / "bank", (1,))
     bank.add(fill(Net(), 2), step=2, formats="bfp8")
     with monkeypatch.context() as patch:
         crash = CrashAt(patch, 100)
         bank.add(fill(Net(), 3), step=3, formats="bfp8")
-    assert crash.calls == ["open", "fsync", "replace", "fsync"] * 2
+    assert crash.calls == ["open", "replace", "fsync", "fsync", "fsync"]
+    with monkeypatch.context() as patch:
+        crash = CrashAt(patch, 100)
+        bank.compact()
+    journal, manifest = ["open", "replace", "fsync", "fsync"], ["open", "fsync", "replace", "fsync"]
+    assert crash.calls == [*journal, *manifest, "unlink"]
 
 
 def test_a_failed_write_leaves_the_bank_usable(tmp_path, monkeypatch):
@@ -281,12 +292,33 @@ def test_nothing_to_recover_is_said(tmp_path):
 
 
 def test_a_second_writer_is_refused(tmp_path):
+    """While one has the bank open, another is refused; afterwards it sees what the first one did."""
     one = filled_bank(tmp_path / "bank", (1,))
     two = SampleBank.open(tmp_path / "bank")
+    with pytest.raises(BankError, match=rf"has another writer: process {os.getpid()} on \S+, for \d+ s"):
+        two.add(fill(Net(), 2), step=2, formats="bfp8")
+    with pytest.raises(BankError, match="has another writer"):
+        SampleBank(tmp_path / "bank", exist_ok=True)
+    one.add(fill(Net(), 3), step=3, formats="bfp8")
+    one.close()
     two.add(fill(Net(), 2), step=2, formats="bfp8")
-    with pytest.raises(BankError, match="another writer"):
-        one.add(fill(Net(), 3), step=3, formats="bfp8")
-    assert_holds(SampleBank.open(tmp_path / "bank"), (1, 2))
+    assert_holds(two, (1, 3, 2))
+    del two
+    one.add(fill(Net(), 4), step=4, formats="bfp8")
+    assert_holds(SampleBank.open(tmp_path / "bank"), (1, 3, 2, 4))
+
+
+def test_a_change_past_the_lock_is_noticed(tmp_path):
+    """Who writes without asking for the lock, as an older release would, ends this writer with a clear message."""
+    bank = filled_bank(tmp_path / "bank", (1,))
+    shutil.copytree(tmp_path / "bank", tmp_path / "copy")
+    (tmp_path / "copy" / ".lock").unlink()
+    filled = SampleBank.open(tmp_path / "copy")
+    filled.add(fill(Net(), 2), step=2, formats="bfp8")
+    filled.compact()
+    shutil.copytree(tmp_path / "copy", tmp_path / "bank", dirs_exist_ok=True)
+    with pytest.raises(BankError, match="was changed by another writer"):
+        bank.add(fill(Net(), 3), step=3, formats="bfp8")
 
 
 def test_opening_changes_nothing(tmp_path):
@@ -315,8 +347,11 @@ def test_foreign_files_are_left_alone(tmp_path):
         (tmp_path / "bank" / name).write_text(name)
     bank = filled_bank(tmp_path / "bank", STEPS)
     bank.truncate(0)
+    bank.close()
     left = {"notes.txt", "weights.safetensors", ".hidden.tmp", "manifest.json"}
-    assert set(snapshot(tmp_path / "bank")) == left
+    (journal,) = set(snapshot(tmp_path / "bank")) - left
+    assert journal.startswith("journal-")
+    assert left < set(snapshot(tmp_path / "bank"))
 
 
 def test_no_pickle_is_written_or_read(tmp_path, monkeypatch):

@@ -329,7 +329,7 @@ def test_a_link_in_the_way_is_replaced_not_followed(place, tmp_path):
         (b'{"version": ' + b"9" * 5000 + b"}", "not valid JSON"),
         (b"[]", "is not the manifest of a sample bank"),
         (b"null", "is not the manifest of a sample bank"),
-        (b'{"format": "lightning_lpsgld.bank", "version": 2}', "has format version 2, this release reads 1"),
+        (b'{"format": "lightning_lpsgld.bank", "version": 3}', "has format version 3, this release reads 1 to 2"),
         (b'{"format": "lightning_lpsgld.bank", "version": true}', "has format version True"),
         (b'{"format": "lightning_lpsgld.bank", "version": 1}', "must have exactly the fields"),
     ],

@@ -34,9 +34,9 @@ def test_the_manifest_is_uploaded_after_the_sample(url, monkeypatch):
     bank = filled_bank(url, (1,))
     order, write = [], type(bank._store.folder).write
 
-    def noted(folder, name, data):
+    def noted(folder, name, data, **options):
         order.append(name.split("-")[0])
-        write(folder, name, data)
+        write(folder, name, data, **options)
 
     monkeypatch.setattr(type(bank._store.folder), "write", noted)
     bank.add(fill(Net(), 2), step=2, formats="bfp8")

@@ -134,7 +134,7 @@ def test_a_durable_bank_resumes_from_the_checkpoint_state(policy, tmp_path):
     whole = add_steps(SampleBank(**options), range(30))
     bank = add_steps(SampleBank(tmp_path / "b", **options), range(12))
     checkpoint = bank.state_dict()
-    add_steps(bank, range(12, 20))
+    add_steps(bank, range(12, 20)).close()
     resumed = SampleBank(tmp_path / "b", **options, exist_ok=True)
     resumed.load_state_dict(checkpoint)
     assert all(step < 12 for step in resumed.steps)
@@ -145,6 +145,7 @@ def test_a_durable_bank_resumes_from_the_checkpoint_state(policy, tmp_path):
 def test_a_sample_that_the_checkpoint_knew_and_that_is_gone_is_named(tmp_path, caplog):
     bank = add_steps(SampleBank(tmp_path / "b"), range(3))
     checkpoint = bank.state_dict()
+    bank.close()
     next((tmp_path / "b").glob("*-s1-*")).unlink()
     SampleBank.open(tmp_path / "b").load_state_dict(checkpoint)
     assert "lacks samples (chain, step) that the checkpoint knew: [(0, 1)]" in caplog.text

@@ -1,0 +1,97 @@
+"""What a bank knows of one sample: its line in the table of contents, and the name of its file."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_lpsgld.bank.errors import BankError
+from lightning_lpsgld.bank.sample import SampleInfo
+from lightning_lpsgld.bank.spec import ModuleSpec
+
+__all__ = ["Key", "Record", "check_size", "checksum", "largest_file", "parse_sample_name", "sample_name"]
+
+#: Chain and step: unique in a bank.
+Key = tuple[int, int]
+
+_SAMPLE = re.compile(r"sample-c(0|[1-9][0-9]{0,18})-s(0|[1-9][0-9]{0,18})-([0-9a-f]{40})\.safetensors")
+#: Room for the header of a safetensors file: a fixed part, and one line per tensor with its name and metadata.
+_HEADER_BYTES, _HEADER_BYTES_PER_ENTRY = 2**20, 2**13
+
+
+def checksum(data: bytes) -> str:
+    """BLAKE2b of ``data``, 40 hexadecimal digits."""
+    return hashlib.blake2b(data, digest_size=20).hexdigest()
+
+
+def sample_name(info: SampleInfo, digest: str) -> str:
+    """File name of a sample: chain, step and checksum of its content."""
+    return f"sample-c{info.chain}-s{info.step}-{digest}.safetensors"
+
+
+def parse_sample_name(name: str) -> tuple[int, int, str] | None:
+    """Chain, step and checksum in a sample's file name; ``None`` if it is not one."""
+    match = _SAMPLE.fullmatch(name)
+    return None if match is None else (int(match[1]), int(match[2]), match[3])
+
+
+@dataclass(frozen=True)
+class Record:
+    """A sample's line in the table of contents.
+
+    Attributes:
+        info: Metadata.
+        file: Plain file name that holds chain, step and checksum.
+        size: Bytes of the file.
+    """
+
+    info: SampleInfo
+    file: str
+    size: int
+
+    @property
+    def key(self) -> Key:
+        """Chain and step: unique in a bank."""
+        return self.info.chain, self.info.step
+
+    @property
+    def checksum(self) -> str:
+        """Checksum of the file's content."""
+        return self.file[-52:-12]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain form."""
+        return {"info": self.info.to_json(), "file": self.file, "size": self.size}
+
+    @classmethod
+    def from_json(cls, data: object, spec: ModuleSpec) -> Record:
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            BankError: If ``data`` is malformed, the name is not one of ours, or the size cannot be right.
+        """
+        if not isinstance(data, dict) or set(data) != {"info", "file", "size"}:
+            raise BankError("A sample in the manifest must have the fields `info`, `file` and `size`.")
+        info, file, size = SampleInfo.from_json(data["info"]), data["file"], data["size"]
+        parsed = parse_sample_name(file) if isinstance(file, str) else None
+        if parsed is None or parsed[:2] != (info.chain, info.step):
+            raise BankError(
+                f"{file!r:.120} is not the file name of the sample of chain {info.chain} and step {info.step}; "
+                "only plain names of the bank's own pattern are opened."
+            )
+        check_size(file, size, spec)
+        return cls(info, file, size)
+
+
+def largest_file(spec: ModuleSpec) -> int:
+    """Most bytes that the file of a sample of ``spec`` can have."""
+    return spec.nbytes + _HEADER_BYTES + _HEADER_BYTES_PER_ENTRY * len(spec.entries)
+
+
+def check_size(file: str, size: object, spec: ModuleSpec) -> None:
+    """Raise :class:`BankError` unless ``size`` is what a sample of ``spec`` can take."""
+    most = largest_file(spec)
+    if type(size) is not int or not spec.nbytes < size <= most:
+        raise BankError(f"{file}: a sample of this module takes {spec.nbytes} to {most} bytes, not {size!r:.80}.")
