@@ -50,7 +50,8 @@ class PosteriorEnsemble(nn.Module):
     (float32 values of all, computed together by ``torch.func.vmap``). ``"auto"`` stacks what fits ``memory_limit``
     and goes back to streaming where a module cannot be vectorized; :attr:`how` says which it was.
 
-    **Where the promise stops.** The members compute at full precision: activations are not rounded as in training.
+    **Where the promise stops.** The members compute at full precision: activations are not rounded as in training
+    (inside a Trainer with the plugin they are, and members are streamed).
     Coverage holds for points exchangeable with the held-out ones, on average, not for every class.
 
     Args:
@@ -237,7 +238,6 @@ class PosteriorEnsemble(nn.Module):
             finally:
                 self._stacked = kept  # if this failed too, it was not the stacking
             self._stream()
-        self._may_fall_back = False
         return result
 
     def _reduced(self, batch: Any) -> tuple[Prediction, torch.dtype]:

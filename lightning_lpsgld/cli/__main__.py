@@ -1,0 +1,7 @@
+"""``python -m lightning_lpsgld.cli``."""
+
+from __future__ import annotations
+
+from lightning_lpsgld.cli.main import main
+
+main()

@@ -1,0 +1,210 @@
+"""``lpsgld bank ls|info|verify|merge|thin|export``: look into a bank of samples and change it."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from lightning_lpsgld.bank import BankError, SampleBank
+from lightning_lpsgld.bank.sample import Sample
+from lightning_lpsgld.cli.errors import CommandError, one_line
+from lightning_lpsgld.cli.parsing import OneLineParser, as_json
+
+__all__ = ["EXAMPLE", "SUMMARY", "copy_samples", "parser", "run"]
+
+SUMMARY = "look into a bank of samples: ls, info, verify, merge, thin, export"
+EXAMPLE = "lpsgld bank info bank"
+
+_EXAMPLES = {
+    "ls": ("list the samples", "lpsgld bank ls bank"),
+    "info": ("what the samples are samples of, and how large", "lpsgld bank info bank --json"),
+    "verify": ("read every file and compare checksums; exit 1 if one is damaged", "lpsgld bank verify bank"),
+    "merge": ("new bank with the samples of several", "lpsgld bank merge all run1/bank run2/bank"),
+    "thin": ("new bank with fewer samples", "lpsgld bank thin bank small --keep 5"),
+    "export": ("write samples as float32 state dicts in safetensors", "lpsgld bank export bank folder"),
+}
+
+
+def parser(action: str) -> OneLineParser:
+    """Argument parser of one action."""
+    made = OneLineParser(f"lpsgld bank {action}", *_EXAMPLES[action])
+    if action == "merge":
+        made.add_argument("into", help="path of the new bank")
+        made.add_argument("sources", nargs="+", help="banks to read")
+        made.add_argument("--chains", choices=("renumber", "keep"), default="renumber", help="labels of chains")
+        return made
+    made.add_argument("path", help="path of the bank")
+    if action in ("ls", "info"):
+        made.add_argument("--json", action="store_true", help="print JSON")
+    if action == "thin":
+        made.add_argument("into", help="path of the new bank")
+        made.add_argument("--keep", type=int, required=True, help="how many samples to keep")
+        made.add_argument("--method", choices=("even", "last"), default="even", help="which ones")
+    if action == "export":
+        made.add_argument("into", help="folder to write to")
+        made.add_argument("--index", type=int, nargs="+", help="only these samples")
+    return made
+
+
+def run(args: list[str]) -> int:
+    """Run an action.
+
+    Args:
+        args: Arguments after ``lpsgld bank``.
+
+    Returns:
+        Exit code.
+    """
+    action = args[0] if args else "--help"
+    if action in ("-h", "--help"):
+        rows = [f"  {name:<8} {text}\n           {example}" for name, (text, example) in _EXAMPLES.items()]
+        print("\n".join(["usage: lpsgld bank ACTION ...", "", SUMMARY, "", *rows]))
+        return 0
+    if action not in _EXAMPLES:
+        raise CommandError(f"there is no action {action!r}; use {', '.join(_EXAMPLES)}.")
+    options = parser(action).parse_args(args[1:])
+    try:
+        code: int = _ACTIONS[action](options)
+    except (BankError, OSError, ValueError) as error:
+        raise CommandError(one_line(error)) from error
+    return code
+
+
+def _row(index: int, info: Any) -> dict[str, Any]:
+    return {
+        "index": index,
+        "chain": info.chain,
+        "step": info.step,
+        "cycle": info.cycle,
+        "temperature": info.temperature,
+        "lr": info.lr,
+        "metrics": dict(info.metrics),
+    }
+
+
+def _ls(options: Namespace) -> int:
+    bank = SampleBank.open(options.path, verify=False)
+    rows = [_row(index, info) for index, info in enumerate(bank.infos)]
+    if options.json:
+        print(as_json(rows))
+        return 0
+    names = sorted({name for row in rows for name in row["metrics"]})
+    print("  ".join(["index", "chain", "    step", "cycle", "temperature", "        lr", *names]))
+    for row in rows:
+        numbers = ["-" if row[name] is None else f"{row[name]:.4g}" for name in ("temperature", "lr")]
+        cycle = "-" if row["cycle"] is None else row["cycle"]
+        metrics = [f"{row['metrics'].get(name, math.nan):{len(name)}.4g}" for name in names]
+        cells = [f"{row['index']:5}", f"{row['chain']:5}", f"{row['step']:8}", f"{cycle!s:>5}"]
+        print("  ".join([*cells, f"{numbers[0]:>11}", f"{numbers[1]:>10}", *metrics]))
+    _say_damage(bank)
+    return 0
+
+
+def _say_damage(bank: SampleBank) -> None:
+    for damage in bank.damaged:
+        print(f"damaged: chain {damage.info.chain}, step {damage.info.step}: {damage.reason}")
+
+
+def _info(options: Namespace) -> int:
+    bank = SampleBank.open(options.path, verify=False)
+    spec = bank.spec
+    entries = [] if spec is None else spec.entries
+    data = {
+        "path": bank.path,
+        "samples": len(bank),
+        "chains": bank.chains,
+        "steps": [min(bank.steps), max(bank.steps)] if len(bank) else None,
+        "damaged": len(bank.damaged),
+        "fingerprint": bank.fingerprint,
+        "bytes": bank.nbytes,
+        "bytes_fp32": bank.nbytes_fp32,
+        "tensors": [
+            {"name": e.name, "shape": list(e.shape), "dtype": str(e.dtype).removeprefix("torch."),
+             "format": None if e.format is None else str(e.format), "bytes": e.nbytes}
+            for e in entries
+        ],
+    }  # fmt: skip
+    if options.json:
+        print(as_json(data))
+        return 0
+    share = f"{bank.nbytes / bank.nbytes_fp32:.3f} of float32" if bank.nbytes_fp32 else "empty"
+    print(f"{bank.path}: {len(bank)} samples of chains {bank.chains}, steps {data['steps']}")
+    print(f"{bank.nbytes} bytes, {share}; {len(bank.damaged)} damaged; module {bank.fingerprint}")
+    for entry in entries:
+        print(f"  {entry}, {entry.nbytes} bytes")
+    return 0
+
+
+def _verify(options: Namespace) -> int:
+    bank = SampleBank.open(options.path, verify=True)
+    _say_damage(bank)
+    print(f"{len(bank)} samples are whole, {len(bank.damaged)} damaged.")
+    return 1 if bank.damaged else 0
+
+
+def _merge(options: Namespace) -> int:
+    bank = SampleBank.merged(options.sources, options.into, chains=options.chains)
+    print(f"{bank.path}: {len(bank)} samples of chains {bank.chains}.")
+    return 0
+
+
+def copy_samples(bank: SampleBank, indices: list[int], into: str) -> SampleBank:
+    """New bank at ``into`` with some samples of another, bit for bit.
+
+    Raises:
+        BankError: If there is a bank already.
+    """
+    made = SampleBank(into)
+    for index in indices:
+        sample = bank.sample(index)
+        info = sample.info
+        made.add(
+            sample.state_dict(),
+            step=info.step,
+            cycle=info.cycle,
+            chain=info.chain,
+            temperature=info.temperature,
+            lr=info.lr,
+            formats=formats_of(sample),
+            metrics=info.metrics,
+        )
+    return made
+
+
+def formats_of(sample: Sample) -> dict[str, Any]:
+    """Format of every stored tensor that has one."""
+    return {entry.name: entry.format for entry in sample.spec.entries if entry.format is not None}
+
+
+def _thin(options: Namespace) -> int:
+    bank = SampleBank.open(options.path)
+    if not 1 <= options.keep <= len(bank):
+        raise CommandError(f"--keep: must be between 1 and the {len(bank)} samples of {options.path}.")
+    n, k = len(bank), options.keep
+    chosen = [n - 1 - (i * n) // k for i in reversed(range(k))] if options.method == "even" else list(range(n - k, n))
+    made = copy_samples(bank, chosen, options.into)
+    print(f"{made.path}: {len(made)} of {n} samples, steps {made.steps}; {made.nbytes} of {bank.nbytes} bytes.")
+    return 0
+
+
+def _export(options: Namespace) -> int:
+    from safetensors.torch import save_file
+
+    bank = SampleBank.open(options.path)
+    indices = list(range(len(bank))) if options.index is None else options.index
+    if any(not 0 <= index < len(bank) for index in indices):
+        raise CommandError(f"--index: must be between 0 and {len(bank) - 1}, got {indices}.")
+    folder = Path(options.into)
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in indices:
+        sample = bank.sample(index)
+        tensors = {name: tensor.clone().contiguous() for name, tensor in sample.state_dict().items()}
+        target = folder / f"chain{sample.chain}-step{sample.step:08d}.safetensors"
+        save_file(tensors, target, metadata={"chain": str(sample.chain), "step": str(sample.step)})
+        print(target)
+    return 0
+
+
+_ACTIONS = {"ls": _ls, "info": _info, "verify": _verify, "merge": _merge, "thin": _thin, "export": _export}

@@ -1,0 +1,233 @@
+"""``lpsgld fit|validate|test|predict``: LightningCLI with the plugin, the callbacks and the ensemble of a bank."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from lightning_lpsgld.callbacks import EffectiveTemperature, EnsembleEvaluation, SampleCollector
+from lightning_lpsgld.callbacks.chain_diagnostics import ChainDiagnostics
+from lightning_lpsgld.cli.errors import CommandError, inner_reason, is_about_values, key_of, one_line
+from lightning_lpsgld.precision import LowPrecisionSGLD
+from lightning_lpsgld.serving import PosteriorModule, PredictionWriter
+
+__all__ = ["COMMANDS", "EnsembleOptions", "LowPrecisionCLI", "parsers", "run"]
+
+#: Command -> (what it does, an example).
+COMMANDS = {
+    "fit": ("train and collect samples", "lpsgld fit --config run.yaml --lpsgld.temperature 1e-3"),
+    "validate": ("score on the validation data", "lpsgld validate --config run.yaml --ensemble.bank bank"),
+    "test": ("score on the test data", "lpsgld test --config run.yaml --ensemble.bank bank"),
+    "predict": (
+        "predict, with uncertainties, to a file",
+        "lpsgld predict --config run.yaml --ensemble.bank bank --ensemble.output predictions.parquet",
+    ),
+}
+
+
+@dataclass
+class EnsembleOptions:
+    """Run the ensemble of a bank in place of the model's own weights (validate, test, predict).
+
+    Args:
+        bank: Path of the bank.
+        output: Where ``predict`` writes, .parquet or .csv.
+        coverage: Calibrate prediction sets of this coverage on the validation data.
+        task: As for PosteriorEnsemble.
+        noise_std: As for PosteriorEnsemble.
+        refresh_batch_norm: Measure BatchNorm statistics anew on the training data.
+    """
+
+    bank: str | None = None
+    output: str | None = None
+    coverage: float | None = None
+    task: Literal["auto", "multiclass", "binary", "multilabel", "regression"] = "auto"
+    noise_std: float | None = None
+    refresh_batch_norm: bool = False
+
+
+class LowPrecisionCLI(LightningCLI):
+    """A LightningCLI with a ``lpsgld`` section for the plugin; callbacks are known by their class names.
+
+    The section holds the arguments of :class:`LowPrecisionSGLD`; what is left out keeps its default. The section
+    ``ensemble`` (:class:`EnsembleOptions`) lets validate, test and predict run the samples of a bank. Any
+    LightningModule and DataModule can be given by class path::
+
+        lpsgld fit --model my.Module --data my.DataModule --lpsgld.temperature 1e-3 \
+            --trainer.callbacks+=SampleCollector --trainer.callbacks.start=0.5
+
+    Args:
+        args: As for :class:`lightning.pytorch.cli.LightningCLI`; so are the keyword arguments.
+
+    Raises:
+        CommandError: If a value is refused; the message names its key.
+    """
+
+    #: Importing these makes their short names known to the parser.
+    callbacks = (SampleCollector, EnsembleEvaluation, EffectiveTemperature, ChainDiagnostics, PredictionWriter)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make a parser that raises instead of printing usage and a traceback."""
+        command = kwargs.get("description", "")
+        examples = [example for text, example in COMMANDS.values() if text == command] or [
+            "lpsgld fit --config run.yaml"
+        ]
+        kwargs.setdefault("epilog", f"example: {examples[0]}")
+        kwargs["exit_on_error"] = False
+        return super().init_parser(**kwargs)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        kwargs["description"] = COMMANDS[subcommand][0]
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the sections ``lpsgld`` and ``ensemble``."""
+        parser.add_class_arguments(LowPrecisionSGLD, "lpsgld")
+        parser.add_class_arguments(EnsembleOptions, "ensemble")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; what is refused becomes one line with its key."""
+        try:
+            super().parse_arguments(parser, args)
+        except (CommandError, SystemExit):
+            raise
+        except Exception as error:
+            raise CommandError(_parse_message(error)) from error
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and trainer; what one of them refuses becomes one line with its key."""
+        try:
+            super().instantiate_classes()
+        except CommandError:
+            raise
+        except Exception as error:
+            config = self.config[self.subcommand] if self.subcommand else self.config
+            key = key_of(error, config)
+            reason = one_line(inner_reason(str(error)))
+            raise CommandError(f"{key}: {reason}" if key else reason) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Add the configured plugin to the trainer's."""
+        plugin = self._get(self.config_init, "lpsgld")
+        if not isinstance(plugin, LowPrecisionSGLD):
+            plugin = LowPrecisionSGLD(**plugin)
+        configured = self._get(self.config_init, "trainer").get("plugins") or []
+        given = configured if isinstance(configured, list) else [configured]
+        return super().instantiate_trainer(**{**kwargs, "plugins": [*given, plugin]})
+
+    # ---------------------------------------------------------------------------------------------- the ensemble
+
+    def before_validate(self) -> None:
+        """Take the ensemble in place of the model, if there is a bank."""
+        self._use_ensemble()
+
+    def before_test(self) -> None:
+        """Take the ensemble in place of the model, if there is a bank."""
+        self._use_ensemble()
+
+    def before_predict(self) -> None:
+        """Take the ensemble in place of the model, and write to a file, where asked."""
+        options = self._use_ensemble()
+        if options.output is not None:
+            try:
+                self.trainer.callbacks.append(PredictionWriter(options.output))  # type: ignore[attr-defined]
+            except (ValueError, ImportError) as error:
+                raise CommandError(f"ensemble.output: {one_line(error)}") from error
+
+    def _use_ensemble(self) -> EnsembleOptions:
+        options = self._get(self.config_init, "ensemble")
+        options = options if isinstance(options, EnsembleOptions) else EnsembleOptions(**options)
+        if options.bank is None:
+            for name in ("coverage", "noise_std"):
+                if getattr(options, name) is not None:
+                    raise CommandError(f"ensemble.{name}: needs ensemble.bank.")
+            return options
+        try:
+            self.model = self._ensemble(options)
+        except (ValueError, RuntimeError, TypeError) as error:
+            key = "coverage" if "coverage" in str(error) or "held-out" in str(error) else "bank"
+            raise CommandError(f"ensemble.{key}: {one_line(error)}") from error
+        return options
+
+    def _ensemble(self, options: EnsembleOptions) -> PosteriorModule:
+        module = PosteriorModule.from_bank(
+            self.model,
+            options.bank or "",
+            task=options.task,
+            noise_std=options.noise_std,
+            refresh_batch_norm=self._loader("train") if options.refresh_batch_norm else None,
+        )
+        if options.coverage is not None:
+            module.ensemble.calibrate(self._loader("val"), coverage=options.coverage)
+        return module
+
+    def _loader(self, which: Literal["train", "val"]) -> Any:
+        if self.datamodule is None:
+            source: Any = self.model
+        else:
+            source = self.datamodule
+            source.prepare_data()
+            source.setup("fit")
+        try:
+            return getattr(source, f"{which}_dataloader")()
+        except Exception as error:
+            wanted = "coverage" if which == "val" else "refresh_batch_norm"
+            raise CommandError(
+                f"ensemble.{wanted}: needs {which}_dataloader() of {type(source).__name__}: {one_line(error)}"
+            ) from error
+
+
+def _parse_message(error: Exception) -> str:
+    """Jsonargparse's message in one line that begins with the key."""
+    text = " ".join(str(error).split())
+    found = re.search(r"""(?:Parser key|[Kk]ey|Option|Group)\s+["'`]([\w.\[\]]+)["'`]""", text)
+    if not found:
+        return one_line(text)
+    key = re.sub(rf"^({'|'.join(COMMANDS)})\.", "", found.group(1))
+    return one_line(f"{key}: {inner_reason(text[: found.start()] + text[found.end() :])}")
+
+
+class _ParsersOnly(Exception):
+    """Carries the parsers out of a CLI that is not to parse anything."""
+
+
+class _Parsers(LowPrecisionCLI):
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        raise _ParsersOnly(self._subcommand_parsers)
+
+
+def parsers() -> dict[str, LightningArgumentParser]:
+    """The parser of each command."""
+    try:
+        _Parsers(save_config_callback=None)
+    except _ParsersOnly as made:
+        found: dict[str, LightningArgumentParser] = made.args[0]
+        return found
+    raise AssertionError("LightningCLI no longer parses in its constructor")
+
+
+def run(args: ArgsType = None) -> None:
+    """Run fit, validate, test or predict.
+
+    Args:
+        args: Arguments, the command first; ``None``: those of the process.
+    """
+    cli: list[Any] = []
+
+    class Kept(LowPrecisionCLI):
+        def before_instantiate_classes(self) -> None:
+            cli.append(self)
+
+    try:
+        Kept(save_config_callback=None, args=args)
+    except (CommandError, SystemExit):
+        raise
+    except Exception as error:
+        if not is_about_values(error):
+            raise
+        config = cli[0].config[cli[0].subcommand] if cli else {}
+        key = key_of(error, config)
+        raise CommandError(f"{key}: {one_line(error)}" if key else one_line(error)) from error
