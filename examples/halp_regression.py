@@ -69,7 +69,7 @@ def optimizers(mu: float) -> dict[str, Callable[[list[nn.Parameter]], Any]]:
         "HALP, 8 bits, gap a power of two": lambda p: HALP(p, LR, mu=mu, power_of_two=True),
         "HALP, 16 bits": lambda p: HALP(p, LR, mu=mu, word_length=16),
         "HALP, bfp8 offsets": lambda p: HALP(p, LR, mu=None, offset_format="bfp8"),
-        "HALP, 3 bits": lambda p: HALP(p, LR, mu=mu, word_length=3),
+        "HALP, 3 bits": lambda p: HALP(p, LR, mu=mu, word_length=3, check_mu=False),
         "LP-SVRG, gap 1/16": lambda p: SVRG(p, LR, weight_format="fixed8.4"),
         "LP-SVRG, gap 1/32": lambda p: SVRG(p, LR, weight_format="fixed8.5"),
         "LP-SGD, gap 1/16": lambda p: SGLD(p, LR, num_data=1, temperature=0.0, weight_format="fixed8.4"),

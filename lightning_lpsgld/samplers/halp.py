@@ -21,6 +21,8 @@ from lightning_lpsgld.formats import (
 from lightning_lpsgld.ops import Encoded, decode, encode, quantize
 from lightning_lpsgld.ops.blocks import exponents_shape
 from lightning_lpsgld.random import Role, stream_id
+from lightning_lpsgld.samplers import box
+from lightning_lpsgld.samplers.base import log
 from lightning_lpsgld.samplers.options import CentredOptions
 from lightning_lpsgld.samplers.updates import langevin_step_
 from lightning_lpsgld.samplers.variance_reduced import VarianceReduced
@@ -84,7 +86,9 @@ class HALP(VarianceReduced):
         params: Iterable of parameters or of parameter groups; a group may have its own ``mu``.
         lr: Step size η >= 0 per batch-mean loss.
         mu: Strong convexity μ > 0 of the loss; where there is none, a hyper-parameter (larger: finer grid, smaller box;
-            20 for a ResNet in the published code). ``None`` only with a block ``offset_format``.
+            20 for a ResNet in the published code). **Not the L2 coefficient**: far below the curvature the grid is so
+            coarse that rounding outgrows the steps; such a run is refused within its first inner loops, with the
+            curvature that it met. ``None`` only with a block ``offset_format``.
         word_length: b, bits of an offset, 2 to 16.
         offset_format: ``None``: fixed point with the scale above. A block format such as ``"bfp8"``: each block's
             exponent follows its own offsets, which needs no μ and has no box.
@@ -93,15 +97,20 @@ class HALP(VarianceReduced):
         power_of_two: Round δ up to a power of two.
         centre_dtype: Dtype of the centre; by default the parameter's, at least float32. With float64 beside float32
             parameters centres add up without loss, but gradients are still those of a float32 point.
+        check_mu: Refuse a run that diverges: a full gradient ten times the smallest one so far, with a loss above the
+            first, or a step's gradient a hundred times its centre's. Above what temperature alone gives a gradient.
         options: See :class:`~lightning_lpsgld.samplers.options.CentredOptions`. Weight decay is of centre *and* offset;
             a block ``gradient_format`` keeps the linear rate, a fixed one does not; ``full_precision`` parameters are
             moved by plain SVRG.
 
-    State (all in ``state_dict``): per group ``step``, ``inner``, ``seed``, ``mu``; per parameter ``centre``,
+
+    State (all in ``state_dict``): per group ``step``, ``inner``, ``seed``, ``mu``, and of the check of μ
+    ``first_loss`` and ``least_gradient``; per parameter ``centre``,
     ``full_gradient``, ``offset`` (integer codes), and ``gap`` or ``exponents``.
 
     Raises:
         ValueError: If an argument is out of range.
+        RuntimeError: From :meth:`recentre` and :meth:`step`, if the run diverges.
 
     Note:
         The linear rate holds for :math:`(2^{b-1}-1)^2 \ge 4 d\kappa^2(1+\gamma)/\gamma^2` (d dims, condition κ, rate
@@ -139,6 +148,7 @@ class HALP(VarianceReduced):
         scale: Literal["tensor", "global"] = "tensor",
         power_of_two: bool = False,
         centre_dtype: torch.dtype | None = None,
+        check_mu: bool = True,
         **options: Unpack[CentredOptions],
     ) -> None:
         self.offset_format = _offset_format(word_length, offset_format)
@@ -147,7 +157,10 @@ class HALP(VarianceReduced):
         self.scale = scale
         self.power_of_two = power_of_two
         self.centre_dtype = centre_dtype
-        super().__init__(params, {"mu": mu}, lr=lr, **options)
+        self.check_mu = check_mu and isinstance(self.offset_format, FixedPoint)
+        self._curvature: float | None = None
+        self._warned = False
+        super().__init__(params, {"mu": mu, "first_loss": None, "least_gradient": None}, lr=lr, **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, which may have its own ``mu``."""
@@ -156,8 +169,9 @@ class HALP(VarianceReduced):
         fixed = isinstance(self.offset_format, FixedPoint)
         if (mu is None and fixed) or (mu is not None and not (mu > 0 and math.isfinite(mu))):
             raise ValueError(
-                f"HALP: `mu` must be finite and > 0, got {mu!r}. Pass the strong convexity of the loss (e.g. the L2 "
-                "coefficient), or offset_format='bfp8', which needs none."
+                f"HALP: `mu` must be finite and > 0, got {mu!r}. Pass a number not far below the curvature of the loss "
+                "(20 for a ResNet in the published code; with the L2 coefficient the grid is so coarse that the run "
+                "diverges), or offset_format='bfp8', which needs none."
             )
         for param in self.param_groups[-1]["params"]:
             check_dtype(self.offset_format, self._dtype(param))
@@ -166,6 +180,9 @@ class HALP(VarianceReduced):
     def from_optimizer(cls, optimizer: Any, **options: Any) -> HALP:
         """As :meth:`VarianceReduced.from_optimizer`; a ``weight_format`` is not used: offsets have their own."""
         options.pop("weight_format", None)
+        for group in optimizer.param_groups:
+            for name in ("first_loss", "least_gradient"):
+                group.pop(name, None)
         return super().from_optimizer(optimizer, **options)
 
     def _dtype(self, param: Tensor) -> torch.dtype:
@@ -231,6 +248,68 @@ class HALP(VarianceReduced):
             totals.append(state["full_gradient"].double() + float(group["weight_decay"]) * state["centre"].double())
         norms = torch.stack([t.norm().to(totals[0].device) for t in totals])
         return [float(norms.norm())] * len(totals) if self.scale == "global" else [float(n) for n in norms.tolist()]
+
+    # ---------------------------------------------------------------------------------------------- whether mu fits
+
+    def check_centre(self, work: list[tuple[dict[str, Any], Tensor, Tensor]], loss: Any) -> None:
+        """Refuse a centre whose full gradient has outgrown the smallest one, and whose loss the first.
+
+        Raises:
+            RuntimeError: With the curvature that was met, and what to do; the old centre stays.
+        """
+        if not self.check_mu:
+            return
+        self._warn_of_box([p for _, p, _ in work])
+        norm = box.global_norm(
+            [p.grad + float(g["weight_decay"]) * point for g, p, point in work if p.grad is not None]
+        )
+        known, memory = box.scalar(loss), self.param_groups[0]
+        first, least = memory.get("first_loss"), memory.get("least_gradient")
+        known_least = math.inf if least is None else max(least, self._thermal_gradient())
+        if box.outgrown(norm, known_least, known, first, self._thermal_loss()):
+            what = f"the full gradient grew from {least:.3g} to {norm:.3g} by step {self.steps}"
+            what += "" if known is None or first is None else f", the loss from {first:.4g} to {known:.4g}"
+            raise RuntimeError(box.misfit(memory["mu"], self.offset_format.code_max, self._curvature, what))
+        memory["first_loss"] = known if first is None else first
+        memory["least_gradient"] = norm if least is None else min(least, norm)
+
+    def check_step(self, params: list[Tensor], at_centre: list[Tensor | None]) -> None:
+        """At inner steps 1, 2, 4, 8, ...: measure the curvature, and refuse a corrected gradient that has exploded.
+
+        Raises:
+            RuntimeError: As :meth:`check_centre`; no parameter has been changed by this step.
+        """
+        inner = self.inner_steps
+        if inner == 0 or inner & (inner - 1) or not self.check_mu:
+            return
+        both = [(p, p.grad, c) for p, c in zip(params, at_centre)]
+        pairs = [(p, g, c, self.state[p]) for p, g, c in both if g is not None and c is not None]
+        found = box.measured_curvature([(g, c) for _, g, c, _ in pairs], [(p, s["centre"]) for p, _, _, s in pairs])
+        self._curvature = max(self._curvature or 0.0, found or 0.0) or None
+        full = box.global_norm([s["full_gradient"] for _, _, _, s in pairs])
+        norm = box.global_norm([g - c + s["full_gradient"] for _, g, c, s in pairs])
+        if norm > box.STEP_GROWTH * max(full, self._thermal_gradient()) and full > 0:
+            what = f"{inner} steps after a centre the gradient grew from {full:.3g} to {norm:.3g}"
+            raise RuntimeError(
+                box.misfit(self.param_groups[0]["mu"], self.offset_format.code_max, self._curvature, what)
+            )
+
+    def _thermal_gradient(self) -> float:
+        """Norm that temperature alone gives the full gradient."""
+        return box.thermal_gradient(self._curvature, 2.0 * self._thermal_loss())
+
+    def _thermal_loss(self) -> float:
+        """What temperature alone adds to the loss, dT/2N."""
+        warmest = max(float(group["temperature"]) for group in self.param_groups)
+        return sum(p.numel() for p in self._indices) * warmest / (2 * self.num_data)
+
+    def _warn_of_box(self, params: list[Tensor]) -> None:
+        states = [self.state.get(p, {}) for p in params]
+        codes = [s["offset"] for s in states if "offset" in s and s["gap"] > 0]
+        found = box.badly_used(codes, self.offset_format.code_max) if self.inner_steps else None
+        if found is not None and not self._warned:
+            self._warned = True
+            log.warning("HALP with mu = %g: %s", self.param_groups[0]["mu"], found)
 
     # ------------------------------------------------------------------------------------------------------ stepping
 

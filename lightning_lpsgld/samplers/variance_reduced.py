@@ -147,6 +147,17 @@ class VarianceReduced(LangevinOptimizer):
     def place_centre(self, params: list[tuple[dict[str, Any], Tensor]]) -> None:
         """Start the inner loop of parameters whose ``centre`` and ``full_gradient`` have just been set."""
 
+    def check_centre(self, work: list[tuple[dict[str, Any], Tensor, Tensor]], loss: Any) -> None:
+        """Refuse a new centre, before anything is changed; ``work`` are group, parameter with gradient, and point."""
+
+    def check_step(self, params: list[Tensor], at_centre: list[Tensor | None]) -> None:
+        """Refuse a step, before anything is changed; parameters hold their gradients at the point, not corrected yet.
+
+        Args:
+            params: Parameters with a centre.
+            at_centre: Their gradients there, on the same batch.
+        """
+
     @torch.no_grad()
     def recentre(self, full_closure: Callable[[], Any]) -> Any:
         r"""Take the current point as the centre, with the gradient of all data there; call it before each epoch.
@@ -181,6 +192,7 @@ class VarianceReduced(LangevinOptimizer):
                 "full_gradient(loss_of, batches, params)."
             )
         self._refuse_non_finite(value, [(g, [p], [p.grad]) for g, p, _ in work])
+        self.check_centre(work, value)
         for _, param, point in work:
             assert param.grad is not None
             self.state[param].update(centre=point.clone(), full_gradient=param.grad.detach().clone())
@@ -249,6 +261,7 @@ class VarianceReduced(LangevinOptimizer):
             param.grad = None
         value = closure()
         with torch.no_grad():
+            self.check_step(params, at_centre)
             for param, centre in zip(params, at_centre):
                 param.grad = corrected_gradient(param.grad, centre, self.state[param]["full_gradient"])
         return value

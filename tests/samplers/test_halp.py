@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 import math
+import re
 
 import pytest
 import torch
 from helpers.stats import assert_moments
+from sklearn.datasets import load_digits
 from torch import nn
 
 from lightning_lpsgld.formats import FixedPoint
@@ -120,7 +123,7 @@ def test_low_precision_floors_are_proportional_to_the_squared_gap(regression):
 @pytest.mark.parametrize("bits", [2, 3])
 def test_too_few_bits_do_not_contract(regression, bits):
     norms, _ = regression.norms(
-        lambda p: HALP(p, 0.3, mu=regression.mu, word_length=bits), epochs=6, steps=35, batch=100
+        lambda p: HALP(p, 0.3, mu=regression.mu, word_length=bits, check_mu=False), epochs=6, steps=35, batch=100
     )
     assert norms[-1] > norms[0]
 
@@ -134,6 +137,98 @@ def test_a_box_that_is_too_small_saturates_and_says_so(regression):
         opt.step(lambda: setattr(w, "grad", regression.gradient(w)))
     assert opt.saturation_counts()["parameter 0"] > 0
     assert float(w.detach().abs().max()) <= opt.state[w]["gap"] * 127
+
+
+class Digits:
+    """Softmax regression on scikit-learn's digits in 18 batches: curvature of about 0.5, whatever its L2 term."""
+
+    def __init__(self):
+        inputs, targets = load_digits(return_X_y=True)
+        self.x, self.y = torch.tensor(inputs, dtype=torch.float32) / 16, torch.tensor(targets)
+        self.model = nn.Linear(64, 10)
+        with torch.no_grad():
+            self.model.weight.zero_()
+            self.model.bias.zero_()
+
+    def loss(self, rows):
+        return nn.functional.cross_entropy(self.model(self.x[rows]), self.y[rows])
+
+    def run(self, epochs=8, **options):
+        """Loss at each centre, and the sampler."""
+        opt = HALP(self.model.parameters(), 0.3, num_data=len(self.y), weight_decay=1e-4, **options)
+        batches = [torch.arange(i, min(i + 100, len(self.y))) for i in range(0, len(self.y), 100)]
+        full, losses = full_gradient(self.loss, batches, self.model.parameters(), size_of=len), []
+        for _ in range(epochs):
+            losses.append(float(opt.recentre(full)))
+            for rows in batches:
+
+                def closure(rows=rows):
+                    opt.zero_grad()
+                    loss = self.loss(rows)
+                    loss.backward()
+                    return loss
+
+                opt.step(closure)
+        return losses, opt
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-3, 1.0])
+@pytest.mark.parametrize("mu", [2e-4, 1e-4])
+def test_mu_far_below_the_curvature_is_refused_early_with_the_remedy(mu, temperature):
+    digits = Digits()
+    with pytest.raises(RuntimeError, match=r"HALP diverges: .* offset_format='bfp8'") as refused:
+        digits.run(mu=mu, temperature=temperature, epochs=25)
+    advised = float(re.search(r"Take mu=([\d.e-]+) or so", str(refused.value)).group(1))
+    assert 0.01 < advised < 5.0
+    losses, _ = Digits().run(mu=advised, temperature=0.0)  # and the advice is good
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_without_the_check_such_a_run_goes_on_to_grow():
+    losses, _ = Digits().run(mu=1e-4, check_mu=False)
+    assert losses[-1] > 3 * losses[0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-3, 1.0])
+@pytest.mark.parametrize("mu", [0.05, 0.5, 5.0])
+def test_runs_that_converge_or_sample_are_not_refused(mu, temperature):
+    losses, _ = Digits().run(mu=mu, temperature=temperature)
+    assert losses[-1] < losses[0]
+
+
+def test_the_heat_of_a_chain_that_starts_at_its_mode_is_no_divergence():
+    """From the exact minimum the gradient grows from zero to its thermal size, many times over."""
+    w, scales = nn.Parameter(torch.zeros(50)), torch.linspace(1.0, 4.0, 50)
+    opt = HALP([w], 0.1, mu=1.0, num_data=100, temperature=1.0)
+
+    def closure():
+        w.grad = scales * w.detach()
+        return (scales * w.detach().square()).sum() / 2
+
+    norms = []
+    for _ in range(30):
+        opt.recentre(closure)
+        norms.append(float((scales * w.detach()).norm()))
+        for _ in range(10):
+            opt.step(closure)
+    assert min(norms[5:]) > 0.1 * norms[-1] > 0
+
+
+def test_what_the_check_remembers_is_resumed():
+    losses, opt = Digits().run(mu=0.5, epochs=2)
+    saved = copy.deepcopy(opt.state_dict())
+    other = HALP(Digits().model.parameters(), 0.3, mu=0.5)
+    other.load_state_dict(saved)
+    group = other.param_groups[0]
+    assert group["first_loss"] == pytest.approx(losses[0])
+    assert group["least_gradient"] == opt.param_groups[0]["least_gradient"] > 0
+
+
+@pytest.mark.parametrize(("mu", "words"), [(100.0, "at the edge of their box"), (1e-9, "not one offset has left")])
+def test_a_box_that_cuts_steps_short_or_lets_none_happen_is_warned_of_once(mu, words, caplog):
+    with caplog.at_level(logging.WARNING):
+        Digits().run(mu=mu, epochs=4)
+    assert [words in r.getMessage() for r in caplog.records] == [True]
 
 
 @pytest.mark.slow
