@@ -6,15 +6,14 @@ import functools
 import math
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torchmetrics import MetricCollection
 
-from lightning_lpsgld.bank import BankError, SampleBank, SampleInfo
+from lightning_lpsgld.bank import BankError, SampleBank
 from lightning_lpsgld.callbacks.collector import SampleCollector
 from lightning_lpsgld.callbacks.passes import (
     EvaluationBatches,
@@ -26,14 +25,23 @@ from lightning_lpsgld.callbacks.passes import (
     untouched_random_state,
 )
 from lightning_lpsgld.callbacks.ranks import RanksDisagreeError, opened_alike
+from lightning_lpsgld.callbacks.watching import CurrentWeights, Selection, Watch
 from lightning_lpsgld.metrics import CalibrationError, ReliabilityBins
 from lightning_lpsgld.predictive import (
     EnsembleResult,
+    NonFinitePredictionError,
     PosteriorPredictive,
+    Regression,
+    RunningPredictive,
     SampleResult,
+    SampleSource,
+    Task,
+    TaskName,
+    TaskReader,
     bayesian_model_average,
     default_metrics,
-    probabilities_of,
+    diversity_verdict,
+    regression_metrics,
 )
 
 __all__ = ["EnsembleEvaluation"]
@@ -48,14 +56,22 @@ class EnsembleEvaluation(Callback):
     .. math::
         \bar p(y \mid x) = \frac1K \sum_{s=1}^K \mathrm{softmax}(f_{\theta_s}(x))_y
 
-    Each sample is decoded once per pass straight into the module, which then runs over the stage's dataloaders; kept
-    is one sum of probabilities per test point. Weights, buffers, modes and the global random state are as before
-    afterwards, also when something raises. In the sanity check nothing happens.
+    (of a regression: of densities). Each sample is decoded once per pass straight into the module, which then runs over
+    the stage's dataloaders; kept are sums per test point. Within a fit only samples that came since the last validation
+    are run. Weights, buffers, modes and the global random state are as before afterwards, also when something raises.
+    In the sanity check nothing happens.
 
     Logged per dataloader (with the suffix ``/dataloader_idx_i`` if there are several):
 
-    * ``ensemble/accuracy``, ``ensemble/nll``, ``ensemble/brier``, ``ensemble/ece``, ``ensemble/ece_paper`` (the nine
-      bins of the published code), ``ensemble/mutual_information`` (mean, in nats), ``ensemble/size``;
+    * of classes ``ensemble/accuracy``, ``ensemble/nll``, ``ensemble/brier``, ``ensemble/ece``, ``ensemble/ece_paper``
+      (the nine bins of the published code), ``ensemble/ece_adaptive`` (bins of equal mass), ``ensemble/ece_classwise``,
+      ``ensemble/calibrated_nll`` (at the best temperature), ``ensemble/aurc``, ``ensemble/coverage_at_risk_5``,
+      ``ensemble/disagreement`` and ``ensemble/mutual_information`` (mean, in nats);
+    * of numbers ``ensemble/rmse``, ``ensemble/nll``, ``ensemble/crps``, ``ensemble/coverage_50``, ``_90``, ``_95``,
+      ``ensemble/width_50``, ``_90``, ``_95``, ``ensemble/quantile_error``, ``ensemble/epistemic``,
+      ``ensemble/aleatoric``;
+    * always ``ensemble/ambiguity`` (mean NLL of the samples minus that of the ensemble) and ``ensemble/size``, which is
+      0 in a fit that has no sample yet: then ``ensemble/...`` are the scores of the current weights;
     * ``single/...``: the mean over the samples of the score of each alone;
     * ``current/...``: the network as it is now.
 
@@ -69,21 +85,27 @@ class EnsembleEvaluation(Callback):
         bank: The samples, or the path of a bank. ``None``: those of the trainer's :class:`SampleCollector`.
         logits: ``"forward"``: a batch is ``(inputs, targets)`` (or a mapping with such keys) and logits are
             ``module(inputs)``. ``"predict_step"``: logits are what ``predict_step`` returns. Or a function
-            ``(module, batch) -> (logits, targets)``. Logits have shape ``(batch, classes)``, targets ``(batch,)``.
+            ``(module, batch) -> (logits, targets)``. Logits, or means, are tensors, or in a mapping or an object under
+            ``logits``, or ``mean`` and ``variance``, ``log_variance`` or ``scale``.
         stages: In which of ``"validate"`` (also within a fit) and ``"test"`` to evaluate.
         num_bins: Number of equal bins of ``ece``.
         refresh_batch_norm: Number of training batches with which BatchNorm statistics are measured anew for every
             sample; ``None`` takes those stored with it.
         every_n_epochs: Within a fit, evaluate after every n-th epoch only.
         max_samples: Evaluate at most so many, evenly spaced over the bank, the newest included.
+        task: ``"multiclass"`` (of points, pixels or tokens; soft targets, too), ``"binary"`` (one logit),
+            ``"multilabel"``, ``"regression"``, or a task with arguments of its own, such as
+            :class:`~lightning_lpsgld.predictive.Regression`. ``"auto"``: what the first batch looks like.
+        ignore_index: Target of points that do not count; ``None``: -100 for classes, nothing for numbers.
 
     Raises:
         ValueError: If an argument is out of range.
         RuntimeError: If there is no bank to take samples from, or ``trainer.test`` finds it empty.
 
     Note:
-        Within a fit nothing is logged before the first sample; a ``ModelCheckpoint`` that monitors ``ensemble/...``
-        has to begin after the burn-in. All loaders of a stage are evaluated one after the other.
+        The first validation of a fit is always evaluated, whatever ``every_n_epochs``, so that a ``ModelCheckpoint`` or
+        ``EarlyStopping`` that monitors ``ensemble/...`` finds its key. All loaders of a stage are evaluated one after
+        the other.
 
     Example:
         >>> EnsembleEvaluation(stages=("test",), num_bins=10).curve
@@ -103,6 +125,8 @@ class EnsembleEvaluation(Callback):
         refresh_batch_norm: int | None = None,
         every_n_epochs: int = 1,
         max_samples: int | None = None,
+        task: TaskName | Task = "auto",
+        ignore_index: int | None = None,
     ) -> None:
         self.stages = (stages,) if isinstance(stages, str) else tuple(stages)
         if not self.stages or not set(self.stages) <= {"validate", "test"}:
@@ -123,6 +147,8 @@ class EnsembleEvaluation(Callback):
         self.refresh_batch_norm = refresh_batch_norm
         self.every_n_epochs = every_n_epochs
         self.max_samples = max_samples
+        self.task, self.ignore_index = task, ignore_index
+        self._reader()  # refuses an unknown task
         #: One dict per dataloader and number of samples: ``dataloader_idx``, ``index``, ``size``, ``step``, ``chain``,
         #: and the scores as ``sample/...`` and ``ensemble/...``; of the last evaluation.
         self.curve: list[dict[str, Any]] = []
@@ -130,6 +156,10 @@ class EnsembleEvaluation(Callback):
         self.reliability: list[ReliabilityBins] = []
         #: What the last evaluation logged.
         self.scores: Scores = {}
+        #: What the last evaluation has to say about samples that are too alike; one sentence per dataloader at most.
+        self.verdicts: list[str] = []
+        self._watches: dict[int, Watch] = {}
+        self._train_loader: Any = None
 
     # ------------------------------------------------------------------------------------------------------ the run
 
@@ -141,10 +171,22 @@ class EnsembleEvaluation(Callback):
                 f"{len(_collectors(trainer))} of them. Add one to `callbacks`, or pass EnsembleEvaluation(bank=...)."
             )
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin anew: sums of an earlier fit are of other samples."""
+        self._watches = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember the training data, which ``trainer.test`` does not know when ``fit`` got it as an argument."""
+        self._train_loader = trainer.train_dataloader
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the sums per point go."""
+        self._watches = {}
+
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Evaluate if it is this epoch's turn."""
+        """Evaluate if it is this epoch's turn, and at the first validation."""
         fitting = trainer.state.fn == "fit"
-        turn = not fitting or (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        turn = not fitting or not self._watches or (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if "validate" in self.stages and not trainer.sanity_checking and turn:
             self._evaluate(trainer, pl_module)
 
@@ -155,47 +197,107 @@ class EnsembleEvaluation(Callback):
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         bank = self._bank(trainer)
-        if bank is None:
+        if bank is None and trainer.state.fn != "fit":
             return
-        self.curve, self.scores, self.reliability = [], {}, []
+        self.curve, self.scores, self.reliability, self.verdicts = [], {}, [], []
         loaders = stage_loaders(trainer)
         with untouched_random_state():  # dataloaders draw seeds: training must not depend on whether it is watched
             for number, (loader, limit) in enumerate(loaders):
-                batches = EvaluationBatches(trainer, loader, limit, number, self.logits)
                 suffix = f"/dataloader_idx_{number}" if len(loaders) > 1 else ""
-                scores = self._evaluate_loader(trainer, pl_module, bank, batches)
+                scores = self._evaluate_loader(
+                    trainer, pl_module, bank, self._watch(trainer, number, loader, limit), number
+                )
                 self.scores.update({name + suffix: value for name, value in scores.items()})
         self._log(trainer, pl_module)
 
     def _evaluate_loader(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, bank: _Selection, batches: EvaluationBatches
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        bank: Selection | None,
+        watch: Watch,
+        number: int,
     ) -> Scores:
-        metrics = functools.partial(_metrics, num_bins=self.num_bins)
-        refresh = self.refresh_batch_norm
-        training = None if refresh is None else TrainingBatches(trainer, refresh, self.logits)
-        current = _current_scores(pl_module, batches, self.num_bins)
-        result = bayesian_model_average(
-            cast(SampleBank, bank),
-            pl_module,
+        batches = EvaluationBatches(
+            trainer, watch.loader, watch.limit, number, self.logits, watch.reader, watch.generator_state
+        )
+        average = functools.partial(self._average, pl_module, batches, watch.reader)
+        now = self._current(average, trainer.global_step)
+        current = {f"current/{name}": value for name, value in now[0].items()}
+        if bank is None:
+            untried = {"ambiguity": 0.0, "size": 0.0}
+            further = {} if now[1] is None else now[1].further_scores(self.num_bins)
+            return {f"ensemble/{name}": v for name, v in (now[0] | further | untried).items()} | current
+        training = None
+        if self.refresh_batch_norm is not None:
+            training = TrainingBatches(
+                trainer, self.refresh_batch_norm, self.logits, watch.reader, self._train_loader, watch.generator_state
+            )
+        result = watch.extend(bank, functools.partial(average, training=training))
+        return self._ensemble_scores(result, bank, number) | current
+
+    def _ensemble_scores(self, result: EnsembleResult, bank: Selection, number: int) -> Scores:
+        if isinstance(result.predictive, PosteriorPredictive):
+            self.reliability.append(_reliability(result.predictive, self.num_bins))
+        self.curve += [_point(r, k, bank, number) for k, r in enumerate(result.history, start=1)]
+        single = {name: _mean([r.sample[name] for r in result.history]) for name in result.scores}
+        ensemble = result.scores | result.further_scores(self.num_bins)
+        ensemble |= {"ambiguity": result.ambiguity, "size": float(len(bank))}
+        verdict = diversity_verdict(ensemble, single["nll"])
+        if verdict is not None:
+            self.verdicts.append(verdict)
+        scores = {f"ensemble/{name}": value for name, value in ensemble.items()}
+        return scores | {f"single/{name}": value for name, value in single.items()}
+
+    def _average(
+        self,
+        module: pl.LightningModule,
+        batches: EvaluationBatches,
+        reader: TaskReader,
+        samples: SampleSource,
+        running: RunningPredictive | None = None,
+        training: TrainingBatches | None = None,
+    ) -> EnsembleResult:
+        return bayesian_model_average(
+            samples,
+            module,
             batches,
             logits=logits_of,
             targets=targets_of,
             refresh_batch_norm=training,
-            metrics=metrics,
-            device=pl_module.device,
+            metrics=functools.partial(_metrics, reader=reader, num_bins=self.num_bins),
+            predictive=running,
+            device=module.device,
+            task=reader,
         )
-        self.reliability.append(_reliability(result.predictive, self.num_bins))
-        self.curve += [_point(r, k, bank, batches.loader_index) for k, r in enumerate(result.history, start=1)]
-        single = {name: _mean([r.sample[name] for r in result.history]) for name in result.scores}
-        scores = {f"ensemble/{name}": value for name, value in result.scores.items()}
-        scores["ensemble/mutual_information"] = _mean_mutual_information(trainer, result)
-        scores["ensemble/size"] = float(len(bank))
-        scores |= {f"single/{name}": value for name, value in single.items()}
-        return scores | {f"current/{name}": value for name, value in current.items()}
+
+    def _current(self, average: Any, step: int) -> tuple[Scores, EnsembleResult | None]:
+        """Scores of the weights that the module has now; NaN, and a word, where they do not predict."""
+        try:
+            result = average(CurrentWeights(step))
+        except NonFinitePredictionError as error:
+            rank_zero_warn(
+                f"EnsembleEvaluation: the current weights (step {step}) predict NaN or infinite values for "
+                f"{error.points} points; their scores are NaN."
+            )
+            return dict.fromkeys(error.scores, math.nan), None
+        return result.scores, result
+
+    def _reader(self) -> TaskReader:
+        return TaskReader(self.task, self.ignore_index, rank_zero_warn)
+
+    def _watch(self, trainer: pl.Trainer, number: int, loader: Any, limit: float) -> Watch:
+        """What is known of a loader from earlier in this fit, or else nothing."""
+        known = self._watches.get(number)
+        if trainer.state.fn != "fit" or known is None or known.loader is not loader or known.limit != limit:
+            known = Watch(loader, limit, self._reader())
+        if trainer.state.fn == "fit":
+            self._watches[number] = known
+        return known
 
     # ---------------------------------------------------------------------------------------------------- the samples
 
-    def _bank(self, trainer: pl.Trainer) -> _Selection | None:
+    def _bank(self, trainer: pl.Trainer) -> Selection | None:
         """The samples to evaluate; ``None`` where their absence is no error."""
         try:
             bank = opened_alike(lambda: self._open(trainer))
@@ -208,7 +310,7 @@ class EnsembleEvaluation(Callback):
                 rank_zero_warn(f"EnsembleEvaluation has nothing to evaluate: {error}")
             return None
         if len(bank):
-            return _Selection(bank, self.max_samples)
+            return Selection(bank, self.max_samples)
         if trainer.testing:
             raise RuntimeError(
                 f"EnsembleEvaluation has nothing to test: {bank!r}. Fit with a SampleCollector first, test with the "
@@ -236,6 +338,8 @@ class EnsembleEvaluation(Callback):
         )
         if trainer.state.fn == "fit":
             return
+        for verdict in self.verdicts:
+            rank_zero_warn(f"EnsembleEvaluation: {verdict}")
         several = len({point["dataloader_idx"] for point in self.curve}) > 1
         for point in self.curve:
             suffix = f"/dataloader_idx_{point['dataloader_idx']}" if several else ""
@@ -248,31 +352,13 @@ class EnsembleEvaluation(Callback):
                 logger.log_metrics(values, step=point["size"])
 
 
-class _Selection:
-    """At most ``limit`` samples of a bank, evenly spaced, the newest included; what a Bayesian model average reads."""
-
-    def __init__(self, bank: SampleBank, limit: int | None) -> None:
-        n, k = len(bank), len(bank) if limit is None else min(limit, len(bank))
-        self.bank = bank
-        self.indices = [n - 1 - (i * n) // k for i in reversed(range(k))]
-
-    @property
-    def infos(self) -> list[SampleInfo]:
-        infos = self.bank.infos
-        return [infos[i] for i in self.indices]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def load_into(self, module: torch.nn.Module, index: int) -> None:
-        self.bank.load_into(module, self.indices[index])
-
-
 def _collectors(trainer: pl.Trainer) -> list[SampleCollector]:
     return [callback for callback in trainer.callbacks if isinstance(callback, SampleCollector)]  # type: ignore[attr-defined]
 
 
-def _metrics(num_classes: int, num_bins: int) -> MetricCollection:
+def _metrics(num_classes: int, reader: TaskReader, num_bins: int) -> MetricCollection:
+    if isinstance(reader.task, Regression):
+        return regression_metrics()
     metrics = default_metrics(num_classes)
     metrics["ece"] = CalibrationError(num_bins=num_bins)
     return metrics
@@ -288,30 +374,11 @@ def _reliability(predictive: PosteriorPredictive, num_bins: int) -> ReliabilityB
         return calibration.reliability()
 
 
-@torch.no_grad()
-def _current_scores(module: pl.LightningModule, batches: EvaluationBatches, num_bins: int) -> Scores:
-    """Scores of the weights that the module has now."""
-    metrics: MetricCollection | None = None
-    for item in batches:
-        probabilities = probabilities_of(logits_of(module, item))
-        if metrics is None:
-            metrics = _metrics(probabilities.shape[1], num_bins).to(probabilities.device)
-        metrics.update(probabilities, targets_of(item))
-    return {} if metrics is None else {name: float(value) for name, value in metrics.compute().items()}
-
-
 def _mean(values: list[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def _mean_mutual_information(trainer: pl.Trainer, result: EnsembleResult) -> float:
-    points = result.predictive.mutual_information
-    sums = torch.tensor([float(points.sum()), float(len(points))], dtype=torch.float64, device=points.device)
-    total, count = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
-    return float(total / count)
-
-
-def _point(result: SampleResult, size: int, bank: _Selection, loader_index: int) -> dict[str, Any]:
+def _point(result: SampleResult, size: int, bank: Selection, loader_index: int) -> dict[str, Any]:
     point: dict[str, Any] = {
         "dataloader_idx": loader_index,
         "index": bank.indices[result.index],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_lpsgld.predictive import default_logits, default_targets
+from lightning_lpsgld.predictive import GaussianOutput, TaskReader, default_logits, default_targets
 
 __all__ = [
     "EvaluationBatches",
@@ -44,6 +44,7 @@ class Item:
         trainer: Its trainer.
         rule: How logits are made.
         room: Points of this batch, from its first, that are not padding; ``None``: all.
+        reader: Knows in what form predictions come.
         targets: Set by :func:`logits_of`.
         size: Points in the batch, padding included; set by :func:`logits_of`.
     """
@@ -53,6 +54,7 @@ class Item:
     trainer: pl.Trainer
     rule: LogitsRule
     room: int | None = None
+    reader: TaskReader = field(default_factory=TaskReader)
     targets: Tensor | None = None
     size: int = 0
 
@@ -87,21 +89,23 @@ def _forward(module: Any, item: Item) -> tuple[Any, Any]:
     return result
 
 
-def logits_of(module: Any, item: Item) -> Tensor:
-    """Logits of the points of a batch that are not padding, shape ``(n, classes)``; also sets the item's targets.
+def logits_of(module: Any, item: Item) -> Tensor | GaussianOutput:
+    """Predictions of the points of a batch that are not padding, first dim n; also sets the item's targets.
 
     Raises:
-        TypeError: If logits or targets are not tensors of the right kind.
-        ValueError: If their shapes do not fit.
+        TypeError: If predictions or targets are not tensors of the right kind.
+        ValueError: If their first dims do not fit.
     """
     with _step_context(item.trainer, item.rule):
-        logits, targets = _forward(module, item)
-    _check(logits, targets, item.rule)
-    item.size = len(logits)
+        output, targets = _forward(module, item)
+    output = _checked(output, item.reader.open(output), targets, item.rule)
+    first = output.mean if isinstance(output, GaussianOutput) else output
+    item.size = len(first)
     keep = item.size if item.room is None else min(item.size, max(item.room, 0))
     item.targets = targets[:keep]
-    kept: Tensor = logits[:keep]
-    return kept
+    if isinstance(output, GaussianOutput):
+        return GaussianOutput(output.mean[:keep], output.variance.expand_as(output.mean)[:keep])
+    return output[:keep]
 
 
 def targets_of(item: Item) -> Tensor | None:
@@ -109,25 +113,24 @@ def targets_of(item: Item) -> Tensor | None:
     return item.targets
 
 
-def _check(logits: Any, targets: Any, rule: LogitsRule) -> None:
+def _checked(raw: Any, output: Any, targets: Any, rule: LogitsRule) -> Tensor | GaussianOutput:
     source = f"{rule!r}" if isinstance(rule, str) else "the function"
     remedy = "Pass EnsembleEvaluation(logits=function), with function(module, batch) -> (logits, targets)."
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        what = str(logits.dtype) if isinstance(logits, Tensor) else type(logits).__name__
+    first = output.mean if isinstance(output, GaussianOutput) else output
+    if not isinstance(first, Tensor) or not first.is_floating_point() or first.ndim < 1:
+        what = str(first.dtype) if isinstance(first, Tensor) else type(raw).__name__
         raise TypeError(f"EnsembleEvaluation: logits must be a floating tensor, but {source} gave {what}. {remedy}")
-    if logits.ndim != 2 or logits.shape[1] < 2:
-        raise ValueError(
-            f"EnsembleEvaluation: logits must have shape (batch, classes) with classes >= 2, but {source} gave "
-            f"{tuple(logits.shape)}. {remedy}"
+    if not isinstance(targets, Tensor):
+        raise TypeError(
+            f"EnsembleEvaluation: targets must be a tensor, for classes of integer class indices, got "
+            f"{type(targets).__name__}. {remedy}"
         )
-    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
-        what = str(targets.dtype) if isinstance(targets, Tensor) else type(targets).__name__
-        raise TypeError(f"EnsembleEvaluation: targets must be integer class indices, got {what}. {remedy}")
-    if targets.shape != logits.shape[:1]:
+    if targets.ndim < 1 or len(targets) != len(first):
         raise ValueError(
-            f"EnsembleEvaluation: targets must have shape ({len(logits)},) like the logits' first dim, got "
-            f"{tuple(targets.shape)}. {remedy}"
+            f"EnsembleEvaluation: targets must have shape ({len(first)},) or ({len(first)}, ...) like the predictions' "
+            f"first dim, got {tuple(targets.shape)}. {remedy}"
         )
+    return output  # type: ignore[no-any-return]
 
 
 def stage_loaders(trainer: pl.Trainer) -> list[tuple[Any, float]]:
@@ -170,12 +173,24 @@ class EvaluationBatches:
         limit: Most batches taken.
         loader_index: Number of the dataloader.
         rule: How logits are made.
+        reader: Knows in what form predictions come.
+        generator_state: Of torch's global generator at the start of a pass; the present one by default.
     """
 
-    def __init__(self, trainer: pl.Trainer, loader: Any, limit: float, loader_index: int, rule: LogitsRule) -> None:
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        loader: Any,
+        limit: float,
+        loader_index: int,
+        rule: LogitsRule,
+        reader: TaskReader | None = None,
+        generator_state: Tensor | None = None,
+    ) -> None:
         self.trainer, self.loader, self.limit = trainer, loader, limit
         self.loader_index, self.rule = loader_index, rule
-        self._generator_state = torch.get_rng_state()
+        self.reader = TaskReader() if reader is None else reader
+        self._generator_state = torch.get_rng_state() if generator_state is None else generator_state
 
     def __iter__(self) -> Iterator[Item]:
         torch.set_rng_state(self._generator_state)
@@ -183,7 +198,8 @@ class EvaluationBatches:
         for index, batch in enumerate(self.loader):
             if index >= self.limit:
                 break
-            item = Item(_on_device(self.trainer, batch, self.loader_index), index, self.trainer, self.rule, room)
+            batch = _on_device(self.trainer, batch, self.loader_index)
+            item = Item(batch, index, self.trainer, self.rule, room, self.reader)
             yield item
             room = None if room is None else room - item.size
 
@@ -192,22 +208,34 @@ class TrainingBatches:
     """The first batches of the training data, to measure BatchNorm statistics on; averaged over ranks when exhausted.
 
     Args:
-        trainer: The trainer; outside of a fit its module or datamodule must provide ``train_dataloader``.
+        trainer: The trainer; outside of a fit its module or datamodule provides ``train_dataloader``.
         limit: Number of batches.
         rule: How logits are made.
+        reader: Knows in what form predictions come.
+        remembered: The loader of an earlier fit, taken where there is no other.
+        generator_state: Of torch's global generator at the start of a pass; the present one by default.
     """
 
-    def __init__(self, trainer: pl.Trainer, limit: int, rule: LogitsRule) -> None:
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        limit: int,
+        rule: LogitsRule,
+        reader: TaskReader | None = None,
+        remembered: Any = None,
+        generator_state: Tensor | None = None,
+    ) -> None:
         self.trainer, self.limit, self.rule = trainer, limit, rule
-        self.loader = _own_loader(_training_loader(trainer))
-        self._generator_state = torch.get_rng_state()
+        self.reader = TaskReader() if reader is None else reader
+        self.loader = _own_loader(_training_loader(trainer, remembered))
+        self._generator_state = torch.get_rng_state() if generator_state is None else generator_state
 
     def __iter__(self) -> Iterator[Item]:
         torch.set_rng_state(self._generator_state)
         for index, batch in enumerate(self.loader):
             if index >= self.limit:
                 break
-            yield Item(_on_device(self.trainer, batch, 0), index, self.trainer, self.rule)
+            yield Item(_on_device(self.trainer, batch, 0), index, self.trainer, self.rule, None, self.reader)
         # every rank has passed its share through; what each layer averaged is averaged once more
         for layer in self.trainer.lightning_module.modules():
             if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None:
@@ -215,7 +243,7 @@ class TrainingBatches:
                     statistic.copy_(self.trainer.strategy.reduce(statistic.clone(), reduce_op="mean"))
 
 
-def _training_loader(trainer: pl.Trainer) -> Any:
+def _training_loader(trainer: pl.Trainer, remembered: Any) -> Any:
     loader = trainer.train_dataloader
     if loader is None:
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
@@ -223,10 +251,14 @@ def _training_loader(trainer: pl.Trainer) -> Any:
         try:
             loader = source.train_dataloader()
         except Exception as error:  # a datamodule that is set up for testing only fails in its own way
-            raise RuntimeError(
-                f"EnsembleEvaluation(refresh_batch_norm=...) needs training batches, but {type(source).__name__}."
-                "train_dataloader() gave none. Make it work outside of fit too (call `datamodule.setup('fit')` first)."
-            ) from error
+            if remembered is None:
+                raise RuntimeError(
+                    f"EnsembleEvaluation(refresh_batch_norm=...) needs training batches, but {type(source).__name__}."
+                    "train_dataloader() gave none. Pass `datamodule=` (with `datamodule.setup('fit')` called first), "
+                    "define `train_dataloader` in the module, or test with the callback that was there when `fit` got "
+                    "its loaders: it remembers them."
+                ) from error
+            loader = remembered
     leaves = tree_leaves(loader)
     if len(leaves) != 1:
         raise RuntimeError(

@@ -1,7 +1,7 @@
 """Scores of :mod:`.mixture` as ``torchmetrics.Metric``: sums of fixed size, added over batches and ranks.
 
-Every metric is updated with ``(mean, variance, targets)`` of shapes ``(samples, *)``, ``(samples, *)`` and ``(*)``; one
-Gaussian per point is a mixture of one sample.
+Every metric is updated with ``(mean, variance, targets)`` of shapes ``(samples, *)``, ``(samples, *)`` and ``(*)``, or
+with :class:`~.mixture.MixturePoints`; one Gaussian per point is a mixture of one sample.
 """
 
 from __future__ import annotations
@@ -28,6 +28,14 @@ __all__ = [
 ]
 
 
+def _points(mean: Tensor | MixturePoints, variance: Tensor | None, targets: Tensor | None) -> MixturePoints:
+    if isinstance(mean, MixturePoints):
+        return mean
+    if variance is None or targets is None:
+        raise TypeError("Update with (mean, variance, targets), or with MixturePoints.")
+    return mixture_points(mean, variance, targets)
+
+
 class MixtureScore(MeanScore):
     """Mean over points of something that :class:`~.mixture.MixturePoints` knows; a subclass says of what."""
 
@@ -35,13 +43,11 @@ class MixtureScore(MeanScore):
     def terms(self, points: MixturePoints) -> Tensor:
         """Value of each point, shape ``(*)``."""
 
-    def update(self, mean: Tensor, variance: Tensor, targets: Tensor) -> None:
-        """Add predictions of shape ``(samples, *)`` and targets of shape ``(*)``."""
-        self.add_points(mixture_points(mean, variance, targets))
-
-    def add_points(self, points: MixturePoints) -> None:
-        """Add points whose facts are known already."""
-        self.add(self.terms(points))
+    def update(
+        self, mean: Tensor | MixturePoints, variance: Tensor | None = None, targets: Tensor | None = None
+    ) -> None:
+        """Add predictions of shape ``(samples, *)`` and targets of shape ``(*)``, or points that are known already."""
+        self.add(self.terms(_points(mean, variance, targets)))
 
 
 class MixtureNLL(MixtureScore):
@@ -236,12 +242,11 @@ class QuantileCalibration(Score):
         """Share of targets below each quantile of what **this rank** has seen; for a calibration curve."""
         return self.below / self.count
 
-    def update(self, mean: Tensor, variance: Tensor, targets: Tensor) -> None:
-        """Add predictions of shape ``(samples, *)`` and targets of shape ``(*)``."""
-        self.add_points(mixture_points(mean, variance, targets))
-
-    def add_points(self, points: MixturePoints) -> None:
-        """Add points whose facts are known already."""
+    def update(
+        self, mean: Tensor | MixturePoints, variance: Tensor | None = None, targets: Tensor | None = None
+    ) -> None:
+        """Add predictions of shape ``(samples, *)`` and targets of shape ``(*)``, or points that are known already."""
+        points = _points(mean, variance, targets)
         pit = points.pit.flatten()
         rank = torch.searchsorted(self.promised, pit)  # promised[rank - 1] < pit <= promised[rank]
         counts = torch.bincount(rank, minlength=self.levels + 1)[: self.levels]

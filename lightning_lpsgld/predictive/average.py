@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_lpsgld.bank import SampleInfo
-from lightning_lpsgld.metrics import BrierScore, CalibrationError, CategoricalNLL
 from lightning_lpsgld.predictive.batch_norm import refresh_batch_norm as refresh
 from lightning_lpsgld.predictive.batches import default_logits, default_targets, device_of, to_device
-from lightning_lpsgld.predictive.ensemble import PosteriorPredictive, probabilities_of
+from lightning_lpsgld.predictive.reading import TaskName, TaskReader
+from lightning_lpsgld.predictive.running import ChangedBatchesError, RunningPredictive
+from lightning_lpsgld.predictive.scoring import Metrics, Scorer, default_metrics, further_scores, regression_metrics
 from lightning_lpsgld.predictive.swap import swapped_weights
+from lightning_lpsgld.predictive.tasks import Regression, Task
 
-__all__ = ["EnsembleResult", "SampleResult", "SampleSource", "bayesian_model_average", "default_metrics"]
-
-Metrics = Callable[[int], MetricCollection]
+__all__ = [
+    "EnsembleResult",
+    "NonFinitePredictionError",
+    "SampleResult",
+    "SampleSource",
+    "bayesian_model_average",
+]
 
 
 class SampleSource(Protocol):
@@ -34,27 +39,6 @@ class SampleSource(Protocol):
 
     def load_into(self, module: nn.Module, index: int) -> None:
         """Write sample number ``index`` into the tensors of ``module``."""
-
-
-def default_metrics(num_classes: int) -> MetricCollection:
-    """Accuracy, NLL, Brier score, ECE with 15 bins and the published code's, on probabilities and targets.
-
-    Args:
-        num_classes: Number of classes.
-
-    Returns:
-        Metrics called ``accuracy``, ``nll``, ``brier``, ``ece`` and ``ece_paper``; all states are sums.
-    """
-    return MetricCollection(
-        {
-            "accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
-            "nll": CategoricalNLL(),
-            "brier": BrierScore(),
-            "ece": CalibrationError(num_bins=15),
-            "ece_paper": CalibrationError(variant="paper"),
-        },
-        compute_groups=False,
-    )
 
 
 @dataclass(frozen=True)
@@ -79,45 +63,43 @@ class EnsembleResult:
     """Bayesian model average over a bank.
 
     Attributes:
-        predictive: Mean probabilities and entropies per test point.
+        predictive: Sums per test point: a :class:`~.ensemble.PosteriorPredictive` (mean probabilities, entropies), or
+            of a regression a :class:`~.mixtures.MixturePredictive` (mean, variances, intervals).
         history: One result per sample, in order; the scores of the full ensemble are the last one's.
+        task: What is predicted.
     """
 
-    predictive: PosteriorPredictive
+    predictive: Any
     history: list[SampleResult]
+    task: Task
 
     @property
     def scores(self) -> dict[str, float]:
         """Scores of the full ensemble."""
         return self.history[-1].ensemble
 
+    @property
+    def ambiguity(self) -> float:
+        """Mean NLL of the samples minus NLL of the ensemble, in nats: what averaging gains; NaN without scores."""
+        members = [result.sample.get("nll", math.nan) for result in self.history]
+        return math.fsum(members) / len(members) - self.scores.get("nll", math.nan)
 
-class _Scorer:
-    """Metrics that are made when the number of classes is known, and passed over where there are no targets."""
+    def further_scores(self, num_bins: int = 15) -> dict[str, float]:
+        """Scores that are made of the full ensemble only; see :func:`~lightning_lpsgld.predictive.further_scores`."""
+        return further_scores(self.task, self.predictive, num_bins)
 
-    def __init__(self, build: Metrics | None) -> None:
-        self.build = build
-        self.metrics: MetricCollection | None = None
 
-    def update(self, probabilities: Tensor, targets: Tensor | None) -> None:
-        if self.build is None or targets is None:
-            return
-        if self.metrics is None:
-            self.metrics = self.build(probabilities.shape[1])
-        self.metrics.to(probabilities.device).update(probabilities, targets)
+class NonFinitePredictionError(ValueError):
+    """A sample predicts NaN or infinity: in an average it would hide behind finite scores, or spoil them.
 
-    def update_all(self, predictive: PosteriorPredictive) -> None:
-        if self.build is not None:
-            for probabilities, targets in predictive.batches():
-                self.update(probabilities, targets)
+    Attributes:
+        points: How many predictions are not finite.
+        scores: Names of the scores that there would be.
+    """
 
-    def finish(self) -> dict[str, float]:
-        """Scores since the last call; with ``torch.distributed`` initialized, of all ranks together."""
-        if self.metrics is None:
-            return {}
-        scores = {name: float(value) for name, value in self.metrics.compute().items()}
-        self.metrics.reset()
-        return scores
+    def __init__(self, message: str, points: int, scores: list[str]) -> None:
+        super().__init__(message)
+        self.points, self.scores = points, scores
 
 
 def bayesian_model_average(
@@ -125,15 +107,17 @@ def bayesian_model_average(
     module: nn.Module,
     batches: Iterable[Any],
     *,
-    logits: Callable[[nn.Module, Any], Tensor] = default_logits,
+    logits: Callable[[nn.Module, Any], Any] = default_logits,
     targets: Callable[[Any], Tensor | None] = default_targets,
     refresh_batch_norm: Iterable[Any] | None = None,
     metrics: Metrics | None = default_metrics,
     on_sample: Callable[[SampleResult], None] | None = None,
-    predictive: PosteriorPredictive | None = None,
+    predictive: RunningPredictive | None = None,
     device: torch.device | str | None = None,
+    task: TaskName | Task | TaskReader = "auto",
+    ignore_index: int | None = None,
 ) -> EnsembleResult:
-    r"""Average the predicted probabilities of all samples of a bank, one sample in memory at a time.
+    r"""Average the predictions of all samples of a bank, one sample in memory at a time.
 
     .. math::
         \bar p(y \mid x) = \frac1K \sum_{s=1}^K \mathrm{softmax}(f_{\theta_s}(x))_y
@@ -148,22 +132,31 @@ def bayesian_model_average(
             ``load_into`` and length.
         module: Module of the same names, shapes and dtypes.
         batches: Test batches; iterated once per sample, so not a generator, and not shuffled.
-        logits: Called as ``logits(module, batch)``, returns shape ``(n, classes)``. By default ``module(inputs)`` with
-            the first element of a tuple or list, or a mapping's ``inputs``, ``x``, ``image`` or the like.
-        targets: Called as ``targets(batch)``, returns shape ``(n,)`` or ``None``. By default the second element, or a
+        logits: Called as ``logits(module, batch)``, returns logits, means, or means with variances: tensors, or what
+            :func:`~lightning_lpsgld.predictive.read_output` finds them in. By default ``module(inputs)`` with the
+            first element of a tuple or list, or a mapping's ``inputs``, ``x``, ``image`` or the like.
+        targets: Called as ``targets(batch)``, returns a tensor or ``None``. By default the second element, or a
             mapping's ``targets``, ``labels``, ``y`` or the like.
         refresh_batch_norm: Training batches with which BatchNorm statistics are measured anew for every sample, by
             :func:`~lightning_lpsgld.predictive.refresh_batch_norm` through ``logits``; ``None`` takes those stored.
-        metrics: Builds, from the number of classes, what is scored; ``None``: nothing.
+        metrics: Builds, from the number of classes, what is scored; ``None``: nothing. By default
+            :func:`~.scoring.default_metrics`, of a regression :func:`~.scoring.regression_metrics`. Others are updated
+            with probabilities and targets, in a regression with means and targets.
         on_sample: Called after every sample, while the module still holds it.
         predictive: Sums to add to; empty ones by default.
         device: Where batches are moved; the module's device by default.
+        task: ``"multiclass"``, ``"binary"`` (one logit), ``"multilabel"``, ``"regression"``, or a task with its own
+            arguments such as :class:`~.tasks.Regression`; ``"auto"``: what the first batch looks like, see
+            :func:`~.tasks.decide_task`. Pixels and tokens are points like others: results are flat.
+        ignore_index: Target of what does not count; ``None``: -100.
 
     Returns:
         Sums per test point and scores of every sample and of the growing ensemble.
 
     Raises:
-        ValueError: If the bank is empty, or ``batches`` change between samples.
+        ValueError: If the bank is empty, ``batches`` change between samples, or predictions and targets do not fit the
+            task.
+        NonFinitePredictionError: If a sample predicts NaN or infinite values.
         BankError: If the module is not the one that was sampled, or a file is damaged.
 
     Note:
@@ -183,37 +176,71 @@ def bayesian_model_average(
     """
     if len(bank) == 0:
         raise ValueError("The bank holds no usable sample; collect samples first (or look at `bank.damaged`).")
-    predictive = PosteriorPredictive() if predictive is None else predictive
     target = device_of(module) if device is None else device
-    single, ensemble = _Scorer(metrics), _Scorer(metrics)
-    history = []
+    reader = task if isinstance(task, TaskReader) else TaskReader(task, ignore_index)
+    average = _Average(reader, predictive, metrics)
     with torch.no_grad(), swapped_weights(module):
         for index, info in enumerate(bank.infos):
             bank.load_into(module, index)
             module.eval()
             if refresh_batch_norm is not None:
                 refresh(module, refresh_batch_norm, forward=logits, device=target)
-            _pass_over(batches, module, logits, targets, target, predictive, single)
-            ensemble.update_all(predictive)
-            history.append(SampleResult(index, info, single.finish(), ensemble.finish()))
+            for number, batch in enumerate(batches):
+                batch = to_device(batch, target)
+                average.add(number, logits(module, batch), targets(batch))
+            average.end_sample(index, info)
             if on_sample is not None:
-                on_sample(history[-1])
-    return EnsembleResult(predictive, history)
+                on_sample(average.history[-1])
+    return average.result()
 
 
-def _pass_over(
-    batches: Iterable[Any],
-    module: nn.Module,
-    logits: Callable[[nn.Module, Any], Tensor],
-    targets: Callable[[Any], Tensor | None],
-    device: torch.device | str,
-    predictive: PosteriorPredictive,
-    scorer: _Scorer,
-) -> None:
-    """One sample over all batches."""
-    for number, batch in enumerate(batches):
-        batch = to_device(batch, device)
-        probabilities, truth = probabilities_of(logits(module, batch)), targets(batch)
-        predictive.update(number, probabilities, truth)
-        scorer.update(probabilities, truth)
-    predictive.end_sample()
+class _Average:
+    """Sums and scores of the samples so far."""
+
+    def __init__(self, reader: TaskReader, running: RunningPredictive | None, metrics: Metrics | None) -> None:
+        self.reader, self.running, self.metrics = reader, running, metrics
+        self.history: list[SampleResult] = []
+        self._scorers: tuple[Scorer, Scorer] | None = None
+        self._unusable = 0
+
+    def add(self, number: int, output: Any, truth: Tensor | None) -> None:
+        """One batch of the current sample."""
+        prediction, truth = self.reader.read(output, truth)
+        task = self.reader.task
+        assert task is not None
+        if self._scorers is None:
+            own = isinstance(task, Regression) and self.metrics is default_metrics
+            build: Metrics | None = regression_metrics if own else self.metrics
+            self._scorers = Scorer(build), Scorer(build)
+        self.running = task.running() if self.running is None else self.running
+        finite = task.finite(prediction)
+        self._unusable += int((~finite).sum())
+        self.running.update(number, prediction, truth)
+        if truth is not None:
+            self._scorers[0].update(task.alone(prediction, truth), truth, finite)
+
+    def end_sample(self, index: int, info: SampleInfo) -> None:
+        """Close the sample: its scores, and those of the ensemble with it."""
+        if self.running is None or self._scorers is None:
+            raise ChangedBatchesError(
+                "There is no batch. Pass batches that can be iterated more than once, and not none."
+            )
+        self.running.end_sample()
+        single, ensemble = self._scorers
+        scores = single.finish()
+        unusable = single.unusable() or self._unusable
+        if unusable:
+            raise NonFinitePredictionError(
+                f"Sample {index} (step {info.step}, chain {info.chain}) predicts NaN or infinite values for {unusable} "
+                "points. An average would hide it or be spoilt by it. Take a bank without this sample, or find out why "
+                "the run diverged there (a smaller learning rate or temperature).",
+                unusable,
+                list(scores),
+            )
+        ensemble.update_all(self.running)
+        self.history.append(SampleResult(index, info, scores, ensemble.finish()))
+
+    def result(self) -> EnsembleResult:
+        """What there is."""
+        assert self.reader.task is not None
+        return EnsembleResult(self.running, self.history, self.reader.task)

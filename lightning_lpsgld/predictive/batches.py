@@ -12,6 +12,8 @@ __all__ = ["default_logits", "default_targets", "device_of", "to_device"]
 
 _INPUTS = ("inputs", "input", "images", "image", "x", "features", "data")
 _TARGETS = ("targets", "target", "labels", "label", "y")
+#: Keys by which models of Hugging Face name their inputs; such a batch is passed on by keyword.
+_KEYWORDS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -60,7 +62,13 @@ def default_targets(batch: Any) -> Tensor | None:
     return batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
 
 
-def default_logits(module: nn.Module, batch: Any) -> Tensor:
-    """``module(inputs)`` of :func:`default_inputs`."""
-    out: Tensor = module(default_inputs(batch))
-    return out
+def default_logits(module: nn.Module, batch: Any) -> Any:
+    """``module(inputs)`` of :func:`default_inputs`; ``module(**inputs)`` without the labels for tokenized batches.
+
+    A batch counts as tokenized if it is a mapping with ``input_ids``, ``pixel_values`` or the like, and none of the
+    usual names of inputs.
+    """
+    tokenized = isinstance(batch, Mapping) and any(name in batch for name in _KEYWORDS)
+    if tokenized and not any(name in batch for name in _INPUTS):
+        return module(**{name: value for name, value in batch.items() if name not in _TARGETS})
+    return module(default_inputs(batch))

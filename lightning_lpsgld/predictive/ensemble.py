@@ -7,13 +7,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.metrics import entropy
+from lightning_lpsgld.metrics import disagreement_terms, entropy
+from lightning_lpsgld.predictive.running import RunningPredictive
 
 __all__ = ["PosteriorPredictive", "probabilities_of"]
 
 
 def probabilities_of(logits: Tensor) -> Tensor:
     """Softmax over the last dim in float32 (in float64 for float64 logits), whatever the dtype of ``logits``.
+
+    Infinite logits are limits: classes at minus infinity have probability 0, those at plus infinity share 1.
 
     Raises:
         ValueError: If the shape is not ``(n, classes)`` with at least two classes.
@@ -23,18 +26,24 @@ def probabilities_of(logits: Tensor) -> Tensor:
             f"Logits must have shape (n, classes) with classes >= 2, got {tuple(logits.shape)}. Flatten further dims; "
             "for one logit z of a binary task pass torch.stack([0 * z, z], dim=1)."
         )
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    probabilities = logits.softmax(dim=1)
+    if bool(probabilities.isnan().any()):  # inf - inf, or a logit that is NaN and stays it
+        top = logits == torch.inf
+        certain = top.any(1, keepdim=True) & ~logits.isnan().any(1, keepdim=True)
+        probabilities = torch.where(certain, top.to(logits.dtype) / top.sum(1, keepdim=True), probabilities)
+    return probabilities
 
 
-class PosteriorPredictive:
+class PosteriorPredictive(RunningPredictive):
     r"""Posterior predictive of a growing set of samples.
 
     .. math::
         \bar p(y \mid x) = \frac1K \sum_{s=1}^K p(y \mid x, \theta_s)
 
-    Kept per test point: the sum of probabilities and the sum of entropies, in float64 by default, and the target; never
-    what single samples predicted. Batches are numbered, and every sample has to see the same ones: a change of size or
-    of targets (a loader that shuffles) is refused.
+    Kept per test point: the sum of probabilities and the sum of entropies, in float64 by default, how many samples
+    predict each class (2 bytes), and the target; never what single samples predicted. Batches are numbered, and every
+    sample has to see the same ones: a change of size or of targets (a loader that shuffles) is refused.
 
     Args:
         dtype: dtype of the sums; float32 halves the memory and adds a relative error of up to K * 6e-8.
@@ -58,12 +67,11 @@ class PosteriorPredictive:
     def __init__(self, *, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None) -> None:
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"`dtype` must be torch.float32 or torch.float64, got {dtype}.")
+        super().__init__()
         self.dtype, self.device = dtype, device
-        self.num_samples = 0
         self._sums: list[Tensor] = []
         self._entropies: list[Tensor] = []
-        self._targets: list[Tensor | None] = []
-        self._next = 0
+        self._votes: list[Tensor] = []
 
     def update(self, index: int, probabilities: Tensor, targets: Tensor | None = None) -> None:
         """Add what the current sample predicts for batch number ``index``.
@@ -71,51 +79,30 @@ class PosteriorPredictive:
         Args:
             index: 0, 1, 2, ... in order; the same batches for every sample.
             probabilities: Shape ``(n, classes)``, not logits; see :func:`probabilities_of`.
-            targets: Shape ``(n,)``, or ``None``.
+            targets: Shape ``(n,)`` (or ``(n, classes)`` if soft), or ``None``.
 
         Raises:
             ValueError: If batches come in another order, or differ from those of the first sample.
         """
-        if index != self._next:
-            raise ValueError(f"Batch {self._next} of a sample must come next, got {index}.")
         device = probabilities.device if self.device is None else self.device
-        terms = probabilities.detach().to(device=device, dtype=self.dtype)
-        entropies = entropy(probabilities.detach()).to(device=device, dtype=self.dtype)
-        targets = None if targets is None else targets.detach().to(device)
-        if self.num_samples == 0:
-            self._sums.append(terms.clone())
-            self._entropies.append(entropies.clone())
-            self._targets.append(None if targets is None else targets.clone())
-        else:
-            self._check_same(index, terms, targets)
-            self._sums[index] += terms
-            self._entropies[index] += entropies
-        self._next = index + 1
+        self._append(index, probabilities.detach().to(device), None if targets is None else targets.detach().to(device))
 
-    def _check_same(self, index: int, terms: Tensor, targets: Tensor | None) -> None:
-        known = index < len(self._sums)
-        if known and self._sums[index].shape == terms.shape:
-            first = self._targets[index]
-            if (first is None) == (targets is None) and (first is None or torch.equal(first, targets)):  # type: ignore[arg-type]
-                return
-        raise ValueError(
-            f"Batch {index} is not the one that the first sample saw. Every sample needs the same batches in the same "
-            "order: turn shuffling and random augmentation off."
-        )
+    def _start(self, index: int, prediction: Tensor, targets: Tensor | None) -> None:
+        self._sums.append(torch.zeros_like(prediction, dtype=self.dtype))
+        self._entropies.append(torch.zeros(len(prediction), dtype=self.dtype, device=prediction.device))
+        self._votes.append(torch.zeros_like(prediction, dtype=torch.int16))
+        self._add(index, prediction, targets)
 
-    def end_sample(self) -> None:
-        """Close the current sample; the next update starts another.
+    def _add(self, index: int, prediction: Tensor, targets: Tensor | None) -> None:
+        self._sums[index] += prediction
+        self._entropies[index] += entropy(prediction).to(self.dtype)
+        if self.num_samples == torch.iinfo(torch.int16).max:
+            self._votes[index] = self._votes[index].int()
+        chosen = prediction.argmax(1, keepdim=True)
+        self._votes[index].scatter_add_(1, chosen, torch.ones_like(chosen, dtype=self._votes[index].dtype))
 
-        Raises:
-            ValueError: If it saw no batch, or fewer than the first sample.
-        """
-        if self._next == 0 or self._next != len(self._sums):
-            raise ValueError(
-                f"A sample ended after {self._next} batches, the first saw {len(self._sums)}. Pass batches that can be "
-                "iterated more than once (a DataLoader, a list), and not none."
-            )
-        self.num_samples += 1
-        self._next = 0
+    def _fits(self, index: int, prediction: Tensor) -> bool:
+        return self._sums[index].shape == prediction.shape
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Mean probabilities, shape ``(n, classes)``, and targets of each batch."""
@@ -129,12 +116,6 @@ class PosteriorPredictive:
     def probabilities(self) -> Tensor:
         """Mean probabilities of all test points, shape ``(points, classes)``."""
         return torch.cat(self._sums) / self.num_samples
-
-    @property
-    def targets(self) -> Tensor | None:
-        """Targets of all test points, shape ``(points,)``; ``None`` if a batch had none."""
-        known = [targets for targets in self._targets if targets is not None]
-        return torch.cat(known) if len(known) == len(self._targets) else None
 
     @property
     def predictive_entropy(self) -> Tensor:
@@ -154,3 +135,8 @@ class PosteriorPredictive:
             Houlsby et al., 2011 (BALD), arXiv:1112.5745, equation 2.
         """
         return (self.predictive_entropy - self.expected_entropy).clamp(min=0.0)
+
+    @property
+    def disagreement(self) -> Tensor:
+        """Share of pairs of samples that predict different classes for each point; 0 for a single sample."""
+        return disagreement_terms(torch.cat(self._votes))

@@ -14,10 +14,16 @@ from torch.utils.data import DistributedSampler
 
 from lightning_lpsgld.bank import SampleBank
 from lightning_lpsgld.callbacks import EnsembleEvaluation, SampleCollector
+from lightning_lpsgld.callbacks.watching import Selection
 from lightning_lpsgld.precision import LowPrecisionSGLD
-from lightning_lpsgld.predictive import bayesian_model_average
+from lightning_lpsgld.predictive import Regression, bayesian_model_average
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+
+
+def means(module, batch):
+    """The same network as a regression: its outputs are means of numbers that the images determine."""
+    return module(batch[0]), batch[0].flatten(1)[:, :3]
 
 
 def run_rank(folder: Path) -> None:
@@ -39,12 +45,16 @@ def run_rank(folder: Path) -> None:
     refreshed["validate"] = evaluation.scores
     evaluation.refresh_batch_norm = None
     trainer.test(module, datamodule=data, verbose=False)
+    classes = (evaluation.scores, evaluation.curve, dict(trainer.callback_metrics))
+    evaluation.logits, evaluation.task = means, Regression(noise_variance=0.3)
+    trainer.test(module, datamodule=data, verbose=False)
     assert trainer.world_size == 2
     result = {
-        "scores": evaluation.scores,
+        "scores": classes[0],
+        "regression": evaluation.scores,
         "refreshed": refreshed,
-        "logged": {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("ensemble/")},
-        "curve": evaluation.curve,
+        "logged": {k: float(v) for k, v in classes[2].items() if k.startswith("ensemble/")},
+        "curve": classes[1],
         "steps": (on_disk.bank.steps, in_memory.bank.steps),
         "state": fitted,
         "after": module.state_dict(),
@@ -123,31 +133,56 @@ def test_scores_equal_those_of_one_process(ranks):
     data = SyntheticData(shape=(1, 6, 6))
     make_trainer(callbacks=[alone]).test(module, datamodule=data, verbose=False)
     compared = [name for name in alone.scores if not name.startswith("current/")]
-    assert len(compared) == 12
+    assert len(compared) == 19
     for name in compared:
         assert results[0]["scores"][name] == pytest.approx(alone.scores[name]), name
     for mine, theirs in zip(alone.curve, results[0]["curve"]):
         assert mine == pytest.approx(theirs)
 
 
-@pytest.mark.parametrize("stage", ["fit", "validate"])
-def test_batch_norm_statistics_are_those_of_all_ranks(ranks, stage):
-    """In a fit: the average over two batches of each of two ranks. Outside, nothing is sharded: the first two."""
+def test_scores_of_a_regression_equal_those_of_one_process(ranks):
+    folder, results = ranks
+    alone = EnsembleEvaluation(folder / "bank", logits=means, task=Regression(noise_variance=0.3))
+    make_trainer(callbacks=[alone]).test(small_convnet(), datamodule=SyntheticData(shape=(1, 6, 6)), verbose=False)
+    compared = [name for name in alone.scores if not name.startswith("current/")]
+    assert {"ensemble/crps", "ensemble/width_90", "ensemble/quantile_error", "single/rmse"} <= set(compared)
+    for name in compared:
+        assert [r["regression"][name] for r in results] == pytest.approx([alone.scores[name]] * 2), name
+
+
+def test_batch_norm_statistics_are_those_of_all_ranks_in_validate(ranks):
+    """Outside of a fit nothing is sharded: the first two batches."""
     folder, results = ranks
     module, data = small_convnet(), SyntheticData(shape=(1, 6, 6))
-    shares = [list(range(64))]
-    if stage == "fit":  # Lightning shuffles the shares of a training set; the last validation is that of epoch 2
-        samplers = [DistributedSampler(range(64), 2, rank, shuffle=True) for rank in (0, 1)]
-        for sampler in samplers:
-            sampler.set_epoch(2)
-        shares = [list(sampler) for sampler in samplers]
-    batches = [(data.train.tensors[0][share[8 * b : 8 * (b + 1)]],) for share in shares for b in (0, 1)]
+    batches = [(data.train.tensors[0][8 * b : 8 * (b + 1)],) for b in (0, 1)]
     predictive = bayesian_model_average(
         SampleBank.open(folder / "bank"), module, [data.val.tensors], refresh_batch_norm=batches
     )
     for name, value in predictive.scores.items():
         for result in results:
-            assert result["refreshed"][stage][f"ensemble/{name}"] == pytest.approx(value)
+            assert result["refreshed"]["validate"][f"ensemble/{name}"] == pytest.approx(value)
+
+
+def test_batch_norm_statistics_are_those_of_all_ranks_in_a_fit(ranks):
+    """Two batches of each of two ranks, as Lightning shuffles them in the epoch that the sample was first seen in."""
+    folder, results = ranks
+    module, data = small_convnet(), SyntheticData(shape=(1, 6, 6))
+    bank, running = SampleBank.open(folder / "bank"), None
+    for number, epoch in enumerate((1, 2)):  # samples after steps 7 and 10, four steps an epoch
+        samplers = [DistributedSampler(range(64), 2, rank, shuffle=True) for rank in (0, 1)]
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        shares = [list(sampler) for sampler in samplers]
+        batches = [(data.train.tensors[0][share[8 * b : 8 * (b + 1)]],) for share in shares for b in (0, 1)]
+        one = Selection(bank, 2)
+        one.indices = [number]
+        average = bayesian_model_average(
+            one, module, [data.val.tensors], refresh_batch_norm=batches, predictive=running
+        )
+        running = average.predictive
+    for name, value in average.scores.items():
+        for result in results:
+            assert result["refreshed"]["fit"][f"ensemble/{name}"] == pytest.approx(value)
 
 
 if __name__ == "__main__":

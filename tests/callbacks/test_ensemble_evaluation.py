@@ -226,6 +226,9 @@ def test_logits_of_other_modules(logits):
         (lambda m, b: (m(b[0])[:, 0], b[1]), ValueError, r"shape \(batch, classes\)"),
         (lambda m, b: (m(b[0]), b[1].float()), TypeError, "integer class indices, got torch.float32"),
         (lambda m, b: (m(b[0]), None), TypeError, "integer class indices, got NoneType"),
+        (lambda m, b: (m(b[0]), b[1] + 1), ValueError, r"target 3 is no class of 3 \(0 to 2\).*pass ignore_index=3"),
+        (lambda m, b: (m(b[0]), b[1][:, None].float().expand(-1, 2)), ValueError, "fit no task"),
+        (lambda m, b: ((m(b[0]), m(b[0])), b[1]), TypeError, r"pair of tensors.*outputs='mean_variance'"),
         (lambda m, b: (m(b[0]), b[1][:1]), ValueError, r"targets must have shape \(8,\).*got \(1,\)"),
     ],
 )
@@ -235,20 +238,6 @@ def test_what_are_no_logits_or_targets_is_said(logits, error, message):
     with pytest.raises(error, match=message):
         evaluate(EnsembleEvaluation(perturbed_bank(module), logits=logits), module)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-
-
-def test_targets_of_regression_are_refused():
-    class Regression(SyntheticData):
-        def test_dataloader(self):
-            return DataLoader(TensorDataset(self.test.tensors[0], torch.rand(37, 3)), 8)
-
-    class Silent(Classifier):
-        def test_step(self, batch, batch_idx):
-            pass
-
-    module = Silent(small_mlp().net)
-    with pytest.raises(TypeError, match="integer class indices"):
-        evaluate(EnsembleEvaluation(perturbed_bank(module)), module, Regression())
 
 
 # --------------------------------------------------------------------------------------------------- nothing is changed
@@ -395,7 +384,7 @@ def test_within_a_fit_from_the_first_sample_on():
         callbacks=[callback, SampleCollector(start=16, every=4), logged],
     )
     trainer.fit(small_mlp(), datamodule=SyntheticData())
-    assert logged.sizes == [None, None, None, 4, 4, 8]  # of epochs 2, 4, 6; before the first sample nothing
+    assert logged.sizes == [0, 0, 0, 4, 4, 8]  # the first validation, then epochs 2, 4, 6; before the first sample 0
     trainer.test(trainer.lightning_module, datamodule=SyntheticData(), verbose=False)
     assert trainer.callback_metrics["ensemble/size"] == 8
 

@@ -145,7 +145,7 @@ def test_one_sample_is_in_memory_at_a_time(tmp_path, monkeypatch):
     assert len(alive) == 5
     assert counts == [0] * 10
     weights = sum(t.untyped_storage().nbytes() for t in (*net.parameters(), *net.buffers()))
-    sums = 10 * 3 * 8 + 10 * 8 + 10 * 8  # probabilities, entropies, targets of ten points
+    sums = 10 * 3 * 8 + 10 * 8 + 10 * 8 + 10 * 3 * 2  # probabilities, entropies, targets and votes of ten points
     last_batch = 5 * 3 * 4
     assert len(peaks) == 4
     assert max(peaks) - before <= weights + sums + last_batch
