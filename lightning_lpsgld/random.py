@@ -10,6 +10,7 @@ import hashlib
 import math
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -61,7 +62,8 @@ class DrawKey:
         offset: Index of the tensor's first element in the whole tensor; not 0 only for shards. 0 to 2**62.
 
     Raises:
-        ValueError: If a field is out of range.
+        TypeError: If the seed is not an int.
+        ValueError: If another field is out of range.
 
     Example:
         >>> DrawKey(seed=7, step=3).at(step=4)
@@ -74,6 +76,8 @@ class DrawKey:
     offset: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, Integral):
+            raise TypeError(f"DrawKey: `seed` must be an int, got {self.seed!r}.")
         object.__setattr__(self, "seed", int(self.seed) % 2**64)
         for name, limit in (("step", 2**32), ("stream", 2**31), ("offset", 2**62)):
             value = getattr(self, name)

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_lpsgld.arguments import require_count
 from lightning_lpsgld.bank import BankError, SampleBank, module_tensors
 from lightning_lpsgld.callbacks.chains import add_sample, chain_count
 from lightning_lpsgld.callbacks.ranks import raise_everywhere
@@ -89,12 +90,16 @@ class SampleCollector(Callback):
         chain: int = 0,
         append: bool = False,
     ) -> None:
-        if isinstance(start, bool) or start < 0 or (isinstance(start, float) and not start < 1):
-            raise ValueError(
-                f"SampleCollector: `start` must be an int >= 0 (steps) or a float in [0, 1) (of the run), got {start}."
-            )
+        number = isinstance(start, (int, float)) and not isinstance(start, bool)
+        if not number or not start >= 0 or (isinstance(start, float) and not start < 1):
+            rule = "an int >= 0 (steps) or a float in [0, 1) (of the run)"
+            raise ValueError(f"SampleCollector: `start` must be {rule}, got {start!r}.")
         if isinstance(every, bool) or (every != "epoch" and (not isinstance(every, int) or every < 1)):
             raise ValueError(f"SampleCollector: `every` must be an int >= 1 (steps) or 'epoch', got {every!r}.")
+        for name, value in (("per_cycle", per_cycle), ("cycle_length", cycle_length)):
+            if value is not None:
+                require_count(name, value, owner="SampleCollector")
+        require_count("chain", chain, low=0, owner="SampleCollector")
         if cycle_length is not None and per_cycle is None:
             raise ValueError("SampleCollector: `cycle_length` has no effect without `per_cycle`.")
         SampleBank(capacity=capacity, policy=policy)  # refuses bad values now, not after hours of burn-in
@@ -238,6 +243,9 @@ class SampleCollector(Callback):
 
     def _collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         assert self.schedule is not None
+        for each in trainer.optimizers:
+            if isinstance(each, LangevinOptimizer):
+                each.settle()  # on an accelerator a NaN is known late, and must not become a sample
         optimizer = optimizer_of(trainer)
         temperature = optimizer.param_groups[0]["temperature"] if isinstance(optimizer, LangevinOptimizer) else None
         tensors = full_tensors(module_tensors(pl_module))  # a sharded module is gathered on all ranks

@@ -11,10 +11,11 @@ from lightning_lpsgld.formats.numbers import BlockFloatingPoint, FixedPoint, Flo
 
 __all__ = ["parse_format", "to_qtorch"]
 
-_FIXED = re.compile(r"fixed(\d+)\.(-?\d+)(s?)")
-_BLOCK = re.compile(r"bfp(\d+)(?:b(\d+)|-(tensor)|-dim(-?\d+))?(?:e(\d))?")
-_FLOAT = re.compile(r"e(\d+)m(\d+)(?:-(ieee|nan|none))?")
-_MICROSCALING = re.compile(r"mxfp(\d)e(\d)m(\d)(?:b(\d+))?(-fit)?")
+# ASCII: to Python, full-width and other digits are digits, too.
+_FIXED = re.compile(r"fixed(\d+)\.(-?\d+)(s?)", re.ASCII)
+_BLOCK = re.compile(r"bfp(\d+)(?:b(\d+)|-(tensor)|-dim(-?\d+))?(?:e(\d))?", re.ASCII)
+_FLOAT = re.compile(r"e(\d+)m(\d+)(?:-(ieee|nan|none))?", re.ASCII)
+_MICROSCALING = re.compile(r"mxfp(\d)e(\d)m(\d)(?:b(\d+))?(-fit)?", re.ASCII)
 _ALIASES: dict[str, NumberFormat] = {
     "fp32": FloatingPoint(8, 23),
     "tf32": FloatingPoint(8, 10),

@@ -104,7 +104,7 @@ ALWAYS_INLINE float exp_minus_one(float x) {
   const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
   float series = 1.0f / 5040;
   for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f}) series = series * r + c;
-  int32_t bits;
+  uint32_t bits;  // unsigned: the bits that leave on the left are those of the shift's own exponent
   std::memcpy(&bits, &shifted, 4);
   bits = (bits + 127) << 23;
   float power;

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,10 +12,13 @@ from lightning.pytorch import callbacks as pl_callbacks
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from lightning_lpsgld.arguments import require_flag, require_int, require_number, require_seed
 from lightning_lpsgld.formats import NumberFormat, check_dtype
 from lightning_lpsgld.ops.dispatch import BACKENDS
+from lightning_lpsgld.samplers import LangevinOptimizer
+from lightning_lpsgld.samplers.step_size import checked_schedule
 
-__all__ = ["check_arguments", "refuse_unsupported", "unwrapped"]
+__all__ = ["check_arguments", "names_or_types", "refuse_unsupported", "unwrapped"]
 
 #: Callbacks that average ``parameters()``; WeightAveraging and its EMA came with Lightning 2.6.
 _AVERAGING = tuple(
@@ -25,8 +30,26 @@ def check_arguments(plugin: Any) -> None:
     """Arguments of the plugin that are wrong whatever the run.
 
     Raises:
+        TypeError: If one is of the wrong type.
         ValueError: Naming the argument, the rule and the value.
     """
+    owner = "LowPrecisionSGLD"
+    _check_choices(plugin, owner)
+    for name in ("variance_corrected", "compress_gradients"):
+        require_flag(name, getattr(plugin, name), owner=owner)
+    if require_number("temperature", plugin.temperature, above=-math.inf, owner=owner) < 0:
+        raise ValueError(f"{owner}: `temperature` must be >= 0, got {plugin.temperature}.")
+    if plugin.seed is not None:
+        require_seed("seed", plugin.seed, owner=owner)
+    if plugin.num_data != "auto" and (not _is_int(plugin.num_data) or plugin.num_data < 1):
+        raise ValueError(f"{owner}: `num_data` must be 'auto' or an int >= 1, got {plugin.num_data!r}.")
+    if not _is_int(plugin.check_replicas) or plugin.check_replicas < 0:
+        raise ValueError(f"{owner}: `check_replicas` must be an int >= 0, got {plugin.check_replicas!r}.")
+    _check_schedule(plugin.schedule, plugin.cycles, owner)
+    _check_sampler(plugin.sampler)
+
+
+def _check_choices(plugin: Any, owner: str) -> None:
     choices = {
         "accumulator": (plugin.accumulator, ("low", "full")),
         "backend": (plugin.backend, ("auto", *BACKENDS)),
@@ -36,16 +59,42 @@ def check_arguments(plugin: Any) -> None:
     for name, (value, allowed) in choices.items():
         if value not in allowed:
             hint = " fp16 would need a GradScaler, which a sampler cannot use." * (name == "compute")
-            raise ValueError(f"LowPrecisionSGLD: `{name}` must be one of {allowed}, got {value!r}.{hint}")
-    if not plugin.temperature >= 0:
-        raise ValueError(f"LowPrecisionSGLD: `temperature` must be >= 0, got {plugin.temperature}.")
-    if plugin.num_data != "auto" and (not isinstance(plugin.num_data, int) or plugin.num_data < 1):
-        raise ValueError(f"LowPrecisionSGLD: `num_data` must be 'auto' or an int >= 1, got {plugin.num_data!r}.")
-    every = plugin.check_replicas
-    if isinstance(every, bool) or not isinstance(every, int) or every < 0:
-        raise ValueError(f"LowPrecisionSGLD: `check_replicas` must be an int >= 0, got {every!r}.")
-    if plugin.cycles is not None and (plugin.cycles < 1 or plugin.schedule is not None):
-        raise ValueError("LowPrecisionSGLD: `cycles` must be >= 1 and excludes `schedule`.")
+            raise ValueError(f"{owner}: `{name}` must be one of {allowed}, got {value!r}.{hint}")
+
+
+def _check_schedule(schedule: Any, cycles: Any, owner: str) -> None:
+    if schedule is not None:
+        checked_schedule(schedule, owner=owner)
+    if cycles is not None and (require_int("cycles", cycles, owner=owner) < 1 or schedule is not None):
+        raise ValueError(f"{owner}: `cycles` must be >= 1 and excludes `schedule`.")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_sampler(sampler: Any) -> None:
+    kind = sampler.func if isinstance(sampler, functools.partial) else sampler
+    if not isinstance(kind, type) or not issubclass(kind, LangevinOptimizer):
+        raise TypeError(
+            "LowPrecisionSGLD: `sampler` must be a class of lightning_lpsgld.samplers, or a functools.partial of one, "
+            f"got {sampler!r}. Write sampler=SGLD, or sampler=functools.partial(SGHMC, friction=2.0)."
+        )
+
+
+def names_or_types(name: str, value: Any) -> tuple[str | type[Module], ...]:
+    """Patterns of names and module types, as ``exclude`` and ``sites`` take them: one, or several.
+
+    Raises:
+        TypeError: If there is anything else among them.
+    """
+    one = isinstance(value, (str, type))
+    several: tuple[Any, ...] = (value,) if one else tuple(value) if isinstance(value, Iterable) else (None,)
+    if not all(isinstance(each, (str, type)) for each in several):
+        raise TypeError(
+            f"LowPrecisionSGLD: `{name}` must hold names of submodules (patterns) or module types, got {value!r}."
+        )
+    return several
 
 
 def unwrapped(model: Module) -> pl.LightningModule:

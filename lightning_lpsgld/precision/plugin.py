@@ -19,7 +19,8 @@ from lightning_lpsgld.distributed import GradientCompression
 from lightning_lpsgld.formats import FormatLike, NumberFormat, parse_format
 from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.precision.card import PosteriorCard, describe_sampler
-from lightning_lpsgld.precision.checks import check_arguments, unwrapped
+from lightning_lpsgld.precision.checks import check_arguments, names_or_types, unwrapped
+from lightning_lpsgld.precision.late_check import SettleBeforeSaving, settle_at_end
 from lightning_lpsgld.precision.presets import preset_options
 from lightning_lpsgld.precision.replicas import ReplicaGuard, compressed
 from lightning_lpsgld.precision.run import RunDescription, describe_run
@@ -57,7 +58,8 @@ class LowPrecisionSGLD(Precision):
             the textbook's 1. 0 is low-precision SGD. At 1e-3 rounding alone is often warmer than that: watch
             :class:`EffectiveTemperature`.
         num_data: N, number of training examples; ``"auto"`` counts the train dataloader's data set.
-        seed: Seed of all draws. ``None``: that of ``seed_everything``, else rank zero draws one and broadcasts it.
+        seed: Seed of all draws, an int in [0, 2**64). ``None``: that of ``seed_everything``, else rank zero draws one
+            and broadcasts it.
         exclude: Names (patterns of ``fnmatch``) or types of submodules left in full precision: their activations, and
             their own parameters.
         sites: Names or types of the submodules whose outputs are rounded; ``None``: those that
@@ -77,6 +79,7 @@ class LowPrecisionSGLD(Precision):
             :class:`~lightning_lpsgld.distributed.GradientCompression`.
 
     Raises:
+        TypeError: If an argument is of the wrong type.
         ValueError: If an argument is out of range; the message names it, the rule and the value.
 
     Example:
@@ -125,8 +128,8 @@ class LowPrecisionSGLD(Precision):
         self.temperature = temperature
         self.num_data = num_data
         self.seed = seed
-        self.exclude = (exclude,) if isinstance(exclude, (str, type)) else tuple(exclude)
-        self.sites = sites
+        self.exclude = names_or_types("exclude", exclude)
+        self.sites = None if sites is None else names_or_types("sites", sites)
         self.backend = backend
         self.sampler = SGLD if sampler is None else sampler
         self.schedule = schedule
@@ -139,6 +142,7 @@ class LowPrecisionSGLD(Precision):
         check_arguments(self)
         self.run: RunDescription | None = None
         self._guard: ReplicaGuard | None = None
+        self._late_check = SettleBeforeSaving(lambda: self.samplers)
         self.card: PosteriorCard | None = None
         self.samplers: list[LangevinOptimizer] = []
         self.casting: ActivationCasting | None = None
@@ -246,6 +250,7 @@ class LowPrecisionSGLD(Precision):
                 group["step"] = steps
         if self.compress_gradients:
             self.compression = compressed(model, run.chain_seed, self.samplers[0])
+        self._late_check.attach(module)
         share = round_parameters(self.samplers)
         casts = 0 if self.casting is None else len(self.casting.describe())
         self.card = describe_sampler(self.samplers[0], run, saturated=share, casts=casts)
@@ -308,8 +313,10 @@ class LowPrecisionSGLD(Precision):
 
     def teardown(self) -> None:
         """Take the quantizers out of the module again; it is the user's as before, with the last weights."""
+        self._late_check.remove()
         if self.casting is not None:
             self._casting_state = self.casting.state_dict()
             self.casting.remove()
             self.casting = None
         super().teardown()
+        settle_at_end(self.samplers)

@@ -76,7 +76,7 @@ def round_parameters(samplers: Sequence[LangevinOptimizer]) -> float:
     """Bring all parameters onto their grids; share of values that lay outside their range."""
     outside, count = 0, 0
     for sampler in samplers:
-        for param in (p for g in sampler.param_groups for p in g["params"]):
+        for param in (p for g in sampler.param_groups for p in g["params"] if p.requires_grad):
             fmt = sampler.format_of(param)
             count += param.numel()
             outside += 0 if fmt is None else int(saturated(param.detach(), fmt))

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_lpsgld.arguments import require_count, require_flag, require_number, require_seed
 from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.random import DrawKey
+from lightning_lpsgld.samplers.finite import FiniteCheck
 from lightning_lpsgld.samplers.options import accepted_options, written_out
-from lightning_lpsgld.samplers.shards import all_finite, local_part
-from lightning_lpsgld.samplers.step_size import ConstantStepSize, StepSize
+from lightning_lpsgld.samplers.step_size import ConstantStepSize, StepSize, checked_schedule
 
 __all__ = ["LangevinOptimizer"]
 
@@ -56,9 +57,10 @@ class LangevinOptimizer(Optimizer):
         num_data: N >= 1, number of training examples (not batches, not divided by the world size).
         schedule: Factor on ``lr`` and gate of the noise per step; constant by default.
         check_finite: Refuse a step whose loss or gradient is NaN or infinite. On an accelerator the check is read one
-            step later, so that it costs no synchronization.
+            step later, so that it costs no synchronization; :meth:`settle` reads it at once.
 
     Raises:
+        TypeError: If an argument is of the wrong type.
         ValueError: If an argument is out of range; the message names it, the rule and the value.
 
     Example:
@@ -93,14 +95,14 @@ class LangevinOptimizer(Optimizer):
         if isinstance(num_data, bool) or not isinstance(num_data, int) or num_data < 1:
             raise ValueError(f"`num_data` must be an int >= 1 (number of training examples), got {num_data!r}.")
         self.num_data = num_data
-        self.schedule: StepSize = ConstantStepSize() if schedule is None else schedule
-        self.check_finite = check_finite
+        self.schedule: StepSize = ConstantStepSize() if schedule is None else checked_schedule(schedule)
+        self.check_finite = require_flag("check_finite", check_finite)
         self.source: Optimizer | None = None
         #: Called in every step with (group, parameters, gradients), just before the update; they must change nothing.
         self.gradient_observers: list[Callable[[dict[str, Any], list[Tensor], list[Tensor]], None]] = []
         self._indices: dict[Tensor, int] = {}
         self._names: dict[Tensor, str] = {}
-        self._pending: tuple[Tensor, list[Tensor]] | None = None
+        self._finite = FiniteCheck()
         super().__init__(params, {**defaults, "step": 0})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -134,7 +136,7 @@ class LangevinOptimizer(Optimizer):
             if "lr" not in group:
                 raise ValueError(f"{type(optimizer).__name__} has a parameter group without `lr`; a sampler needs one.")
         groups = optimizer.param_groups
-        lr = float(groups[0]["lr"])
+        lr = require_number("lr", groups[0]["lr"])
         kept = {name: [group.get(name) for group in groups] for name in ("step", "seed", "temperature")}
         for group in groups:
             group.setdefault("weight_decay", 0.0)
@@ -159,16 +161,54 @@ class LangevinOptimizer(Optimizer):
             )  # fmt: skip
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its parameters get the next numbers, so that the draws of the others stay as they are."""
+        """Add a group; its parameters get the next numbers, so that the draws of the others stay as they are.
+
+        Raises:
+            TypeError, ValueError: If a value of the group breaks a rule of :meth:`check_group`; it is not added then.
+        """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        _check_group(group)
+        try:
+            self.check_group(group)
+            _check_parameters(group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
         group["step"] = max((g.get("step", 0) for g in self.param_groups), default=0)
         for i, param in enumerate(group["params"]):
             self._indices[param] = len(self._indices)
             names = group.get("param_names")
             if names:
                 self._names[param] = names[i]
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """Refuse values of a group that no step can be made with; also before every step, as others may set them.
+
+        Raises:
+            TypeError: If a value is not a number.
+            ValueError: If ``lr``, ``weight_decay`` or ``temperature`` is negative, NaN or infinite, or ``seed`` or
+                ``step`` no counter.
+        """
+        for name in ("lr", "weight_decay", "temperature"):
+            require_number(name, group[name])
+        require_seed("seed", group["seed"])
+        require_count("step", group.get("step", 0), low=0)
+
+    def _check_settings(self) -> None:
+        """Refuse to step with what a scheduler, a callback or the schedule has set."""
+        for number, group in enumerate(self.param_groups):
+            where = f"{type(self).__name__}, parameter group {number}, before step {self.steps} (nothing was changed)"
+            try:
+                self.check_group(group)
+            except (TypeError, ValueError) as error:
+                kind = ValueError if isinstance(error, ValueError) else TypeError
+                raise kind(f"{where}: {error} Look for a scheduler or callback that sets it.") from None
+            size = self.step_size(group)
+            if not (size >= 0 and math.isfinite(size)):
+                factor = self.schedule.factor(group["step"])
+                raise ValueError(
+                    f"{where}: the schedule's factor must be finite and >= 0, got {factor} of {self.schedule!r}."
+                )
 
     def name_parameters(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Learn parameter names, for messages and statistics."""
@@ -239,18 +279,21 @@ class LangevinOptimizer(Optimizer):
 
         Raises:
             FloatingPointError: If the loss or a gradient is NaN or infinite; no parameter has been changed by this
-                step (on an accelerator: it is raised at the next step).
+                step (on an accelerator it has, and the error comes with the next step or with :meth:`settle`).
             TypeError: If a gradient is sparse, or a GradScaler drives the step.
+            TypeError, ValueError: If a value of a group breaks a rule of :meth:`check_group`; nothing has changed.
         """
         if getattr(self, "grad_scale", None) is not None:
             raise TypeError(
                 f"{type(self).__name__} cannot be stepped by a GradScaler: skipped steps and scaled gradients break "
                 "the chain. Use float32, or bfloat16 autocast (LowPrecisionSGLD(compute='bf16-mixed')), without scaler."
             )
+        self._check_settings()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            self._check_settings()  # hooks of a trainer run inside the closure
         work = [(group, *self._with_gradients(group)) for group in self.param_groups]
         if self.check_finite:
             self._refuse_non_finite(loss, work)
@@ -258,12 +301,20 @@ class LangevinOptimizer(Optimizer):
             if params:
                 for observe in self.gradient_observers:
                     observe(group, params, grads)
-                self.update(group, params, grads)
+                self._update_or_tell_why(group, params, grads)
         for group in self.param_groups:
             group["step"] += 1
         if self.source is not None:
             self.source._opt_called = True  # type: ignore[attr-defined]  # LR schedulers look at the optimizer they hold
         return loss
+
+    def _update_or_tell_why(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        """Update; where that fails and the gradients of this very step turn out to be NaN, that is the reason."""
+        try:
+            self.update(group, params, grads)
+        except Exception:
+            self.settle()
+            raise
 
     def _with_gradients(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
         params = [p for p in group["params"] if p.grad is not None]
@@ -281,33 +332,36 @@ class LangevinOptimizer(Optimizer):
         return params, [p.grad for p in params]
 
     def _refuse_non_finite(self, loss: Any, work: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]]) -> None:
-        if isinstance(loss, Tensor) and loss.device.type == "cpu" and not bool(torch.isfinite(loss).all()):
-            raise FloatingPointError(f"The loss is {loss.tolist()} at step {self.steps}; no parameter was changed.")
-        params = [p for _, ps, _ in work for p in ps]
-        if not params:
-            return
-        device = local_part(params[0]).device
-        grads = [local_part(g) for _, _, gs in work for g in gs]
-        grads = [g if g.numel() else g.new_zeros(1) for g in grads]  # a rank may hold no row of a sharded parameter
-        flags = all_finite(_finite_flags(grads).to(device), params)
-        if flags.device.type == "cpu":
-            self._raise_if(flags, params, self.steps)
-            return
-        if self._pending is not None:
-            self._raise_if(*self._pending, self.steps - 1)
-        self._pending = (flags.to("cpu", non_blocking=True), params)
+        params, grads = [p for _, ps, _ in work for p in ps], [g for _, _, gs in work for g in gs]
+        self._finite.check(loss, params, grads, self.name_of, self.steps)
 
-    def _raise_if(self, finite: Tensor, params: list[Tensor], step: int) -> None:
-        if bool(finite.all()):
-            return
-        names = [self.name_of(params[i]) for i in (~finite).nonzero().flatten().tolist()]
-        rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise FloatingPointError(
-            f"The gradient of {', '.join(names[:3])}{rest} is NaN or infinite at step {step}. The step was refused. "
-            "Lower the learning rate, clip gradients, or check the data."
-        )
+    @property
+    def unsettled(self) -> bool:
+        """Whether the finite check of the last step has not been read (on an accelerator)."""
+        return self._finite.waiting
+
+    def settle(self) -> None:
+        """Read the finite check of the last step now, which on an accelerator waits for it; elsewhere nothing waits.
+
+        ``state_dict``, samples and checkpoints of the Trainer do it; in a plain loop call it before the weights are
+        used after the last step.
+
+        Raises:
+            FloatingPointError: If a step that has been made had a NaN or infinite loss or gradient. It is raised again
+                at every call until a state is loaded, because the weights hold it.
+        """
+        self._finite.settle()
 
     # --------------------------------------------------------------------------------------------------- saved state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Groups and state, as of any optimizer.
+
+        Raises:
+            FloatingPointError: As :meth:`settle`.
+        """
+        self.settle()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore groups in place (they may be shared with another optimizer) and state bit for bit.
@@ -325,7 +379,9 @@ class LangevinOptimizer(Optimizer):
         for group, loaded in zip(shared, self.param_groups):
             group.clear()
             group.update(loaded)
+            group["seed"] = int(group["seed"]) % 2**64  # as the draws took it before other seeds were refused
         self.param_groups = shared
+        self._finite.forget()
         self._restore_exactly(state_dict)
 
     def _restore_exactly(self, state_dict: dict[str, Any]) -> None:
@@ -338,25 +394,7 @@ class LangevinOptimizer(Optimizer):
                     self.state[param][name] = value.detach().to(param.device, copy=True)
 
 
-def _finite_flags(grads: list[Tensor]) -> Tensor:
-    """Which tensors are finite throughout, shape ``(len(grads),)``.
-
-    On a CPU the sum of squares is a tenth of the maximum's time; where it overflows, the elements are looked at.
-    """
-    if grads[0].device.type != "cpu":
-        return torch.stack([norm.isfinite() for norm in torch._foreach_norm(grads, math.inf)])
-    norms = torch._foreach_norm(grads)
-    flags = torch.stack([norm.isfinite() for norm in norms])
-    for i in (~flags).nonzero().flatten().tolist():
-        flags[i] = grads[i].isfinite().all()
-    return flags
-
-
-def _check_group(group: Mapping[str, Any]) -> None:
-    for name in ("lr", "weight_decay", "temperature"):
-        value = float(group[name])
-        if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"`{name}` must be finite and >= 0, got {value}.")
+def _check_parameters(group: Mapping[str, Any]) -> None:
     for param in group["params"]:
         if not param.is_floating_point():
             raise TypeError(f"Samplers move floating-point parameters, got one of {param.dtype}.")

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Iterable
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_lpsgld.arguments import require_choice, require_flag, require_number, require_seed
 from lightning_lpsgld.formats import FormatLike, NumberFormat, check_dtype, parse_format
 from lightning_lpsgld.ops import quantize
-from lightning_lpsgld.ops.dispatch import BackendName
+from lightning_lpsgld.ops.dispatch import BACKENDS, BackendName
 from lightning_lpsgld.ops.spec import Accumulation
 from lightning_lpsgld.random import DrawKey, Role, stream_id
 from lightning_lpsgld.samplers.base import LangevinOptimizer
-from lightning_lpsgld.samplers.shards import apply_to_whole_blocks_, first_index, local_part
+from lightning_lpsgld.samplers.first_rounding import frozen_off_grid, round_to_nearest_
+from lightning_lpsgld.samplers.shards import first_index, local_part
 from lightning_lpsgld.samplers.statistics import Measured, StepStatistics
 from lightning_lpsgld.samplers.step_size import StepSize
 
@@ -62,18 +62,21 @@ class GridSampler(LangevinOptimizer):
         full_precision: Iterable[Tensor] = (),
         check_finite: bool = True,
     ) -> None:
-        if accumulator not in ("full", "low"):
-            raise ValueError(f"`accumulator` must be 'full' or 'low', got {accumulator!r}.")
+        require_choice("accumulator", accumulator, ("full", "low"))
+        require_choice("backend", backend, ("auto", *BACKENDS))
+        require_flag("variance_corrected", variance_corrected)
         self.weight_format: NumberFormat | None = None if weight_format is None else parse_format(weight_format)
         self.gradient_format: NumberFormat | None = None if gradient_format is None else parse_format(gradient_format)
         self.accumulator = accumulator
         self.variance_corrected = variance_corrected
         self.backend = backend
         self.full_precision = set(full_precision)
+        self._frozen: set[Tensor] = set()
         self.saturated: list[tuple[list[Tensor], Tensor]] = []
         self.measured: list[StepStatistics] = []
         self._measure_next: int | None = None
-        defaults = {"lr": lr, "weight_decay": weight_decay, "temperature": temperature, "seed": int(seed)}
+        seed = require_seed("seed", seed)
+        defaults = {"lr": lr, "weight_decay": weight_decay, "temperature": temperature, "seed": seed}
         defaults.update(group_options)
         super().__init__(params, defaults, num_data=num_data, schedule=schedule, check_finite=check_finite)
         for param in set(self._indices) - self.full_precision:
@@ -85,15 +88,19 @@ class GridSampler(LangevinOptimizer):
 
     def accumulation(self, param: Tensor) -> Accumulation:
         """How the steps of a parameter are summed and rounded."""
-        if self.weight_format is None or param in self.full_precision:
+        if self.format_of(param) is None:
             return "float"
         if self.accumulator == "full":
             return "full"
         return "vc" if self.variance_corrected else "naive"
 
     def format_of(self, param: Tensor) -> NumberFormat | None:
-        """Grid on which a parameter lies, ``None`` where it is not rounded."""
-        return None if param in self.full_precision else self.weight_format
+        """Grid on which a parameter lies, ``None`` where it is not rounded.
+
+        A frozen weight (``requires_grad=False``) that :meth:`round_parameters_` found off the grid lies on none until
+        it is first moved.
+        """
+        return None if param in self.full_precision or param in self._frozen else self.weight_format
 
     def gradient_format_of(self, param: Tensor) -> NumberFormat | None:
         """Grid of a parameter's gradient, ``None`` where it is not rounded; parameters exempt by name are exempt."""
@@ -137,9 +144,8 @@ class GridSampler(LangevinOptimizer):
         Reference:
             Yun, 2025, arXiv:2508.07142 (the model; the step size μ/q); ``docs/theory.md``, section 5 (with noise).
         """
-        if not (shrinkage > 0 and math.isfinite(shrinkage)):
-            raise ValueError(f"`shrinkage` must be finite and > 0, got {shrinkage}. Clamp a measured q from below.")
-        self.state[param]["shrinkage"] = float(shrinkage)
+        value = require_number("shrinkage", shrinkage, above=0.0, remedy="Clamp a measured q from below.")
+        self.state[param]["shrinkage"] = value
 
     # ------------------------------------------------------------------------------------------------------ stepping
 
@@ -148,18 +154,17 @@ class GridSampler(LangevinOptimizer):
         """Bring the parameters onto the grid before the first step, by rounding to nearest; idempotent.
 
         With a full accumulator the unrounded values become the accumulators. Without this call the first forward pass
-        sees unrounded weights, as in the published code.
+        sees unrounded weights, as in the published code. Frozen weights (``requires_grad=False``) are left as they are.
+        Tensors of which nothing is left but zeros are named in a warning of the log.
         """
-        for param in self._indices:
-            accumulation = self.accumulation(param)
-            if accumulation == "float":
-                continue
-            if accumulation == "full":
+        if self.weight_format is None:
+            return
+        params = [param for param in self._indices if param not in self.full_precision]
+        self._frozen = frozen_off_grid(params, self.weight_format)
+        if self.accumulator == "full":
+            for param in (p for p in params if p.requires_grad):
                 self._accumulator(param)
-            assert self.weight_format is not None
-            apply_to_whole_blocks_(
-                param, self.weight_format, partial(quantize, fmt=self.weight_format, rounding="nearest")
-            )
+        round_to_nearest_(params, self.weight_format, self.name_of)
 
     def _accumulator(self, param: Tensor) -> Tensor:
         state = self.state[param]
@@ -171,6 +176,11 @@ class GridSampler(LangevinOptimizer):
 
     def _draw_key(self, group: dict[str, Any], param: Tensor) -> DrawKey:
         return self.key(group)
+
+    def _with_gradients(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+        params, grads = super()._with_gradients(group)
+        self._frozen.difference_update(params)  # thawed: this step brings them onto the grid
+        return params, grads
 
     @torch.no_grad()
     def rounded_gradient(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lightning_lpsgld.arguments import require_choice, require_count, require_flag, require_number
 from lightning_lpsgld.formats import (
     BlockFloatingPoint,
     FixedPoint,
@@ -152,10 +154,9 @@ class HALP(VarianceReduced):
         **options: Unpack[CentredOptions],
     ) -> None:
         self.offset_format = _offset_format(word_length, offset_format)
-        if scale not in ("tensor", "global"):
-            raise ValueError(f"HALP: `scale` must be 'tensor' or 'global', got {scale!r}.")
+        require_choice("scale", scale, ("tensor", "global"), owner="HALP")
         self.scale = scale
-        self.power_of_two = power_of_two
+        self.power_of_two = require_flag("power_of_two", power_of_two, owner="HALP")
         self.centre_dtype = centre_dtype
         self.check_mu = check_mu and isinstance(self.offset_format, FixedPoint)
         self._curvature: float | None = None
@@ -165,16 +166,24 @@ class HALP(VarianceReduced):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, which may have its own ``mu``."""
         super().add_param_group(param_group)
-        mu = self.param_groups[-1]["mu"]
-        fixed = isinstance(self.offset_format, FixedPoint)
-        if (mu is None and fixed) or (mu is not None and not (mu > 0 and math.isfinite(mu))):
-            raise ValueError(
-                f"HALP: `mu` must be finite and > 0, got {mu!r}. Pass a number not far below the curvature of the loss "
-                "(20 for a ResNet in the published code; with the L2 coefficient the grid is so coarse that the run "
-                "diverges), or offset_format='bfp8', which needs none."
-            )
         for param in self.param_groups[-1]["params"]:
             check_dtype(self.offset_format, self._dtype(param))
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """As :meth:`LangevinOptimizer.check_group`.
+
+        Raises:
+            TypeError, ValueError: Also if ``mu`` is not finite and positive, or missing where offsets need it.
+        """
+        super().check_group(group)
+        remedy = (
+            "Pass a number not far below the curvature of the loss (20 for a ResNet in the published code; with the L2 "
+            "coefficient the grid is so coarse that the run diverges), or offset_format='bfp8', which needs none."
+        )
+        if group["mu"] is not None:
+            require_number("mu", group["mu"], above=0.0, owner="HALP", remedy=remedy)
+        elif isinstance(self.offset_format, FixedPoint):
+            raise ValueError(f"HALP: `mu` must be finite and > 0, got None. {remedy}")
 
     @classmethod
     def from_optimizer(cls, optimizer: Any, **options: Any) -> HALP:
@@ -352,9 +361,7 @@ class HALP(VarianceReduced):
 
 def _offset_format(word_length: int, offset_format: FormatLike | None) -> FixedPoint | BlockFloatingPoint:
     if offset_format is None:
-        if not 2 <= word_length <= 16:
-            raise ValueError(f"HALP: `word_length` must be an int in [2, 16], got {word_length!r}.")
-        return FixedPoint(word_length, 0, symmetric=True)
+        return FixedPoint(require_count("word_length", word_length, low=2, high=16, owner="HALP"), 0, symmetric=True)
     fmt = parse_format(offset_format)
     if not isinstance(fmt, BlockFloatingPoint) or fmt.word_length > 16:
         raise ValueError(

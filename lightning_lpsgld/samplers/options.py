@@ -24,7 +24,7 @@ class SamplerOptions(TypedDict, total=False):
         weight_decay: λ >= 0; the Gaussian prior it implies has variance T/(Nλ) per weight.
         gradient_format: Grid of the gradients (stochastic rounding); ``None``: not rounded.
         variance_corrected: Where the sum of the steps is kept on a grid, use Q^vc instead of adding noise and rounding.
-        seed: Any int. **Must be equal on all ranks of a replica group**, which then stay bit-identical.
+        seed: An int in [0, 2**64). **Must be equal on all ranks of a replica group**, which then stay bit-identical.
         backend: For the ops; ``"auto"`` takes the fastest one.
         schedule: Factor on ``lr`` and gate of the noise, per step; see :mod:`.step_size`.
         full_precision: Parameters that are never rounded although there is a format.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
+from lightning_lpsgld.arguments import require_number
 from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops import quantize, quantize_variance_corrected
 from lightning_lpsgld.ops.dispatch import BackendName
@@ -237,21 +239,15 @@ class PreconditionedSGLD(GridSampler):
                 type(self).__name__, type(optimizer).__name__, ", ".join(sorted(names)),
             )  # fmt: skip
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As :meth:`LangevinOptimizer.add_param_group`.
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """As :meth:`LangevinOptimizer.check_group`.
 
         Raises:
-            ValueError: Also if the group's ``beta``, ``eps`` or ``freeze_after`` is out of range.
+            TypeError, ValueError: Also if ``beta`` is not in [0, 1) or ``eps`` is not finite and positive.
         """
-        super().add_param_group(param_group)
-        beta, eps = (float(self.param_groups[-1][name]) for name in ("beta", "eps"))
-        if not 0 <= beta < 1:
-            raise ValueError(f"`beta` must be in [0, 1), got {beta}.")
-        if not (eps > 0 and eps != float("inf")):
-            raise ValueError(f"`eps` must be finite and > 0, got {eps}.")
-        freeze = self.param_groups[-1]["freeze_after"]
-        if freeze is not None and (isinstance(freeze, bool) or not isinstance(freeze, int) or freeze < 1):
-            raise ValueError(f"`freeze_after` must be None or an int >= 1 (optimizer steps), got {freeze!r}.")
+        super().check_group(group)
+        require_number("beta", group["beta"], below=1.0)
+        require_number("eps", group["eps"], above=0.0)
 
     # --------------------------------------------------------------------------------------------------------- facts
 

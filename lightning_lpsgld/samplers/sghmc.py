@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
+from lightning_lpsgld.arguments import require_choice, require_flag, require_number
 from lightning_lpsgld.formats import FormatLike, NumberFormat, check_dtype, parse_format
 from lightning_lpsgld.ops.spec import Accumulation
 from lightning_lpsgld.samplers.grid import GridSampler
@@ -108,8 +109,7 @@ class SGHMC(GridSampler):
         drift: Literal["corrected", "paper"] = "corrected",
         **options: Unpack[GridOptions],
     ) -> None:
-        if drift not in ("corrected", "paper"):
-            raise ValueError(f"`drift` must be 'corrected' or 'paper', got {drift!r}.")
+        require_choice("drift", drift, ("corrected", "paper"))
         if velocity_format is not None and options.get("accumulator") == "full":
             raise ValueError(
                 "`velocity_format` has no place with accumulator='full': SGHMCLP-F keeps the velocity in float32. Use "
@@ -118,7 +118,7 @@ class SGHMC(GridSampler):
         self.velocity_format: NumberFormat | None = None if velocity_format is None else parse_format(velocity_format)
         if self.velocity_format is not None:
             check_dtype(self.velocity_format, torch.float32)
-        self.rescale_velocity = rescale_velocity
+        self.rescale_velocity = require_flag("rescale_velocity", rescale_velocity)
         self.drift = drift
         extra = {"friction": friction, "inverse_mass": inverse_mass}
         super().__init__(params, extra, lr=lr, num_data=num_data, **options)
@@ -134,17 +134,15 @@ class SGHMC(GridSampler):
                 group.pop(name, None)
         return super().from_optimizer(optimizer, **options)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As :meth:`LangevinOptimizer.add_param_group`.
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """As :meth:`LangevinOptimizer.check_group`.
 
         Raises:
-            ValueError: Also if the group's ``friction`` or ``inverse_mass`` is not positive.
+            TypeError, ValueError: Also if ``friction`` or ``inverse_mass`` is not finite and positive.
         """
-        super().add_param_group(param_group)
+        super().check_group(group)
         for name in ("friction", "inverse_mass"):
-            value = float(self.param_groups[-1][name])
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"`{name}` must be finite and > 0, got {value}.")
+            require_number(name, group[name], above=0.0)
 
     # --------------------------------------------------------------------------------------------------------- facts
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from typing_extensions import Unpack
 
+from lightning_lpsgld.arguments import require_choice, require_number
 from lightning_lpsgld.formats import FloatingPoint, MicroscalingFloat
 from lightning_lpsgld.ops import StepSpec
 from lightning_lpsgld.ops.lattice import RATES, Rates
@@ -101,10 +101,8 @@ class SGLD(GridSampler):
         gradient_std: GradientStd = 0.0,
         **options: Unpack[GridOptions],
     ) -> None:
-        if variant not in ("auto", "lattice"):
-            raise ValueError(f"`variant` must be 'auto' or 'lattice', got {variant!r}.")
-        if rates not in RATES:
-            raise ValueError(f"`rates` must be one of {RATES}, got {rates!r}.")
+        require_choice("variant", variant, ("auto", "lattice"))
+        require_choice("rates", rates, RATES)
         if callable(gradient_std) or gradient_std != 0:
             _check_gradient_std(gradient_std, variant, rates)
         self.variant = variant
@@ -112,15 +110,16 @@ class SGLD(GridSampler):
         self.gradient_std: GradientStd = gradient_std
         super().__init__(params, {}, lr=lr, num_data=num_data, **options)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As :meth:`LangevinOptimizer.add_param_group`.
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """As :meth:`LangevinOptimizer.check_group`.
 
         Raises:
-            ValueError: Also if ``variant="lattice"`` cannot walk with the group's temperature or the formats.
+            TypeError, ValueError: Also if ``variant="lattice"`` cannot walk with the group's temperature or the
+                formats.
         """
-        super().add_param_group(param_group)
+        super().check_group(group)
         if self.variant == "lattice":
-            self._check_lattice(float(self.param_groups[-1]["temperature"]))
+            self._check_lattice(float(group["temperature"]))
 
     def _check_lattice(self, temperature: float) -> None:
         uneven = isinstance(self.weight_format, (FloatingPoint, MicroscalingFloat))
@@ -220,5 +219,5 @@ def _check_gradient_std(gradient_std: GradientStd, variant: str, rates: str) -> 
             "`gradient_std` is what the lattice walk with exponential rates is told: it needs variant='lattice' and "
             f"rates='exponential', got {variant!r} and {rates!r}. Leave it at 0."
         )
-    if not callable(gradient_std) and not (gradient_std >= 0 and math.isfinite(gradient_std)):
-        raise ValueError(f"`gradient_std` must be finite and >= 0, or a callable, got {gradient_std}.")
+    if not callable(gradient_std):
+        require_number("gradient_std", gradient_std, remedy="A callable from parameters to such numbers will do, too.")

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from lightning_lpsgld.arguments import require_int, require_number
 
 __all__ = ["ConstantStepSize", "CyclicalStepSize", "PolynomialStepSize", "StepSize"]
 
@@ -57,6 +59,8 @@ class PolynomialStepSize:
     power: float = 0.55
 
     def __post_init__(self) -> None:
+        for name in ("offset", "power"):
+            require_number(name, getattr(self, name), above=-math.inf, owner="PolynomialStepSize")
         if not self.offset > 0 or not self.power >= 0:
             raise ValueError(f"PolynomialStepSize: needs `offset` > 0 and `power` >= 0, got {self}.")
 
@@ -115,6 +119,9 @@ class CyclicalStepSize:
             raise ValueError(
                 f"CyclicalStepSize: `noise_in` must be 'every-step' or 'sampling-stage', got {self.noise_in!r}."
             )
+        for name in ("cycle_length", "sampling_steps", "cycles", "total_steps"):
+            if getattr(self, name) is not None or not name.startswith(("cycles", "total")):
+                require_int(name, getattr(self, name), owner="CyclicalStepSize")
         if self.cycle_length < 1 or not 1 <= self.sampling_steps <= self.shortest:
             raise ValueError(
                 f"CyclicalStepSize: needs `cycle_length` >= 1 and 1 <= `sampling_steps` <= `cycle_length`"
@@ -200,3 +207,18 @@ class CyclicalStepSize:
     def noise(self, step: int) -> bool:
         """Whether Langevin noise is injected at this step."""
         return self.noise_in == "every-step" or self.sampling(step)
+
+
+def checked_schedule(schedule: Any, *, owner: str = "") -> StepSize:
+    """A step-size schedule, if it is one.
+
+    Raises:
+        TypeError: If it lacks ``factor`` or ``noise``, or is the class of a schedule instead of one.
+    """
+    if isinstance(schedule, type) or not isinstance(schedule, StepSize):
+        start = f"{owner}: " if owner else ""
+        raise TypeError(
+            f"{start}`schedule` must be a step-size schedule with `factor(step)` and `noise(step)`, such as "
+            f"CyclicalStepSize(cycle_length=100), got {schedule!r}."
+        )
+    return schedule

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lightning_lpsgld.formats import FormatLike, NumberFormat, check_dtype, parse_format
-from lightning_lpsgld.ops import quantize
+from lightning_lpsgld.samplers.first_rounding import frozen_off_grid, round_to_nearest_
 from lightning_lpsgld.samplers.options import CentredOptions
 from lightning_lpsgld.samplers.updates import langevin_steps_
 from lightning_lpsgld.samplers.variance_reduced import VarianceReduced
@@ -68,6 +68,7 @@ class SVRG(VarianceReduced):
         **options: Unpack[CentredOptions],
     ) -> None:
         self.weight_format: NumberFormat | None = None if weight_format is None else parse_format(weight_format)
+        self._frozen: set[Tensor] = set()
         super().__init__(params, {}, lr=lr, **options)
         for param in self._indices:
             fmt = self.format_of(param)
@@ -75,8 +76,8 @@ class SVRG(VarianceReduced):
                 check_dtype(fmt, param.dtype)
 
     def format_of(self, param: Tensor) -> NumberFormat | None:
-        """Grid on which a parameter lies, ``None`` where it is not rounded."""
-        return None if param in self.full_precision else self.weight_format
+        """Grid on which a parameter lies, ``None`` where it is not rounded; see :meth:`.grid.GridSampler.format_of`."""
+        return None if param in self.full_precision or param in self._frozen else self.weight_format
 
     @property
     def formats(self) -> dict[str, str]:
@@ -86,11 +87,16 @@ class SVRG(VarianceReduced):
 
     @torch.no_grad()
     def round_parameters_(self) -> None:
-        """Bring the parameters onto the grid before the first step, by rounding to nearest; idempotent."""
-        for param in self._indices:
-            fmt = self.format_of(param)
-            if fmt is not None:
-                param.copy_(quantize(param, fmt, rounding="nearest"))
+        """As :meth:`.grid.GridSampler.round_parameters_`; frozen weights are left as they are here, too."""
+        if self.weight_format is not None:
+            params = [param for param in self._indices if param not in self.full_precision]
+            self._frozen = frozen_off_grid(params, self.weight_format)
+            round_to_nearest_(params, self.weight_format, self.name_of)
+
+    def _with_gradients(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+        params, grads = super()._with_gradients(group)
+        self._frozen.difference_update(params)
+        return params, grads
 
     def point_of(self, param: Tensor) -> Tensor:
         """The parameter itself."""

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_lpsgld.arguments import require_choice, require_count, require_flag, require_seed
 from lightning_lpsgld.formats import FormatLike, NumberFormat, check_dtype, parse_format
 from lightning_lpsgld.ops import StepSpec
-from lightning_lpsgld.ops.dispatch import BackendName
+from lightning_lpsgld.ops.dispatch import BACKENDS, BackendName
 from lightning_lpsgld.ops.spec import Accumulation
 from lightning_lpsgld.samplers.base import LangevinOptimizer
 from lightning_lpsgld.samplers.passes import at_point, traceless
@@ -74,15 +75,18 @@ class VarianceReduced(LangevinOptimizer):
         period: int | None = None,
         check_finite: bool = True,
     ) -> None:
-        if period is not None and period < 1:
-            raise ValueError(f"`period` must be None or an int >= 1 (steps between two centres), got {period}.")
+        if period is not None:
+            require_count("period", period, unit="steps between two centres", remedy="None: one centre an epoch.")
+        require_choice("backend", backend, ("auto", *BACKENDS))
+        require_flag("variance_corrected", variance_corrected)
         self.gradient_format: NumberFormat | None = None if gradient_format is None else parse_format(gradient_format)
         self.variance_corrected = variance_corrected
         self.backend = backend
         self.full_precision = set(full_precision)
         self.period = period
         self.saturated: list[tuple[Tensor, Tensor]] = []
-        defaults = {"lr": lr, "weight_decay": weight_decay, "temperature": temperature, "seed": int(seed), "inner": 0}
+        seed = require_seed("seed", seed)
+        defaults = {"lr": lr, "weight_decay": weight_decay, "temperature": temperature, "seed": seed, "inner": 0}
         defaults.update(group_options)
         super().__init__(params, defaults, num_data=num_data, schedule=schedule, check_finite=check_finite)
         if self.gradient_format is not None:
@@ -177,6 +181,7 @@ class VarianceReduced(LangevinOptimizer):
             FloatingPointError: If a gradient is NaN or infinite; then the old centre stays.
             RuntimeError: If no parameter got a gradient.
         """
+        self._check_settings()
         params = [(group, p) for group in self.param_groups for p in group["params"] if p.requires_grad]
         points = [self.point_of(p) for _, p in params]
         with traceless([p for _, p in params]):
@@ -192,6 +197,7 @@ class VarianceReduced(LangevinOptimizer):
                 "full_gradient(loss_of, batches, params)."
             )
         self._refuse_non_finite(value, [(g, [p], [p.grad]) for g, p, _ in work])
+        self.settle()  # after a pass over all data there is nothing to gain from reading it later
         self.check_centre(work, value)
         for _, param, point in work:
             assert param.grad is not None
