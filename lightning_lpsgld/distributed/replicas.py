@@ -98,24 +98,38 @@ def _show(ranks: Sequence[int]) -> str:
 def refuse_different_settings(
     settings: Mapping[str, Any], device: torch.device | str = "cpu", group: Any = None
 ) -> None:
-    """Compare numbers (seeds, temperature, number of examples, ...) over a replica group; a collective call.
+    """Compare settings (seeds, temperature, formats, ...) over a replica group; a collective call.
+
+    One number per rank is sent; only where it differs, the settings themselves. Ranks may have settings that others
+    have not.
 
     Args:
-        settings: Values by name; compared through their ``repr``. Names and their order must be the same on all ranks.
+        settings: Values by name; compared through their ``repr``, so that they must be plain values.
         device: Where the group communicates.
         group: Process group of the replicas; ``None``: all ranks.
 
     Raises:
-        ForkedReplicasError: On all ranks, if a value differs on any of them; it names the first such setting.
+        ForkedReplicasError: On all ranks, if anything differs on any of them; it names every such setting with its
+            values by rank.
     """
-    hashes = [hashlib.blake2b(repr(value).encode(), digest_size=8).digest() for value in settings.values()]
-    row = torch.tensor([int.from_bytes(h, "little", signed=True) for h in hashes], dtype=torch.int64, device=device)
+    mine = {name: repr(value) for name, value in settings.items()}
+    digest = hashlib.blake2b(repr(sorted(mine.items())).encode(), digest_size=8).digest()
+    row = torch.tensor([int.from_bytes(digest, "little", signed=True)], dtype=torch.int64, device=device)
     table = _gathered(row, group)
-    different = (table != table[0]).any(0)
-    if bool(different.any()):
-        name = list(settings)[int(different.nonzero()[0])]
-        raise ForkedReplicasError(
-            f"`{name}` is not the same on all ranks of the replica group (here: {settings[name]!r}), so the replicas "
-            "would fork at the first step. Give every rank the same value; "
-            "LowPrecisionSGLD(seed=...) is broadcast from rank zero, a sampler's own `seed` is not."
-        )
+    if bool((table == table[0]).all()):
+        return
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group=group)
+    names = dict.fromkeys(name for each in found for name in each)
+    off = [name for name in names if len({each.get(name) for each in found}) > 1]
+    values = [_by_rank(name, [each.get(name, "missing") for each in found], _ranks(group)) for name in off]
+    raise ForkedReplicasError(
+        f"{', '.join(f'`{name}`' for name in off)} {'is' if len(off) == 1 else 'are'} not the same on all ranks of the "
+        f"replica group ({'; '.join(values)}), so the replicas would fork at the first step. Give every rank the same "
+        "value; LowPrecisionSGLD(seed=...) is broadcast from rank zero, a sampler's own `seed` is not."
+    )
+
+
+def _by_rank(name: str, values: Sequence[str], ranks: Sequence[int]) -> str:
+    shown = [f"{value[:80]} on rank {rank}" for rank, value in zip(ranks, values)]
+    return f"{name}: " + ", ".join(shown[:8]) + (", ..." if len(shown) > 8 else "")
