@@ -10,14 +10,38 @@ from torch import Tensor
 
 from lightning_lpsgld.bank import BankError, SampleBank
 from lightning_lpsgld.distributed import RunsChains
+from lightning_lpsgld.samplers import LangevinOptimizer
 
-__all__ = ["add_sample", "chain_count"]
+__all__ = ["add_sample", "chain_count", "next_label", "settle_samplers"]
 
 
 def chain_count(trainer: pl.Trainer) -> int:
     """Number of chains that run side by side."""
     strategy = trainer.strategy
     return strategy.chains if isinstance(strategy, RunsChains) else 1
+
+
+def next_label(bank: SampleBank | None, trainer: pl.Trainer, label: int) -> int:
+    """Label of a chain that begins anew at a checkpoint's weights: its samples are not those of the old one.
+
+    Args:
+        bank: The bank, on ranks that write; rank zero's counts.
+        trainer: The trainer; a collective call.
+        label: Label of the old chain.
+    """
+    taken = set() if bank is None else {*bank.chains, *(damage.info.chain for damage in bank.damaged)}
+    return int(trainer.strategy.broadcast(max(taken | {label}) + 1))
+
+
+def settle_samplers(trainer: pl.Trainer) -> None:
+    """On an accelerator a NaN is known late, and must not become a sample.
+
+    Raises:
+        FloatingPointError: As :meth:`LangevinOptimizer.settle`.
+    """
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, LangevinOptimizer):
+            optimizer.settle()
 
 
 def add_sample(

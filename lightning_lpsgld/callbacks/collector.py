@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_lpsgld.arguments import require_count
 from lightning_lpsgld.bank import BankError, SampleBank, module_tensors
-from lightning_lpsgld.callbacks.chains import add_sample, chain_count
+from lightning_lpsgld.callbacks.chains import add_sample, chain_count, next_label, settle_samplers
 from lightning_lpsgld.callbacks.ranks import raise_everywhere
 from lightning_lpsgld.callbacks.run_facts import (
     cycles_of,
@@ -175,6 +175,8 @@ class SampleCollector(Callback):
             self._bank = None
         raise_everywhere(problem)  # a rank that went on alone would wait for the others for ever
         self._label, self.run = trainer.strategy.broadcast((self._label, self.run))
+        if getattr(trainer.precision_plugin, "begins_new_chain", False):
+            self._label = next_label(self._bank, trainer, self._label)
         self.schedule = CollectionSchedule() if dry else self._resolve_schedule(trainer)
         self._refuse_hopeless(trainer)
         self._warn_if_lost(trainer)
@@ -243,9 +245,7 @@ class SampleCollector(Callback):
 
     def _collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         assert self.schedule is not None
-        for each in trainer.optimizers:
-            if isinstance(each, LangevinOptimizer):
-                each.settle()  # on an accelerator a NaN is known late, and must not become a sample
+        settle_samplers(trainer)
         optimizer = optimizer_of(trainer)
         temperature = optimizer.param_groups[0]["temperature"] if isinstance(optimizer, LangevinOptimizer) else None
         tensors = full_tensors(module_tensors(pl_module))  # a sharded module is gathered on all ranks

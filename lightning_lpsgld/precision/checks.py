@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_lpsgld.arguments import require_flag, require_int, require_number, require_seed
 from lightning_lpsgld.formats import NumberFormat, check_dtype
 from lightning_lpsgld.ops.dispatch import BACKENDS
+from lightning_lpsgld.precision.changes import ON_CHANGE
 from lightning_lpsgld.samplers import LangevinOptimizer
 from lightning_lpsgld.samplers.step_size import checked_schedule
 
@@ -55,6 +56,7 @@ def _check_choices(plugin: Any, owner: str) -> None:
         "backend": (plugin.backend, ("auto", *BACKENDS)),
         "saved_activations": (plugin.saved_activations, ("full", "codes")),
         "compute": (plugin.compute, ("32-true", "bf16-mixed")),
+        "on_change": (plugin.on_change, ON_CHANGE),
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:

@@ -19,10 +19,12 @@ from lightning_lpsgld.distributed import GradientCompression
 from lightning_lpsgld.formats import FormatLike, NumberFormat, parse_format
 from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.precision.card import PosteriorCard, describe_sampler
+from lightning_lpsgld.precision.changes import OnChange
 from lightning_lpsgld.precision.checks import check_arguments, names_or_types, unwrapped
 from lightning_lpsgld.precision.late_check import SettleBeforeSaving, settle_at_end
 from lightning_lpsgld.precision.presets import preset_options
 from lightning_lpsgld.precision.replicas import ReplicaGuard, compressed
+from lightning_lpsgld.precision.resume import Resume, run_settings
 from lightning_lpsgld.precision.run import RunDescription, describe_run
 from lightning_lpsgld.precision.seeds import run_seed
 from lightning_lpsgld.precision.takeover import round_parameters, take_over
@@ -74,7 +76,12 @@ class LowPrecisionSGLD(Precision):
             bit-identical. ``"full"``: as PyTorch does.
         compute: Dtype of the forward pass: ``"32-true"`` or ``"bf16-mixed"`` (autocast).
         check_replicas: Under DDP, compare a checksum of all weights over the ranks every that many steps (and seeds and
-            weights before the first), and stop a run whose replicas have forked; 0: never.
+            weights before the first), and stop a run whose replicas have forked; 0: never
+            (settings are compared all the same).
+        on_change: What a fit does that resumes a checkpoint (``ckpt_path``) of a run with other settings, such as
+            another temperature, weight decay, learning rate, seed, number of examples, schedule, format or sampler:
+            ``"refuse"`` it, naming all; go on with those of the ``"checkpoint"``; or begin a ``"new"`` chain at its
+            weights, whose samples get a label of their own. What an LR scheduler changes is no difference.
         compress_gradients: Under DDP, average gradients in 8 bits, unbiased, with a quarter of the traffic; see
             :class:`~lightning_lpsgld.distributed.GradientCompression`.
 
@@ -115,6 +122,7 @@ class LowPrecisionSGLD(Precision):
         compute: Literal["32-true", "bf16-mixed"] = "32-true",
         check_replicas: int = 50,
         compress_gradients: bool = False,
+        on_change: OnChange = "refuse",
     ) -> None:
         super().__init__()
         self.formats: dict[str, NumberFormat | None] = {
@@ -138,6 +146,7 @@ class LowPrecisionSGLD(Precision):
         self.compute = compute
         self.check_replicas = check_replicas
         self.compress_gradients = compress_gradients
+        self.on_change: OnChange = on_change
         self.compression: GradientCompression | None = None
         check_arguments(self)
         self.run: RunDescription | None = None
@@ -146,6 +155,7 @@ class LowPrecisionSGLD(Precision):
         self.card: PosteriorCard | None = None
         self.samplers: list[LangevinOptimizer] = []
         self.casting: ActivationCasting | None = None
+        self._resume = Resume()
         self._run_seed: int | None = None
         self._casting_state: dict[str, Any] | None = None
         self._unstepped = 0
@@ -241,7 +251,8 @@ class LowPrecisionSGLD(Precision):
         if trainer is None or trainer.state.fn != "fit":
             return model, optimizers, lr_schedulers
         self.run = run = describe_run(trainer, module, optimizers, self, self._resolve_seed(trainer))
-        self._guard = ReplicaGuard(self.check_replicas, run)
+        settings = run_settings(run, self)
+        self._guard = ReplicaGuard(self.check_replicas, run, settings)
         self._unstepped = 0 if run.automatic else -(run.accumulate - 1)
         done = [sampler.steps for sampler in self.samplers] if trainer.global_step > 0 else []
         self.samplers = take_over(optimizers, module, run, self.sampler, self._options())
@@ -252,10 +263,18 @@ class LowPrecisionSGLD(Precision):
             self.compression = compressed(model, run.chain_seed, self.samplers[0])
         self._late_check.attach(module)
         share = round_parameters(self.samplers)
+        self._describe(run, share)
+        self._resume.begin(self.samplers, settings, scheduled=bool(lr_schedulers))
+        if trainer.ckpt_path is None:
+            rank_zero_info(str(self.card))
+        else:  # only what is restored says what will be sampled
+            self._resume.when_restored(lambda: rank_zero_info(str(self._describe(run, share))))
+        return model, list(self.samplers), lr_schedulers
+
+    def _describe(self, run: RunDescription, share: float) -> PosteriorCard:
         casts = 0 if self.casting is None else len(self.casting.describe())
         self.card = describe_sampler(self.samplers[0], run, saturated=share, casts=casts)
-        rank_zero_info(str(self.card))
-        return model, list(self.samplers), lr_schedulers
+        return self.card
 
     def _options(self) -> dict[str, Any]:
         """What is asked of every sampler; the rest follows from the run."""
@@ -301,11 +320,26 @@ class LowPrecisionSGLD(Precision):
             "seed": self._run_seed,
             "casting": casting,
             "card": None if self.card is None else self.card.as_dict(),
+            "settings": self._resume.settings,
         }
 
+    @property
+    def begins_new_chain(self) -> bool:
+        """Whether the running fit began a new chain at a checkpoint's weights."""
+        return self._resume.new_chain
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note what a checkpoint tells that was saved before settings were."""
+        self._resume.note_old(checkpoint, checkpoint.get(type(self).__qualname__))
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the draws where the checkpoint stopped."""
-        if state_dict["seed"] is not None:
+        """Continue the draws where the checkpoint stopped.
+
+        Raises:
+            ChangedSettingsError: If the checkpoint's run had other settings, and ``on_change`` does not allow for them.
+        """
+        self._resume.compare(state_dict, self.on_change, seed_asked=self.seed is not None)
+        if state_dict["seed"] is not None and not (self._resume.new_chain and self.seed is not None):
             self._run_seed = int(state_dict["seed"])
         self._casting_state = state_dict["casting"]
         if self.casting is not None and self._casting_state is not None:
@@ -314,6 +348,7 @@ class LowPrecisionSGLD(Precision):
     def teardown(self) -> None:
         """Take the quantizers out of the module again; it is the user's as before, with the last weights."""
         self._late_check.remove()
+        self._resume.end()
         if self.casting is not None:
             self._casting_state = self.casting.state_dict()
             self.casting.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from lightning_lpsgld.samplers import LangevinOptimizer
 
 __all__ = ["ReplicaGuard", "compressed"]
 
-_SETTINGS = ("seed", "step", "temperature", "lr", "weight_decay")
+_SETTINGS = ("seed", "step", "lr")
 
 
 class ReplicaGuard:
@@ -24,12 +25,15 @@ class ReplicaGuard:
     gradients only, so that weights which differ once differ for ever.
 
     Args:
-        every: Steps between two comparisons of all weights; 0: never.
+        every: Steps between two comparisons of all weights; 0: never. Settings are compared all the same.
         run: The fit; another one needs another guard.
+        settings: What makes its chain what it is and no sampler has, as plain values by name.
     """
 
-    def __init__(self, every: int, run: RunDescription) -> None:
-        self.every = every if run.replicated and run.topology.replicas > 1 else 0
+    def __init__(self, every: int, run: RunDescription, settings: Mapping[str, Any]) -> None:
+        self._replicated = run.replicated and run.topology.replicas > 1
+        self.every = every if self._replicated else 0
+        self._settings = {**settings, "check_replicas": every}
         self._ranks, self._device = run.topology.group, run.device
         self._started: set[int] = set()
 
@@ -39,15 +43,17 @@ class ReplicaGuard:
         Raises:
             ForkedReplicasError: If they do not.
         """
-        if not self.every or id(sampler) in self._started:
+        if not self._replicated or id(sampler) in self._started:
             return
         self._started.add(id(sampler))
-        settings: dict[str, Any] = {"num_data": sampler.num_data}
+        run = {name: value for name, value in self._settings.items() if name != "seed"}
+        settings: dict[str, Any] = {**run, **sampler.settings()}
         for i, group in enumerate(sampler.param_groups):
             where = "" if len(sampler.param_groups) == 1 else f" of parameter group {i}"
             settings.update({name + where: _plain(group.get(name)) for name in _SETTINGS})
         refuse_different_settings(settings, self._device, self._ranks)
-        refuse_forked_replicas(_tensors(sampler), sampler.steps, self._ranks)
+        if self.every:
+            refuse_forked_replicas(_tensors(sampler), sampler.steps, self._ranks)
 
     def after_step(self, sampler: LangevinOptimizer) -> None:
         """After a step: every n-th time, weights and accumulators must agree.

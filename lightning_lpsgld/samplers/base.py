@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -13,12 +12,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_lpsgld.arguments import require_count, require_flag, require_number, require_seed
+from lightning_lpsgld.arguments import require_flag, require_number
 from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.random import DrawKey
 from lightning_lpsgld.samplers.finite import FiniteCheck
+from lightning_lpsgld.samplers.group_rules import check_common_values, check_parameters, refuse_bad_values
 from lightning_lpsgld.samplers.options import accepted_options, written_out
-from lightning_lpsgld.samplers.step_size import ConstantStepSize, StepSize, checked_schedule
+from lightning_lpsgld.samplers.saved_state import group_settings, refuse_foreign_state, restore_exactly, take_steps
+from lightning_lpsgld.samplers.step_size import ConstantStepSize, StepSize, checked_schedule, schedule_settings
 
 __all__ = ["LangevinOptimizer"]
 
@@ -103,6 +104,9 @@ class LangevinOptimizer(Optimizer):
         self._indices: dict[Tensor, int] = {}
         self._names: dict[Tensor, str] = {}
         self._finite = FiniteCheck()
+        #: Called after a state was loaded.
+        self.state_observers: list[Callable[[], None]] = []
+        self._anew: bool | None = None
         super().__init__(params, {**defaults, "step": 0})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -170,7 +174,7 @@ class LangevinOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             self.check_group(group)
-            _check_parameters(group)
+            check_parameters(group)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -189,26 +193,10 @@ class LangevinOptimizer(Optimizer):
             ValueError: If ``lr``, ``weight_decay`` or ``temperature`` is negative, NaN or infinite, or ``seed`` or
                 ``step`` no counter.
         """
-        for name in ("lr", "weight_decay", "temperature"):
-            require_number(name, group[name])
-        require_seed("seed", group["seed"])
-        require_count("step", group.get("step", 0), low=0)
+        check_common_values(group)
 
     def _check_settings(self) -> None:
-        """Refuse to step with what a scheduler, a callback or the schedule has set."""
-        for number, group in enumerate(self.param_groups):
-            where = f"{type(self).__name__}, parameter group {number}, before step {self.steps} (nothing was changed)"
-            try:
-                self.check_group(group)
-            except (TypeError, ValueError) as error:
-                kind = ValueError if isinstance(error, ValueError) else TypeError
-                raise kind(f"{where}: {error} Look for a scheduler or callback that sets it.") from None
-            size = self.step_size(group)
-            if not (size >= 0 and math.isfinite(size)):
-                factor = self.schedule.factor(group["step"])
-                raise ValueError(
-                    f"{where}: the schedule's factor must be finite and >= 0, got {factor} of {self.schedule!r}."
-                )
+        refuse_bad_values(type(self).__name__, self.param_groups, self.check_group, self.step_size, self.schedule)
 
     def name_parameters(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Learn parameter names, for messages and statistics."""
@@ -236,6 +224,20 @@ class LangevinOptimizer(Optimizer):
 
     def round_parameters_(self) -> None:
         """Bring the parameters onto their grid before the first step; nothing to do without one."""
+
+    @property
+    def group_options(self) -> tuple[str, ...]:
+        """Names of the values in a parameter group that make the chain what it is, the learning rate among them."""
+        return tuple(name for name in self.defaults if name not in ("seed", "step", "inner"))
+
+    def settings(self) -> dict[str, Any]:
+        """What makes the chain what it is, seed and parameters excepted; see :func:`.saved_state.group_settings`."""
+        return {
+            "sampler": type(self).__name__,
+            "num_data": self.num_data,
+            "schedule": schedule_settings(self.schedule),
+            **group_settings(self.param_groups, self.group_options),
+        }
 
     # ------------------------------------------------------------------------------------------------------ stepping
 
@@ -355,13 +357,19 @@ class LangevinOptimizer(Optimizer):
     # --------------------------------------------------------------------------------------------------- saved state
 
     def state_dict(self) -> dict[str, Any]:
-        """Groups and state, as of any optimizer.
-
-        Raises:
-            FloatingPointError: As :meth:`settle`.
-        """
+        """Groups and state, as of any optimizer; :meth:`settle` first."""
         self.settle()
         return super().state_dict()
+
+    def begin_anew(self, *, keep_lr: bool) -> None:
+        """Let the next :meth:`load_state_dict` begin a new chain: it takes over how many steps were made, nothing else.
+
+        The number of steps goes on, so that no draw is made twice.
+
+        Args:
+            keep_lr: Take the learning rates of the groups over, too, which a scheduler may have set.
+        """
+        self._anew = keep_lr
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore groups in place (they may be shared with another optimizer) and state bit for bit.
@@ -369,11 +377,17 @@ class LangevinOptimizer(Optimizer):
         Raises:
             ValueError: If the state was saved by something that is not a sampler.
         """
-        if any("step" not in group or "seed" not in group for group in state_dict["param_groups"]):
-            raise ValueError(
-                f"{type(self).__name__}: this optimizer state has no `step` and `seed` in its groups, so it was not "
-                "saved by a sampler. Start from the weights alone."
-            )
+        refuse_foreign_state(type(self).__name__, state_dict)
+        if self._anew is None:
+            self._restore(state_dict)
+        else:
+            take_steps(self.param_groups, state_dict["param_groups"], keep_lr=self._anew)
+            self._anew = None
+        self._finite.forget()
+        for observe in self.state_observers:
+            observe()
+
+    def _restore(self, state_dict: dict[str, Any]) -> None:
         shared = self.param_groups
         super().load_state_dict(state_dict)
         for group, loaded in zip(shared, self.param_groups):
@@ -381,20 +395,4 @@ class LangevinOptimizer(Optimizer):
             group.update(loaded)
             group["seed"] = int(group["seed"]) % 2**64  # as the draws took it before other seeds were refused
         self.param_groups = shared
-        self._finite.forget()
-        self._restore_exactly(state_dict)
-
-    def _restore_exactly(self, state_dict: dict[str, Any]) -> None:
-        """``Optimizer.load_state_dict`` casts state to the parameter's dtype; take the saved bits instead."""
-        order = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for number, param in zip(order, params):
-            for name, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, Tensor) and value.dtype != self.state[param][name].dtype:
-                    self.state[param][name] = value.detach().to(param.device, copy=True)
-
-
-def _check_parameters(group: Mapping[str, Any]) -> None:
-    for param in group["params"]:
-        if not param.is_floating_point():
-            raise TypeError(f"Samplers move floating-point parameters, got one of {param.dtype}.")
+        restore_exactly(self.state, shared, state_dict)

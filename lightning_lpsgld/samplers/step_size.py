@@ -6,12 +6,20 @@ They multiply the ``lr`` of a parameter group, so they compose with any schedule
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from lightning_lpsgld.arguments import require_int, require_number
 
-__all__ = ["ConstantStepSize", "CyclicalStepSize", "PolynomialStepSize", "StepSize"]
+__all__ = [
+    "ConstantStepSize",
+    "CyclicalStepSize",
+    "PolynomialStepSize",
+    "StepSize",
+    "schedule_from_settings",
+    "schedule_settings",
+]
 
 
 @runtime_checkable
@@ -222,3 +230,28 @@ def checked_schedule(schedule: Any, *, owner: str = "") -> StepSize:
             f"CyclicalStepSize(cycle_length=100), got {schedule!r}."
         )
     return schedule
+
+
+_KINDS = {kind.__name__: kind for kind in (ConstantStepSize, PolynomialStepSize, CyclicalStepSize)}
+
+
+def schedule_settings(schedule: StepSize) -> dict[str, Any]:
+    """A schedule as plain values: its ``kind`` and, of a dataclass, its fields.
+
+    Example:
+        >>> schedule_settings(PolynomialStepSize(10.0))
+        {'kind': 'PolynomialStepSize', 'offset': 10.0, 'power': 0.55}
+    """
+    fields: dict[str, Any] = asdict(schedule) if is_dataclass(schedule) and not isinstance(schedule, type) else {}
+    return {"kind": type(schedule).__qualname__, **fields}
+
+
+def schedule_from_settings(settings: Any) -> StepSize | None:
+    """The schedule that :func:`schedule_settings` described, if it is one of this module; else ``None``.
+
+    Example:
+        >>> schedule_from_settings({"kind": "PolynomialStepSize", "offset": 10.0, "power": 0.55})
+        PolynomialStepSize(offset=10.0, power=0.55)
+    """
+    kind = _KINDS.get(settings.get("kind", "")) if isinstance(settings, Mapping) else None
+    return None if kind is None else kind(**{name: value for name, value in settings.items() if name != "kind"})

@@ -58,6 +58,15 @@ def own_sampler(rank):
     return module
 
 
+def grouped(rank):
+    """One parameter group on rank 0, two on rank 1."""
+    module = small_mlp()
+    weights, biases = [[p for n, p in module.named_parameters() if n.endswith(end)] for end in ("weight", "bias")]
+    groups = [{"params": weights}, {"params": biases}] if rank else [{"params": weights + biases}]
+    module.configure_optimizers = lambda: torch.optim.SGD(groups, 0.1)
+    return module
+
+
 def fit(module, steps, interfere=None, **options):
     recorder, plugin = Recorder(interfere), LowPrecisionSGLD(**options)
     trainer = make_trainer(
@@ -92,6 +101,17 @@ def scenarios():
     result["watched"] = fit(small_mlp(), 60, other_seed, seed=1)[:2]
     result["bias"] = fit(small_mlp(), 60, other_bias, seed=1, check_replicas=15)[1]
     result["own"] = fit(own_sampler(rank), 60)[:2]
+    result["settings"] = [
+        fit(small_mlp(), 3, seed=1, **changed)[1]
+        for changed in (
+            {"temperature": 0.1 * (rank + 1), "num_data": 640 + rank},
+            {"weights": "bfp8" if rank else "fixed8.6", "accumulator": "full" if rank else "low"},
+            {"activations": "bfp8" if rank else "bfp6"},
+            {"check_replicas": 7 * rank},
+            {"temperature": 0.1 * (rank + 1), "check_replicas": 0},
+        )
+    ]
+    result["groups"] = fit(grouped(rank), 3)[1]
     return result
 
 
@@ -133,6 +153,21 @@ def test_a_sampler_with_a_seed_of_its_own_per_rank_is_refused_before_the_first_s
         rows, message = result["own"]
         assert rows == []
         assert message.startswith("`seed` is not the same on all ranks")
+
+
+def test_ranks_with_other_settings_are_told_all_of_them_before_the_first_step(ranks):
+    """Also where no weights are compared, and where ranks would not agree on when to compare them."""
+    wanted = [
+        ["`num_data`, `temperature` are not", "temperature: 0.1 on rank 0, 0.2 on rank 1", "num_data: 640 on rank 0"],
+        ["`weights`, `accumulator` are not", "weights: 'fixed8.6' on rank 0, 'bfp8' on rank 1"],
+        ["`activations` is not the same", "activations: 'bfp6' on rank 0, 'bfp8' on rank 1"],
+        ["`check_replicas` is not the same", "check_replicas: 0 on rank 0, 7 on rank 1"],
+        ["`temperature` is not the same"],
+    ]
+    for result in ranks:
+        for message, words in zip(result["settings"], wanted, strict=True):
+            assert all(word in message for word in words), message
+        assert "missing on rank 0" in result["groups"]
 
 
 def test_activation_and_error_rounding_is_private_to_each_rank(ranks):

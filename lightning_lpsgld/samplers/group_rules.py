@@ -1,0 +1,69 @@
+"""What a step must not be made with: values that stand in parameter groups, where anybody can set them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lightning_lpsgld.arguments import require_count, require_number, require_seed
+from lightning_lpsgld.samplers.step_size import StepSize
+
+__all__ = ["check_common_values", "check_parameters", "refuse_bad_values"]
+
+
+def check_common_values(group: Mapping[str, Any]) -> None:
+    """Refuse what no sampler can step with.
+
+    Raises:
+        TypeError: If a value is not a number.
+        ValueError: If ``lr``, ``weight_decay`` or ``temperature`` is negative, NaN or infinite, or ``seed`` or ``step``
+            no counter.
+    """
+    for name in ("lr", "weight_decay", "temperature"):
+        require_number(name, group[name])
+    require_seed("seed", group["seed"])
+    require_count("step", group.get("step", 0), low=0)
+
+
+def check_parameters(group: Mapping[str, Any]) -> None:
+    """Refuse parameters that cannot be moved.
+
+    Raises:
+        TypeError: If one is not of a floating dtype.
+    """
+    for param in group["params"]:
+        if not param.is_floating_point():
+            raise TypeError(f"Samplers move floating-point parameters, got one of {param.dtype}.")
+
+
+def refuse_bad_values(
+    owner: str,
+    groups: Sequence[Mapping[str, Any]],
+    check: Callable[[Mapping[str, Any]], None],
+    step_size: Callable[[Mapping[str, Any]], float],
+    schedule: StepSize,
+) -> None:
+    """Refuse to step with what a scheduler, a callback or the schedule has set.
+
+    Args:
+        owner: Class of the sampler, for messages.
+        groups: Its parameter groups.
+        check: Rules of its groups.
+        step_size: Learning rate of a group's current step.
+        schedule: Its schedule.
+
+    Raises:
+        TypeError, ValueError: As ``check``; ValueError also if the schedule's factor is negative, NaN or infinite.
+    """
+    for number, group in enumerate(groups):
+        where = f"{owner}, parameter group {number}, before step {groups[0]['step']} (nothing was changed)"
+        try:
+            check(group)
+        except (TypeError, ValueError) as error:
+            kind = ValueError if isinstance(error, ValueError) else TypeError
+            raise kind(f"{where}: {error} Look for a scheduler or callback that sets it.") from None
+        size = step_size(group)
+        if not (size >= 0 and math.isfinite(size)):
+            factor = schedule.factor(group["step"])
+            raise ValueError(f"{where}: the schedule's factor must be finite and >= 0, got {factor} of {schedule!r}.")

@@ -1,0 +1,53 @@
+"""What of a saved optimizer state goes back into a sampler, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["group_settings", "refuse_foreign_state", "restore_exactly", "take_steps"]
+
+
+def group_settings(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """Values of parameter groups by name; a tuple where groups differ, and the learning rate before any scheduler."""
+    found: dict[str, Any] = {}
+    for name in names:
+        values = [g.get("initial_lr", g["lr"]) if name == "lr" else g[name] for g in groups]
+        values = [None if value is None else float(value) for value in values]
+        found[name] = values[0] if len(set(values)) == 1 else tuple(values)
+    return found
+
+
+def refuse_foreign_state(owner: str, state_dict: Mapping[str, Any]) -> None:
+    """Refuse a state that no sampler saved.
+
+    Raises:
+        ValueError: If a group lacks what every sampler's has.
+    """
+    if any("step" not in group or "seed" not in group for group in state_dict["param_groups"]):
+        raise ValueError(
+            f"{owner}: this optimizer state has no `step` and `seed` in its groups, so it was not "
+            "saved by a sampler. Start from the weights alone."
+        )
+
+
+def take_steps(groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, Any]], *, keep_lr: bool) -> None:
+    """Put how many steps were made into groups, and the learning rates where they are kept; nothing else."""
+    for i, group in enumerate(groups):
+        group["step"] = saved[0]["step"]
+        if keep_lr and i < len(saved):
+            group.update({name: saved[i][name] for name in ("lr", "initial_lr") if name in saved[i]})
+
+
+def restore_exactly(
+    state: Mapping[Tensor, dict[str, Any]], groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]
+) -> None:
+    """``Optimizer.load_state_dict`` casts state to the parameter's dtype; take the saved bits instead."""
+    order = [i for group in state_dict["param_groups"] for i in group["params"]]
+    params = [p for group in groups for p in group["params"]]
+    for number, param in zip(order, params):
+        for name, value in state_dict["state"].get(number, {}).items():
+            if isinstance(value, Tensor) and value.dtype != state[param][name].dtype:
+                state[param][name] = value.detach().to(param.device, copy=True)
