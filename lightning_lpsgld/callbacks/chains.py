@@ -12,7 +12,7 @@ from lightning_lpsgld.bank import BankError, SampleBank
 from lightning_lpsgld.distributed import RunsChains
 from lightning_lpsgld.samplers import LangevinOptimizer
 
-__all__ = ["add_sample", "chain_count", "next_label", "settle_samplers"]
+__all__ = ["add_sample", "begin_new_chain", "chain_count", "settle_samplers"]
 
 
 def chain_count(trainer: pl.Trainer) -> int:
@@ -21,16 +21,25 @@ def chain_count(trainer: pl.Trainer) -> int:
     return strategy.chains if isinstance(strategy, RunsChains) else 1
 
 
-def next_label(bank: SampleBank | None, trainer: pl.Trainer, label: int) -> int:
-    """Label of a chain that begins anew at a checkpoint's weights: its samples are not those of the old one.
+def begin_new_chain(bank: SampleBank | None, trainer: pl.Trainer, label: int, run: str | None) -> int:
+    """A chain begins anew at a checkpoint's weights: its samples are not those of the old one, and get the next label.
 
     Args:
         bank: The bank, on ranks that write; rank zero's counts.
         trainer: The trainer; a collective call.
         label: Label of the old chain.
+        run: Id of the run that both chains are of.
+
+    Returns:
+        Label of the new chain; of parallel ones, of the first.
     """
-    taken = set() if bank is None else {*bank.chains, *(damage.info.chain for damage in bank.damaged)}
-    return int(trainer.strategy.broadcast(max(taken | {label}) + 1))
+    taken = {label}
+    if bank is not None:
+        taken |= {*bank.chains, *bank.runs, *(damage.info.chain for damage in bank.damaged)}
+    new = int(trainer.strategy.broadcast(max(taken) + 1))
+    if bank is not None and run is not None:
+        bank.claim(run, range(new, new + chain_count(trainer)))
+    return new
 
 
 def settle_samplers(trainer: pl.Trainer) -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_lpsgld.arguments import require_count
 from lightning_lpsgld.bank import BankError, SampleBank, module_tensors
-from lightning_lpsgld.callbacks.chains import add_sample, chain_count, next_label, settle_samplers
+from lightning_lpsgld.callbacks.chains import add_sample, begin_new_chain, chain_count, settle_samplers
 from lightning_lpsgld.callbacks.ranks import raise_everywhere
 from lightning_lpsgld.callbacks.run_facts import (
     cycles_of,
@@ -25,7 +25,7 @@ from lightning_lpsgld.callbacks.run_facts import (
     start_in_steps,
     total_steps_of,
 )
-from lightning_lpsgld.callbacks.schedule import CollectionSchedule
+from lightning_lpsgld.callbacks.schedule import CollectionSchedule, check_start
 from lightning_lpsgld.samplers import CyclicalStepSize, LangevinOptimizer
 
 __all__ = ["SampleCollector"]
@@ -90,10 +90,7 @@ class SampleCollector(Callback):
         chain: int = 0,
         append: bool = False,
     ) -> None:
-        number = isinstance(start, (int, float)) and not isinstance(start, bool)
-        if not number or not start >= 0 or (isinstance(start, float) and not start < 1):
-            rule = "an int >= 0 (steps) or a float in [0, 1) (of the run)"
-            raise ValueError(f"SampleCollector: `start` must be {rule}, got {start!r}.")
+        check_start(start)
         if isinstance(every, bool) or (every != "epoch" and (not isinstance(every, int) or every < 1)):
             raise ValueError(f"SampleCollector: `every` must be an int >= 1 (steps) or 'epoch', got {every!r}.")
         for name, value in (("per_cycle", per_cycle), ("cycle_length", cycle_length)):
@@ -176,7 +173,7 @@ class SampleCollector(Callback):
         raise_everywhere(problem)  # a rank that went on alone would wait for the others for ever
         self._label, self.run = trainer.strategy.broadcast((self._label, self.run))
         if getattr(trainer.precision_plugin, "begins_new_chain", False):
-            self._label = next_label(self._bank, trainer, self._label)
+            self._label = begin_new_chain(self._bank, trainer, self._label, self.run)
         self.schedule = CollectionSchedule() if dry else self._resolve_schedule(trainer)
         self._refuse_hopeless(trainer)
         self._warn_if_lost(trainer)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from lightning_lpsgld.samplers.step_size import CyclicalStepSize
 
-__all__ = ["CollectionSchedule"]
+__all__ = ["CollectionSchedule", "check_start"]
 
 
 @dataclass(frozen=True)
@@ -107,3 +107,15 @@ class CollectionSchedule:
             period = self.cycle_length
         first = max(taken, self.start) + 1
         return not self.due_within(first, int(min(total, first + period)))
+
+
+def check_start(start: Any) -> None:
+    """Refuse a burn-in that is neither a number of steps nor a fraction of the run.
+
+    Raises:
+        ValueError: With the value.
+    """
+    number = isinstance(start, (int, float)) and not isinstance(start, bool)
+    if not number or not start >= 0 or (isinstance(start, float) and not start < 1):
+        rule = "an int >= 0 (steps) or a float in [0, 1) (of the run)"
+        raise ValueError(f"SampleCollector: `start` must be {rule}, got {start!r}.")
