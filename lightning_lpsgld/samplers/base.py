@@ -83,6 +83,8 @@ class LangevinOptimizer(Optimizer):
     _step_supports_amp_scaling = True
     #: Whether parameters may be sharded (DTensor).
     takes_shards = False
+    #: Values of a parameter group that are no settings: the seed, and what changes from step to step.
+    group_counters: tuple[str, ...] = ("seed", "step")
 
     def __init__(
         self,
@@ -228,7 +230,7 @@ class LangevinOptimizer(Optimizer):
     @property
     def group_options(self) -> tuple[str, ...]:
         """Names of the values in a parameter group that make the chain what it is, the learning rate among them."""
-        return tuple(name for name in self.defaults if name not in ("seed", "step", "inner"))
+        return tuple(name for name in self.defaults if name not in self.group_counters)
 
     def settings(self) -> dict[str, Any]:
         """What makes the chain what it is, seed and parameters excepted; see :func:`.saved_state.group_settings`."""

@@ -57,6 +57,8 @@ class VarianceReduced(LangevinOptimizer):
     here. ``gradient_format`` is that of the *corrected* gradient.
     """
 
+    group_counters = ("seed", "step", "inner", "first_loss", "least_gradient")
+
     def __init__(
         self,
         params: Any,
