@@ -258,7 +258,7 @@ class SampleCollector(Callback):
                 cycle=self.schedule.cycle(step),
                 temperature=None if temperature is None else float(temperature),
                 lr=self._lr,
-                formats=formats_of(trainer, pl_module),
+                formats=formats_of(trainer, pl_module, self._bank),
             )
         except (BankError, OSError) as error:
             problem = error

@@ -170,7 +170,7 @@ def _conditions(sampler: GridSampler) -> dict[str, tuple[float, float]]:
             float(group["temperature"]) if sampler.noise_variance(group) else 0.0,
             sampler.step_size(group),
         )
-        for group in sampler.param_groups
+        for group in sampler.sampled_groups
         for param in group["params"]
     }
 
@@ -204,7 +204,7 @@ def _cases(trainer: pl.Trainer, layers: Mapping[str, LayerNoise]) -> list[Case]:
     for sampler in _samplers(trainer):
         if not isinstance(sampler, SGLD):  # of the others the noise of a weight is no function of lr and T alone
             continue
-        for group in sampler.param_groups:
+        for group in sampler.sampled_groups:
             for param in group["params"]:
                 layer, mode = layers.get(sampler.name_of(param)), sampler.accumulation(param)
                 if layer is None or param.grad is None or mode not in ("vc", "naive"):

@@ -261,7 +261,7 @@ def _overall(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _refuse_shards(sampler: GridSampler) -> None:
-    for group in sampler.param_groups:
+    for group in sampler.sampled_groups:
         for param in group["params"]:
             if isinstance(param, DTensor):
                 raise TypeError(

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_lpsgld.bank import SampleBank
 from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.samplers import CyclicalStepSize, LangevinOptimizer
 
@@ -57,14 +58,22 @@ def cycles_of(trainer: pl.Trainer) -> CyclicalStepSize | None:
     return schedule if isinstance(schedule, CyclicalStepSize) else None
 
 
-def formats_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, NumberFormat | None]:
-    """Grid of every parameter that a sampler keeps on one, by name."""
+def formats_of(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, bank: SampleBank | None = None
+) -> dict[str, NumberFormat | None]:
+    """Grid of every parameter that a sampler keeps on one, by name.
+
+    What the samples of ``bank`` hold as floats stays so, exactly: a parameter that was frozen at the first sample and
+    has joined the chain since.
+    """
+    floats = set() if bank is None or bank.spec is None else {e.name for e in bank.spec.entries if e.format is None}
     grids: dict[Tensor, NumberFormat | None] = {}
     for optimizer in trainer.optimizers:
         if isinstance(optimizer, _OnGrid):
             grids.update({p: optimizer.format_of(p) for group in optimizer.param_groups for p in group["params"]})
     # ``torch.compile`` puts `_orig_mod.` into names; the bank leaves it out
-    return {name.replace("_orig_mod.", ""): grids[p] for name, p in pl_module.named_parameters() if p in grids}
+    named = {name.replace("_orig_mod.", ""): p for name, p in pl_module.named_parameters()}
+    return {name: grids[p] for name, p in named.items() if p in grids and name not in floats}
 
 
 def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

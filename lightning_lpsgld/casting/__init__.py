@@ -1,6 +1,6 @@
 """Activation and error casting: which submodules are rounded, put there by hooks, taken off again without a trace."""
 
 from lightning_lpsgld.casting.activation_casting import ActivationCasting
-from lightning_lpsgld.casting.sites import ModuleRule, Site, matching_modules
+from lightning_lpsgld.casting.sites import ModuleRule, Site, find_sites, matching_modules
 
-__all__ = ["ActivationCasting", "ModuleRule", "Site", "matching_modules"]
+__all__ = ["ActivationCasting", "ModuleRule", "Site", "find_sites", "matching_modules"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from lightning_lpsgld.formats import BlockFormat, NumberFormat
 from lightning_lpsgld.ops.blocks import block_count
@@ -53,6 +55,10 @@ class PosteriorCard:
         seed: Seed of the draws.
         casts: Number of activation sites.
         world_size: Replicas.
+        sampled: Elements of the parameters that are sampled.
+        trained: Elements of those that the user's own optimizers move.
+        frozen: Elements of the others.
+        prior_mean: What the prior is centred at.
         adaptive: Whether a preconditioner scales the noise of each weight, so that its reach is not known beforehand.
     """
 
@@ -75,6 +81,10 @@ class PosteriorCard:
     casts: int
     world_size: int
     adaptive: bool = False
+    sampled: int = 0
+    trained: int = 0
+    frozen: int = 0
+    prior_mean: str = "zero"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain Python values."""
@@ -82,11 +92,13 @@ class PosteriorCard:
 
     def __str__(self) -> str:
         variance = self.prior_variance
-        prior = "flat (no weight decay)" if variance is None else f"N(0, {variance:.3g}) per weight"
+        prior = "flat (no weight decay)" if variance is None else f"N({self._centre()}, {variance:.3g}) per weight"
         rows = {
             "sampler": self.sampler,
             "target": f"p(theta | D)^(1/T), T = {self.temperature:g}, N = {self.num_data}",
             "prior": prior,
+            "parameters": f"{self.sampled} sampled, {self.trained} trained by the module's own optimizers, "
+            f"{self.frozen} frozen",
             "lr, noise": ", ".join(f"lr {lr:g}: v = {v:.3g} a step" for lr, v in zip(self.lr, self.noise_variance)),
             "formats": ", ".join(f"{role} {fmt}" for role, fmt in self.formats.items()) + " (simulated arithmetic)",
             "stored sample": f"{self.weight_bytes / 1e6:.3g} MB for {self.weights} weights, "
@@ -97,8 +109,13 @@ class PosteriorCard:
         }
         if self.saturated == 0:
             del rows["saturated"]
+        if not self.trained + self.frozen:
+            del rows["parameters"]
         width = max(map(len, rows))
         return "Posterior card\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items())
+
+    def _centre(self) -> str:
+        return {"zero": "0", "initial": "initial weights"}.get(self.prior_mean, self.prior_mean)
 
     def _range_of_bits(self) -> str:
         if not self.tensor_bits:
@@ -122,7 +139,7 @@ class PosteriorCard:
 def _reach(sampler: GridSampler) -> tuple[float | None, float | None]:
     """Share of weights (of this rank's shards) with v > gap**2/4, and the median gradient limit of the rest."""
     always, count, limits = 0.0, 0, []
-    for group in sampler.param_groups:
+    for group in sampler.sampled_groups:
         v = sampler.noise_variance(group)
         for param in group["params"]:
             fmt = sampler.format_of(param)
@@ -136,16 +153,23 @@ def _reach(sampler: GridSampler) -> tuple[float | None, float | None]:
             if gap.numel() and isinstance(sampler, SGLD):
                 limits.append(2.0 * float(group["temperature"]) / (sampler.num_data * float(gap.median())))
     limit = float(torch.tensor(limits).median()) if limits else None
-    exact = all(sampler.accumulation(p) in ("full", "float") for g in sampler.param_groups for p in g["params"])
+    exact = all(sampler.accumulation(p) in ("full", "float") for g in sampler.sampled_groups for p in g["params"])
     return (None, None) if exact else (always / max(count, 1), limit)
 
 
-def describe_sampler(sampler: LangevinOptimizer, run: RunDescription, *, saturated: float, casts: int) -> PosteriorCard:
+def _elements(module: Module, names: Sequence[str]) -> int:
+    return sum(module.get_parameter(name).numel() for name in names)
+
+
+def describe_sampler(
+    sampler: LangevinOptimizer, run: RunDescription, module: Module, *, saturated: float, casts: int
+) -> PosteriorCard:
     """Make the card of a sampler whose parameters are already on the grid.
 
     Args:
         sampler: The sampler.
         run: The run; its formats of activations and errors are shown beside the sampler's own.
+        module: Its parameters are counted.
         saturated: Share of initial weights outside the range of their format, counted before they were rounded.
         casts: Number of activation sites.
 
@@ -153,8 +177,8 @@ def describe_sampler(sampler: LangevinOptimizer, run: RunDescription, *, saturat
         The card.
     """
     casts_in = {role: str(run.formats[role]) for role in ("activations", "errors") if run.formats[role] is not None}
-    params: list[Tensor] = [p for g in sampler.param_groups for p in g["params"]]
-    groups = sampler.param_groups
+    params: list[Tensor] = [p for g in sampler.sampled_groups for p in g["params"]]
+    groups = sampler.sampled_groups
     reach: tuple[float | None, float | None] = (None, None)
     adaptive = False
     if isinstance(sampler, GridSampler):
@@ -186,4 +210,8 @@ def describe_sampler(sampler: LangevinOptimizer, run: RunDescription, *, saturat
         casts=casts,
         world_size=run.topology.replicas,
         adaptive=adaptive,
+        sampled=_elements(module, run.parts.sampled),
+        trained=_elements(module, run.parts.trained),
+        frozen=_elements(module, run.parts.frozen),
+        prior_mean=sampler.prior_mean,
     )

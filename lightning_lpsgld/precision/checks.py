@@ -36,7 +36,7 @@ def check_arguments(plugin: Any) -> None:
     """
     owner = "LowPrecisionSGLD"
     _check_choices(plugin, owner)
-    for name in ("variance_corrected", "compress_gradients"):
+    for name in ("variance_corrected", "compress_gradients", "cast_frozen"):
         require_flag(name, getattr(plugin, name), owner=owner)
     if require_number("temperature", plugin.temperature, above=-math.inf, owner=owner) < 0:
         raise ValueError(f"{owner}: `temperature` must be >= 0, got {plugin.temperature}.")
@@ -46,6 +46,9 @@ def check_arguments(plugin: Any) -> None:
         raise ValueError(f"{owner}: `num_data` must be 'auto' or an int >= 1, got {plugin.num_data!r}.")
     if not _is_int(plugin.check_replicas) or plugin.check_replicas < 0:
         raise ValueError(f"{owner}: `check_replicas` must be an int >= 0, got {plugin.check_replicas!r}.")
+    stds = plugin.prior_std if isinstance(plugin.prior_std, Mapping) else {"": plugin.prior_std}
+    for value in (value for value in stds.values() if value is not None):
+        require_number("prior_std", value, above=0.0, owner=owner)
     _check_schedule(plugin.schedule, plugin.cycles, owner)
     _check_sampler(plugin.sampler)
 
@@ -55,6 +58,7 @@ def _check_choices(plugin: Any, owner: str) -> None:
         "accumulator": (plugin.accumulator, ("low", "full")),
         "backend": (plugin.backend, ("auto", *BACKENDS)),
         "saved_activations": (plugin.saved_activations, ("full", "codes")),
+        "prior_mean": (plugin.prior_mean, ("zero", "initial")),
         "compute": (plugin.compute, ("32-true", "bf16-mixed")),
         "on_change": (plugin.on_change, ON_CHANGE),
     }

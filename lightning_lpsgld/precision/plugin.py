@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_lpsgld.casting import ActivationCasting
+from lightning_lpsgld.casting import ActivationCasting, find_sites
 from lightning_lpsgld.distributed import GradientCompression
 from lightning_lpsgld.formats import FormatLike, NumberFormat, parse_format
 from lightning_lpsgld.ops.dispatch import BackendName
@@ -22,6 +23,7 @@ from lightning_lpsgld.precision.card import PosteriorCard, describe_sampler
 from lightning_lpsgld.precision.changes import OnChange
 from lightning_lpsgld.precision.checks import check_arguments, names_or_types, unwrapped
 from lightning_lpsgld.precision.late_check import SettleBeforeSaving, settle_at_end
+from lightning_lpsgld.precision.parts import frozen_modules
 from lightning_lpsgld.precision.presets import preset_options
 from lightning_lpsgld.precision.replicas import ReplicaGuard, compressed
 from lightning_lpsgld.precision.resume import Resume, run_settings
@@ -29,6 +31,7 @@ from lightning_lpsgld.precision.run import RunDescription, describe_run
 from lightning_lpsgld.precision.seeds import run_seed
 from lightning_lpsgld.precision.takeover import round_parameters, take_over
 from lightning_lpsgld.precision.variance_reduction import variance_reduced_step
+from lightning_lpsgld.precision.weights import load_weights, refuse_lazy
 from lightning_lpsgld.samplers import SGLD, LangevinOptimizer, StepSize, VarianceReduced
 
 __all__ = ["LowPrecisionSGLD"]
@@ -84,6 +87,17 @@ class LowPrecisionSGLD(Precision):
             weights, whose samples get a label of their own. What an LR scheduler changes is no difference.
         compress_gradients: Under DDP, average gradients in 8 bits, unbiased, with a quarter of the traffic; see
             :class:`~lightning_lpsgld.distributed.GradientCompression`.
+        sampled: What is sampled and rounded: patterns of ``fnmatch`` for names of parameters or of the modules that
+            hold them, and types of modules, e.g. ``("head.*", nn.LayerNorm, "*lora*")``. The other trainable parameters
+            stay with the user's own optimizer, its state and its schedulers. ``None``: all.
+        prior_mean: Where weight decay pulls to: ``"zero"``, or ``"initial"``, the weights that training begins with
+            (L2-SP, Bayesian fine-tuning); saved with the optimizer's state.
+        prior_std: Standard deviation s of the Gaussian prior of each sampled weight at T = 1, another way to say weight
+            decay 1/(N s^2), instead of the optimizer's. By name: ``{"head.*": 1.0, "*": 0.1}``, the first pattern that
+            matches counts; parameters that none matches keep their group's weight decay.
+        cast_frozen: Also round activations and errors of submodules nothing of which is trained.
+        start_from: Checkpoint whose weights training begins with: of any Lightning run, or a plain ``state_dict``. Its
+            optimizer state is not used. A run that is resumed with ``fit(ckpt_path=...)`` does not read it.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -123,6 +137,11 @@ class LowPrecisionSGLD(Precision):
         check_replicas: int = 50,
         compress_gradients: bool = False,
         on_change: OnChange = "refuse",
+        sampled: Sequence[str | type[Module]] | None = None,
+        prior_mean: Literal["zero", "initial"] = "zero",
+        prior_std: float | dict[str, float] | None = None,
+        cast_frozen: bool = False,
+        start_from: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
         self.formats: dict[str, NumberFormat | None] = {
@@ -147,6 +166,11 @@ class LowPrecisionSGLD(Precision):
         self.check_replicas = check_replicas
         self.compress_gradients = compress_gradients
         self.on_change: OnChange = on_change
+        self.sampled = None if sampled is None else names_or_types("sampled", sampled)
+        self.prior_mean = prior_mean
+        self.prior_std = prior_std
+        self.cast_frozen = cast_frozen
+        self.start_from = start_from
         self.compression: GradientCompression | None = None
         check_arguments(self)
         self.run: RunDescription | None = None
@@ -195,13 +219,17 @@ class LowPrecisionSGLD(Precision):
             return module
         if self.casting is not None:
             self.casting.remove()
+            self.casting = None
+        frozen = [] if self.cast_frozen else frozen_modules(module)
+        if frozen and not set(find_sites(module, self.sites, self.exclude).sites).difference(frozen):
+            return module
         trainer = getattr(module, "_trainer", None)
         self.casting = ActivationCasting(
             module,
             activations=self.formats["activations"],
             errors=self.formats["errors"],
             sites=self.sites,
-            exclude=self.exclude,
+            exclude=(*self.exclude, *frozen),
             seed=self._resolve_seed(trainer),
             rank=0 if trainer is None else trainer.global_rank,
             saved_activations=self.saved_activations,
@@ -250,30 +278,34 @@ class LowPrecisionSGLD(Precision):
         trainer = module._trainer
         if trainer is None or trainer.state.fn != "fit":
             return model, optimizers, lr_schedulers
+        refuse_lazy(module)
+        if self.start_from is not None and trainer.ckpt_path is None and trainer.global_step == 0:
+            rank_zero_info(f"LowPrecisionSGLD starts from the {load_weights(module, self.start_from)}.")
         self.run = run = describe_run(trainer, module, optimizers, self, self._resolve_seed(trainer))
         settings = run_settings(run, self)
         self._guard = ReplicaGuard(self.check_replicas, run, settings)
         self._unstepped = 0 if run.automatic else -(run.accumulate - 1)
         done = [sampler.steps for sampler in self.samplers] if trainer.global_step > 0 else []
-        self.samplers = take_over(optimizers, module, run, self.sampler, self._options())
+        connected = take_over(optimizers, module, run, self.sampler, self._options(), self.prior_std)
+        self.samplers = [optimizer for optimizer in connected if isinstance(optimizer, LangevinOptimizer)]
         for sampler, steps in zip(self.samplers, done):  # a second `fit` goes on: no draw is made twice
-            for group in sampler.param_groups:
+            for group in sampler.sampled_groups:
                 group["step"] = steps
         if self.compress_gradients:
             self.compression = compressed(model, run.chain_seed, self.samplers[0])
         self._late_check.attach(module)
         share = round_parameters(self.samplers)
-        self._describe(run, share)
+        self._describe(run, module, share)
         self._resume.begin(self.samplers, settings, scheduled=bool(lr_schedulers))
         if trainer.ckpt_path is None:
             rank_zero_info(str(self.card))
         else:  # only what is restored says what will be sampled
-            self._resume.when_restored(lambda: rank_zero_info(str(self._describe(run, share))))
-        return model, list(self.samplers), lr_schedulers
+            self._resume.when_restored(lambda: rank_zero_info(str(self._describe(run, module, share))))
+        return model, connected, lr_schedulers
 
-    def _describe(self, run: RunDescription, share: float) -> PosteriorCard:
+    def _describe(self, run: RunDescription, module: Module, share: float) -> PosteriorCard:
         casts = 0 if self.casting is None else len(self.casting.describe())
-        self.card = describe_sampler(self.samplers[0], run, saturated=share, casts=casts)
+        self.card = describe_sampler(self.samplers[0], run, module, saturated=share, casts=casts)
         return self.card
 
     def _options(self) -> dict[str, Any]:
@@ -283,6 +315,7 @@ class LowPrecisionSGLD(Precision):
             "accumulator": self.accumulator,
             "variance_corrected": self.variance_corrected,
             "backend": self.backend,
+            "prior_mean": self.prior_mean,
         }
 
     def _resolve_seed(self, trainer: pl.Trainer | None) -> int:

@@ -13,14 +13,14 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_lpsgld.casting import matching_modules
 from lightning_lpsgld.distributed import Topology, topology_of
 from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.precision.checks import refuse_unsupported
 from lightning_lpsgld.precision.num_data import forget_dataloader_when_resuming, training_examples
+from lightning_lpsgld.precision.parts import Parts, parts_of
 from lightning_lpsgld.samplers import CyclicalStepSize, StepSize
 
-__all__ = ["Parts", "RunDescription", "RunSettings", "describe_run"]
+__all__ = ["RunDescription", "RunSettings", "describe_run"]
 
 
 class RunSettings(Protocol):
@@ -43,27 +43,16 @@ class RunSettings(Protocol):
         """Submodules in full precision."""
 
     @property
+    def sampled(self) -> Sequence[str | type[Module]] | None:
+        """What is sampled."""
+
+    @property
     def schedule(self) -> StepSize | None:
         """Step-size schedule."""
 
     @property
     def cycles(self) -> int | None:
         """Number of cycles instead of a schedule."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The parameters of a module by what becomes of them; every name is in exactly one of the first two.
-
-    Attributes:
-        sampled: Names of the parameters that the optimizers hold.
-        frozen: Names of the others.
-        exempt: Those of the sampled ones that are never rounded.
-    """
-
-    sampled: tuple[str, ...]
-    frozen: tuple[str, ...]
-    exempt: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -81,7 +70,7 @@ class RunDescription:
         accumulate: Batches per step when the fit begins.
         formats: Role -> format asked for.
         schedule: Step-size schedule, cycles resolved.
-        parts: Which parameters are sampled.
+        parts: Which parameters are sampled, trained and frozen.
     """
 
     num_data: int
@@ -134,7 +123,7 @@ def describe_run(
         accumulate=trainer.accumulate_grad_batches,
         formats=MappingProxyType(dict(settings.formats)),
         schedule=schedule,
-        parts=_parts(module, optimizers, settings.exclude),
+        parts=parts_of(module, optimizers, settings.sampled, settings.exclude),
     )
 
 
@@ -149,18 +138,3 @@ def _schedule(trainer: pl.Trainer, settings: RunSettings) -> StepSize | None:
         )
     shortest = int(total) // settings.cycles
     return CyclicalStepSize.spread(int(total), settings.cycles, sampling_steps=-(-shortest // 7))
-
-
-def _parts(module: Module, optimizers: Sequence[Optimizer], exclude: Sequence[str | type[Module]]) -> Parts:
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    exempt = {
-        id(p)
-        for name in matching_modules(module, exclude)
-        for p in module.get_submodule(name).parameters(recurse=False)
-    }
-    named = list(module.named_parameters())
-    return Parts(
-        sampled=tuple(name for name, p in named if id(p) in held),
-        frozen=tuple(name for name, p in named if id(p) not in held),
-        exempt=tuple(name for name, p in named if id(p) in held and id(p) in exempt),
-    )

@@ -8,12 +8,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_lpsgld.precision.parts import prior_stds
 from lightning_lpsgld.precision.run import RunDescription
 from lightning_lpsgld.precision.variance_reduction import check_variance_reduced
 from lightning_lpsgld.random import derive_seed
-from lightning_lpsgld.samplers import LangevinOptimizer, VarianceReduced
+from lightning_lpsgld.samplers import LangevinOptimizer, VarianceReduced, sample_part
 from lightning_lpsgld.samplers.updates import saturated
 
 __all__ = ["round_parameters", "take_over"]
@@ -25,8 +27,12 @@ def take_over(
     run: RunDescription,
     sampler: Callable[..., LangevinOptimizer],
     options: Mapping[str, Any],
-) -> list[LangevinOptimizer]:
-    """Make a sampler of every optimizer; one that is a sampler already is kept, with the seed of its chain.
+    prior_std: float | Mapping[str, float] | None = None,
+) -> list[Optimizer]:
+    """Make a sampler of every optimizer that holds something to sample.
+
+    One that is a sampler already is kept, with the seed of its chain; one all of whose parameters are sampled shares
+    its groups; one of which a part is sampled becomes the sampler's companion.
 
     Args:
         optimizers: Of the module.
@@ -34,9 +40,10 @@ def take_over(
         run: The run.
         sampler: Class of the samplers, or a partial of one, whose keywords win.
         options: What is asked of a sampler beside what follows from the run.
+        prior_std: Of all parameters, or of those whose names match a pattern; instead of their weight decay.
 
     Returns:
-        One sampler per optimizer.
+        A sampler for each optimizer, or the optimizer itself where nothing of it is sampled.
 
     Raises:
         RuntimeError: If a sampler cannot run as the run would have it.
@@ -54,29 +61,60 @@ def take_over(
     }
     if isinstance(factory, functools.partial):
         factory, asked = factory.func, {**asked, **factory.keywords}
-    samplers = []
+    stds = prior_stds(module, prior_std)
+    chosen: list[Tensor] = [module.get_parameter(name) for name in run.parts.chosen]
+    sampled = {p: 1.0 / (run.num_data * stds[p] ** 2) if p in stds else None for p in chosen}
+    connected: list[Optimizer] = []
     for number, optimizer in enumerate(optimizers):
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        made: Optimizer
         if isinstance(inner, LangevinOptimizer):
+            if run.parts.trained or prior_std is not None:
+                raise RuntimeError(
+                    f"{type(module).__name__}.configure_optimizers returned a {type(inner).__name__}, which samples "
+                    "what it was given; `sampled` and `prior_std` choose from a torch optimizer. Return one, or give "
+                    "the sampler its parameters and weight decay yourself."
+                )
             for group in inner.param_groups:
                 group["seed"] = run.topology.seed_of(group["seed"])
             made = inner
         else:
             seed = run.chain_seed if number == 0 else derive_seed(run.chain_seed, "optimizer", number)
-            made = factory.from_optimizer(inner, **{"seed": seed, **asked})
-        made.name_parameters(module.named_parameters())
+            made = _sampler_of(inner, factory, sampled, {"seed": seed, **asked})
+        if isinstance(made, LangevinOptimizer):
+            made.name_parameters(module.named_parameters())
         if isinstance(made, VarianceReduced):
             _refuse_mixed_chains(made, run)
             check_variance_reduced(made, module, run.accumulate)
-        samplers.append(made)
-    return samplers
+        connected.append(made)
+    return connected
+
+
+def _sampler_of(
+    optimizer: Optimizer, factory: Any, sampled: Mapping[Tensor, float | None], options: dict[str, Any]
+) -> Optimizer:
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    mine = [p for p in held if p in sampled]
+    if not mine:
+        return optimizer
+    if len(mine) == len(held) and all(sampled[p] is None for p in mine):
+        whole: LangevinOptimizer = factory.from_optimizer(optimizer, **options)
+        return whole
+    made = sample_part(factory, optimizer, sampled, **options)
+    if isinstance(made, VarianceReduced) and len(mine) < len(held):
+        raise RuntimeError(
+            f"{type(made).__name__} evaluates the loss at two points of all parameters, so it cannot sample a part "
+            f"while {type(optimizer).__name__} moves the rest. Use SGLD, SGHMC or PreconditionedSGLD, or freeze the "
+            "rest."
+        )
+    return made
 
 
 def round_parameters(samplers: Sequence[LangevinOptimizer]) -> float:
     """Bring all parameters onto their grids; share of values that lay outside their range."""
     outside, count = 0, 0
     for sampler in samplers:
-        for param in (p for g in sampler.param_groups for p in g["params"] if p.requires_grad):
+        for param in (p for g in sampler.sampled_groups for p in g["params"] if p.requires_grad):
             fmt = sampler.format_of(param)
             count += param.numel()
             outside += 0 if fmt is None else int(saturated(param.detach(), fmt))

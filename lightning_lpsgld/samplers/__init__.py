@@ -3,6 +3,7 @@
 from lightning_lpsgld.samplers.base import LangevinOptimizer
 from lightning_lpsgld.samplers.halp import HALP
 from lightning_lpsgld.samplers.options import CentredOptions, GridOptions, SamplerOptions
+from lightning_lpsgld.samplers.parts import sample_part
 from lightning_lpsgld.samplers.passes import full_gradient
 from lightning_lpsgld.samplers.preconditioned import PreconditionedSGLD
 from lightning_lpsgld.samplers.sghmc import SGHMC
@@ -27,4 +28,5 @@ __all__ = [
     "StepSize",
     "VarianceReduced",
     "full_gradient",
+    "sample_part",
 ]

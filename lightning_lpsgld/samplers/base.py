@@ -5,18 +5,24 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_lpsgld.arguments import require_flag, require_number
 from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.random import DrawKey
+from lightning_lpsgld.samplers.companion import Companion, sampled_among
 from lightning_lpsgld.samplers.finite import FiniteCheck
-from lightning_lpsgld.samplers.group_rules import check_common_values, check_parameters, refuse_bad_values
+from lightning_lpsgld.samplers.group_rules import (
+    check_common_values,
+    check_parameters,
+    refuse_bad_values,
+    refuse_gradient,
+)
+from lightning_lpsgld.samplers.ignored import report_ignored
 from lightning_lpsgld.samplers.options import accepted_options, written_out
 from lightning_lpsgld.samplers.saved_state import group_settings, refuse_foreign_state, restore_exactly, take_steps
 from lightning_lpsgld.samplers.step_size import ConstantStepSize, StepSize, checked_schedule, schedule_settings
@@ -27,12 +33,6 @@ log = logging.getLogger(__name__)
 
 S = TypeVar("S", bound="LangevinOptimizer")
 
-#: Options of torch's optimizers that a sampler does not follow, and the values at which they change nothing.
-IGNORED_OPTIONS: dict[str, Any] = {
-    "momentum": 0, "dampening": 0, "nesterov": False, "betas": None, "amsgrad": False, "alpha": None, "rho": None,
-    "lr_decay": 0, "etas": None, "lambd": None, "centered": False, "momentum_decay": None,
-}  # fmt: skip
-
 
 class LangevinOptimizer(Optimizer):
     """Base of the samplers: a real ``torch.optim.Optimizer`` whose randomness is a function of (seed, step).
@@ -40,17 +40,9 @@ class LangevinOptimizer(Optimizer):
     Every parameter group holds ``lr``, ``weight_decay``, ``temperature``, ``seed`` and ``step``; all of them, and the
     per-parameter state, are in ``state_dict``.
 
-    **A sampler of your own** is a subclass; ``LowPrecisionSGLD(sampler=...)`` takes it, or a ``functools.partial`` of
-    it. It must
-
-    * have a constructor ``(params, lr, *, num_data, temperature, seed, ...)`` that hands
-      ``{"lr": ..., "weight_decay": ..., "temperature": ..., "seed": ...}`` to this one as ``defaults``;
-    * implement :meth:`update`, whose draws come from ``self.key(group).at(stream=stream_id(role, self.index_of(p)))``
-      and whose noise has the variance ``self.noise_variance(group)``; what it keeps lies in ``self.state[p]``.
-
-    It may take any of :class:`~lightning_lpsgld.samplers.options.GridOptions` too (``**options`` that are passed on
-    count): the plugin gives an option to samplers that take it, and refuses a run that asks for one that the sampler
-    does not take. A sampler that keeps weights on a grid overrides :meth:`format_of` and :meth:`round_parameters_`.
+    **A sampler of your own** is a subclass such as the one below; ``LowPrecisionSGLD(sampler=...)`` takes it, or a
+    ``functools.partial`` of it, and gives it those of :class:`~lightning_lpsgld.samplers.options.GridOptions` that its
+    constructor takes (a run that asks for another is refused). What it must do stands in ``docs/samplers.md``.
 
     Args:
         params: Iterable of parameters, of named parameters, or of parameter groups.
@@ -81,6 +73,7 @@ class LangevinOptimizer(Optimizer):
 
     #: Makes ``torch.amp.GradScaler`` hand over its scale instead of unscaling, so that :meth:`step` can refuse it.
     _step_supports_amp_scaling = True
+    prior_mean: Literal["zero", "initial"] = "zero"  # where weight decay pulls to
     #: Whether parameters may be sharded (DTensor).
     takes_shards = False
     #: Values of a parameter group that are no settings: the seed, and what changes from step to step.
@@ -101,6 +94,7 @@ class LangevinOptimizer(Optimizer):
         self.schedule: StepSize = ConstantStepSize() if schedule is None else checked_schedule(schedule)
         self.check_finite = require_flag("check_finite", check_finite)
         self.source: Optimizer | None = None
+        self.companion: Companion | None = None  # moves what is trained and not sampled; see `sample_part`
         #: Called in every step with (group, parameters, gradients), just before the update; they must change nothing.
         self.gradient_observers: list[Callable[[dict[str, Any], list[Tensor], list[Tensor]], None]] = []
         self._indices: dict[Tensor, int] = {}
@@ -155,23 +149,21 @@ class LangevinOptimizer(Optimizer):
         return sampler
 
     def _report_ignored(self, optimizer: Optimizer) -> None:
-        plain = {"SGD": {}, "Adam": {"betas"}, "AdamW": {"betas"}}
-        names = set(plain.get(type(optimizer).__name__, {}))
-        for group in optimizer.param_groups:
-            names |= {k for k, neutral in IGNORED_OPTIONS.items() if k in group and group[k] not in (neutral, None)}
-        if names:
-            log.warning(
-                "%s takes lr and weight_decay from %s and does not use its %s: the update is a Langevin step, so a "
-                "learning rate tuned for %s may need another value.",
-                type(self).__name__, type(optimizer).__name__, ", ".join(sorted(names)), type(optimizer).__name__,
-            )  # fmt: skip
+        report_ignored(type(self).__name__, optimizer)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its parameters get the next numbers, so that the draws of the others stay as they are.
 
+        Where a part is sampled, those of its parameters that are not of that part go to the companion.
+
         Raises:
             TypeError, ValueError: If a value of the group breaks a rule of :meth:`check_group`; it is not added then.
         """
+        if self.companion is not None:
+            param_group, theirs = self.companion.share(param_group)
+            self.param_groups.extend(theirs)
+            if not param_group["params"]:
+                return
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -183,8 +175,7 @@ class LangevinOptimizer(Optimizer):
         group["step"] = max((g.get("step", 0) for g in self.param_groups), default=0)
         for i, param in enumerate(group["params"]):
             self._indices[param] = len(self._indices)
-            names = group.get("param_names")
-            if names:
+            if names := group.get("param_names"):
                 self._names[param] = names[i]
 
     def check_group(self, group: Mapping[str, Any]) -> None:
@@ -198,7 +189,19 @@ class LangevinOptimizer(Optimizer):
         check_common_values(group)
 
     def _check_settings(self) -> None:
-        refuse_bad_values(type(self).__name__, self.param_groups, self.check_group, self.step_size, self.schedule)
+        refuse_bad_values(type(self).__name__, self.sampled_groups, self.check_group, self.step_size, self.schedule)
+
+    @property
+    def sampled_groups(self) -> list[dict[str, Any]]:
+        """The groups that are sampled: all, unless a companion moves some."""
+        return sampled_among(self.param_groups)
+
+    def accompany(self, companion: Companion) -> None:
+        """Step another optimizer with this one, and hold its groups and its state too."""
+        self.companion, self.source = companion, companion.optimizer
+        self.param_groups = [*self.param_groups, *companion.optimizer.param_groups]
+        self.state.update(companion.optimizer.state)
+        companion.optimizer.state = self.state
 
     def name_parameters(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Learn parameter names, for messages and statistics."""
@@ -206,9 +209,7 @@ class LangevinOptimizer(Optimizer):
 
     def name_of(self, param: Tensor) -> str:
         """Name of a parameter, or its number among the sampler's parameters."""
-        return self._names.get(param, f"parameter {self._indices[param]}")
-
-    # --------------------------------------------------------------------------------------------------------- facts
+        return self._names.get(param) or f"parameter {self._indices.get(param, '?')}"
 
     @property
     def description(self) -> str:
@@ -238,7 +239,7 @@ class LangevinOptimizer(Optimizer):
             "sampler": type(self).__name__,
             "num_data": self.num_data,
             "schedule": schedule_settings(self.schedule),
-            **group_settings(self.param_groups, self.group_options),
+            **group_settings(self.sampled_groups, self.group_options),
         }
 
     # ------------------------------------------------------------------------------------------------------ stepping
@@ -254,10 +255,12 @@ class LangevinOptimizer(Optimizer):
 
     def index_of(self, param: Tensor) -> int:
         """Number of a parameter among the sampler's parameters, which selects its streams."""
-        return self._indices[param]
+        return self._indices.setdefault(param, len(self._indices))
 
     def step_size(self, group: Mapping[str, Any]) -> float:
         """Learning rate of the current step: the group's ``lr`` times the schedule's factor."""
+        if self.companion is not None:
+            self.companion.follow()
         return float(group["lr"]) * self.schedule.factor(group["step"])
 
     def noise_variance(self, group: Mapping[str, Any]) -> float:
@@ -298,7 +301,7 @@ class LangevinOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
             self._check_settings()  # hooks of a trainer run inside the closure
-        work = [(group, *self._with_gradients(group)) for group in self.param_groups]
+        work = [(group, *self._with_gradients(group)) for group in self.sampled_groups]
         if self.check_finite:
             self._refuse_non_finite(loss, work)
         for group, params, grads in work:
@@ -306,8 +309,10 @@ class LangevinOptimizer(Optimizer):
                 for observe in self.gradient_observers:
                     observe(group, params, grads)
                 self._update_or_tell_why(group, params, grads)
-        for group in self.param_groups:
+        for group in self.sampled_groups:
             group["step"] += 1
+        if self.companion is not None:
+            self.companion.optimizer.step()
         if self.source is not None:
             self.source._opt_called = True  # type: ignore[attr-defined]  # LR schedulers look at the optimizer they hold
         return loss
@@ -323,16 +328,7 @@ class LangevinOptimizer(Optimizer):
     def _with_gradients(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
         params = [p for p in group["params"] if p.grad is not None]
         for param in params:
-            if isinstance(param, DTensor) and not self.takes_shards:
-                raise TypeError(
-                    f"{type(self).__name__} does not move sharded parameters, and {self.name_of(param)} is a DTensor. "
-                    "SGLD does; or use DDPStrategy."
-                )
-            if param.grad.layout != torch.strided:
-                raise TypeError(
-                    f"{type(self).__name__}: the gradient of {self.name_of(param)} has layout {param.grad.layout}; "
-                    "samplers take dense gradients. Set `sparse=False` on the embedding."
-                )
+            refuse_gradient(type(self).__name__, param, self.name_of(param), takes_shards=self.takes_shards)
         return params, [p.grad for p in params]
 
     def _refuse_non_finite(self, loss: Any, work: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]]) -> None:
@@ -383,7 +379,7 @@ class LangevinOptimizer(Optimizer):
         if self._anew is None:
             self._restore(state_dict)
         else:
-            take_steps(self.param_groups, state_dict["param_groups"], keep_lr=self._anew)
+            take_steps(self.sampled_groups, sampled_among(state_dict["param_groups"]), keep_lr=self._anew)
             self._anew = None
         self._finite.forget()
         for observe in self.state_observers:
@@ -395,6 +391,9 @@ class LangevinOptimizer(Optimizer):
         for group, loaded in zip(shared, self.param_groups):
             group.clear()
             group.update(loaded)
+        for group in sampled_among(shared):
             group["seed"] = int(group["seed"]) % 2**64  # as the draws took it before other seeds were refused
         self.param_groups = shared
         restore_exactly(self.state, shared, state_dict)
+        if self.companion is not None:
+            self.companion.optimizer.state = self.state

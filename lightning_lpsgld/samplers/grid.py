@@ -16,7 +16,7 @@ from lightning_lpsgld.ops import quantize
 from lightning_lpsgld.ops.dispatch import BACKENDS, BackendName
 from lightning_lpsgld.ops.spec import Accumulation
 from lightning_lpsgld.random import DrawKey, Role, stream_id
-from lightning_lpsgld.samplers.base import LangevinOptimizer
+from lightning_lpsgld.samplers.base import LangevinOptimizer, log
 from lightning_lpsgld.samplers.first_rounding import frozen_off_grid, round_to_nearest_
 from lightning_lpsgld.samplers.shards import first_index, local_part
 from lightning_lpsgld.samplers.statistics import Measured, StepStatistics
@@ -61,17 +61,21 @@ class GridSampler(LangevinOptimizer):
         schedule: StepSize | None = None,
         full_precision: Iterable[Tensor] = (),
         check_finite: bool = True,
+        prior_mean: Literal["zero", "initial"] = "zero",
     ) -> None:
         require_choice("accumulator", accumulator, ("full", "low"))
+        require_choice("prior_mean", prior_mean, ("zero", "initial"))
         require_choice("backend", backend, ("auto", *BACKENDS))
         require_flag("variance_corrected", variance_corrected)
         self.weight_format: NumberFormat | None = None if weight_format is None else parse_format(weight_format)
         self.gradient_format: NumberFormat | None = None if gradient_format is None else parse_format(gradient_format)
         self.accumulator = accumulator
+        self.prior_mean = prior_mean
         self.variance_corrected = variance_corrected
         self.backend = backend
         self.full_precision = set(full_precision)
         self._frozen: set[Tensor] = set()
+        self._placed = False
         self.saturated: list[tuple[list[Tensor], Tensor]] = []
         self.measured: list[StepStatistics] = []
         self._measure_next: int | None = None
@@ -100,7 +104,8 @@ class GridSampler(LangevinOptimizer):
         A frozen weight (``requires_grad=False``) that :meth:`round_parameters_` found off the grid lies on none until
         it is first moved.
         """
-        return None if param in self.full_precision or param in self._frozen else self.weight_format
+        left_alone = param in self.full_precision or param in self._frozen or param not in self._indices
+        return None if left_alone else self.weight_format
 
     def gradient_format_of(self, param: Tensor) -> NumberFormat | None:
         """Grid of a parameter's gradient, ``None`` where it is not rounded; parameters exempt by name are exempt."""
@@ -120,6 +125,7 @@ class GridSampler(LangevinOptimizer):
             "weights": None if self.weight_format is None else str(self.weight_format),
             "gradients": None if self.gradient_format is None else str(self.gradient_format),
             "accumulator": self.accumulator,
+            "prior_mean": self.prior_mean,
             "variance_corrected": self.variance_corrected,
         }
 
@@ -157,6 +163,45 @@ class GridSampler(LangevinOptimizer):
         value = require_number("shrinkage", shrinkage, above=0.0, remedy="Clamp a measured q from below.")
         self.state[param]["shrinkage"] = value
 
+    # --------------------------------------------------------------------------------------------------------- prior
+
+    def prior_mean_of(self, param: Tensor) -> Tensor | None:
+        """What weight decay pulls a parameter to, in its shape; ``None``: zero. Taken up at the first call."""
+        if self.prior_mean == "zero":
+            return None
+        state = self.state[param]
+        if "prior_mean" not in state:
+            state["prior_mean"] = param.detach().clone(memory_format=torch.preserve_format)
+        mean: Tensor = state["prior_mean"]
+        return mean
+
+    def drift_of(self, group: dict[str, Any], param: Tensor, grad: Tensor, *, round_gradient: bool = True) -> Tensor:
+        r"""Rounded gradient and the pull to the prior's mean, :math:`Q_G(g) + q\lambda(\theta - \mu)`.
+
+        A step along it, without weight decay and without rounding of the gradient, is the step about μ: of any sampler
+        and any backend, the fused ones too. With q of :meth:`compensate`, by which a step divides.
+
+        Args:
+            group: Of the parameter.
+            param: θ, or its accumulator's.
+            grad: g.
+            round_gradient: Whether to round by the current step's draws.
+
+        Raises:
+            TypeError: For sharded parameters.
+        """
+        mean = self.prior_mean_of(param)
+        assert mean is not None
+        if isinstance(param, DTensor):
+            raise TypeError(
+                f"{type(self).__name__}: prior_mean='initial' does not take sharded parameters, and "
+                f"{self.name_of(param)} is a DTensor. Use DDPStrategy."
+            )
+        theta = self._accumulator(param) if self.accumulation(param) == "full" else param
+        pull = (theta - mean) * (float(group["weight_decay"]) * self.shrinkage_of(param))
+        grad = self.rounded_gradient(group, param, grad) if round_gradient else grad
+        return (grad.to(pull.dtype) + pull).to(grad.dtype)
+
     # ------------------------------------------------------------------------------------------------------ stepping
 
     @torch.no_grad()
@@ -165,16 +210,51 @@ class GridSampler(LangevinOptimizer):
 
         With a full accumulator the unrounded values become the accumulators. Without this call the first forward pass
         sees unrounded weights, as in the published code. Frozen weights (``requires_grad=False``) are left as they are.
-        Tensors of which nothing is left but zeros are named in a warning of the log.
+        Tensors of which nothing is left but zeros are named in a warning of the log. Parameters of a group that is
+        added later are brought onto the grid when it is.
         """
+        self._placed = True
+        self._frozen = set()
+        self._place(list(self._indices))
+
+    def _place(self, params: list[Tensor]) -> None:
+        for param in params:
+            self.prior_mean_of(param)
         if self.weight_format is None:
             return
-        params = [param for param in self._indices if param not in self.full_precision]
-        self._frozen = frozen_off_grid(params, self.weight_format)
+        params = [param for param in params if param not in self.full_precision]
+        self._frozen |= frozen_off_grid(params, self.weight_format)
         if self.accumulator == "full":
             for param in (p for p in params if p.requires_grad):
                 self._accumulator(param)
         round_to_nearest_(params, self.weight_format, self.name_of)
+
+    @torch.no_grad()
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As :meth:`LangevinOptimizer.add_param_group`; parameters that join a running chain are brought onto the grid.
+
+        Raises:
+            ValueError: Also if a format is wider than the dtype of a parameter that joins.
+        """
+        before = set(self._indices)
+        super().add_param_group(param_group)
+        if not self._placed:
+            return
+        joined = [param for param in self._indices if param not in before]
+        for param in joined:
+            for fmt in (self.format_of(param), self.gradient_format_of(param)):
+                if fmt is not None:
+                    check_dtype(fmt, param.dtype)
+        self._say_joined(joined)
+        self._place(joined)
+
+    def _say_joined(self, params: list[Tensor]) -> None:
+        if params and self.steps:
+            log.warning(
+                "%d parameter(s), %s among them, joined the chain of %s at step %d: samples taken before are of the "
+                "posterior with these fixed. Collect from then on: SampleCollector(start=...).",
+                len(params), self.name_of(params[0]), type(self).__name__, self.steps,
+            )  # fmt: skip
 
     def _accumulator(self, param: Tensor) -> Tensor:
         state = self.state[param]
@@ -189,7 +269,9 @@ class GridSampler(LangevinOptimizer):
 
     def _with_gradients(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
         params, grads = super()._with_gradients(group)
-        self._frozen.difference_update(params)  # thawed: this step brings them onto the grid
+        thawed = [param for param in params if param in self._frozen]
+        self._say_joined(thawed)
+        self._frozen.difference_update(thawed)  # this step brings them onto the grid
         return params, grads
 
     @torch.no_grad()

@@ -6,10 +6,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
 from lightning_lpsgld.arguments import require_count, require_number, require_seed
 from lightning_lpsgld.samplers.step_size import StepSize
 
-__all__ = ["check_common_values", "check_parameters", "refuse_bad_values"]
+__all__ = ["check_common_values", "check_parameters", "refuse_bad_values", "refuse_gradient"]
 
 
 def check_common_values(group: Mapping[str, Any]) -> None:
@@ -67,3 +71,27 @@ def refuse_bad_values(
         if not (size >= 0 and math.isfinite(size)):
             factor = schedule.factor(group["step"])
             raise ValueError(f"{where}: the schedule's factor must be finite and >= 0, got {factor} of {schedule!r}.")
+
+
+def refuse_gradient(owner: str, param: Tensor, name: str, *, takes_shards: bool) -> None:
+    """Refuse a parameter that cannot be moved along its gradient.
+
+    Args:
+        owner: Class of the sampler, for messages.
+        param: A parameter with a gradient.
+        name: Its name.
+        takes_shards: Whether the sampler moves sharded parameters.
+
+    Raises:
+        TypeError: If the gradient is sparse, or the parameter is sharded and must not be.
+    """
+    if isinstance(param, DTensor) and not takes_shards:
+        raise TypeError(
+            f"{owner} does not move sharded parameters, and {name} is a DTensor. SGLD does; or use DDPStrategy."
+        )
+    assert param.grad is not None
+    if param.grad.layout != torch.strided:
+        raise TypeError(
+            f"{owner}: the gradient of {name} has layout {param.grad.layout}; samplers take dense gradients. Set "
+            "`sparse=False` on the embedding."
+        )

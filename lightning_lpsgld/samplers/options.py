@@ -49,10 +49,13 @@ class GridOptions(SamplerOptions, total=False):
         weight_format: Grid of the weights, e.g. ``"bfp8"`` or a format object; ``None``: not rounded.
         accumulator: ``"low"``: the weight itself stays on the grid. ``"full"``: steps are summed in a float32
             accumulator (in the state), and the weight is its stochastic rounding.
+        prior_mean: Where weight decay pulls to: ``"zero"``, or ``"initial"``, the weights as they are at the first step
+            or when they are brought onto the grid, before they are rounded. They are kept in the state.
     """
 
     weight_format: FormatLike | None
     accumulator: Literal["full", "low"]
+    prior_mean: Literal["zero", "initial"]
 
 
 class CentredOptions(SamplerOptions, total=False):
@@ -70,7 +73,7 @@ class CentredOptions(SamplerOptions, total=False):
 #: What the plugin asks of any sampler, and the values at which one that does not know of the option does as asked.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "weight_format": (None,), "gradient_format": (None,), "accumulator": ("low",), "variance_corrected": (True, False),
-    "backend": ("auto",), "schedule": (None,), "full_precision": ([], (), None),
+    "prior_mean": ("zero",), "backend": ("auto",), "schedule": (None,), "full_precision": ([], (), None),
 }  # fmt: skip
 
 
@@ -141,6 +144,7 @@ _IN_PLUGIN = {
     "weight_format": "weights=None",
     "gradient_format": "gradients=None",
     "accumulator": "accumulator='low'",
+    "prior_mean": "prior_mean='zero'",
     "backend": "backend='auto'",
     "schedule": "schedule=None",
     "full_precision": "exclude=()",

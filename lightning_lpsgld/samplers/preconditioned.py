@@ -17,8 +17,9 @@ from lightning_lpsgld.ops import quantize, quantize_variance_corrected
 from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.ops.spec import Accumulation
 from lightning_lpsgld.random import DrawKey, Role, normals, stream_id
-from lightning_lpsgld.samplers.base import IGNORED_OPTIONS, log
+from lightning_lpsgld.samplers.base import log
 from lightning_lpsgld.samplers.grid import GridSampler
+from lightning_lpsgld.samplers.ignored import IGNORED_OPTIONS
 from lightning_lpsgld.samplers.options import GridOptions
 from lightning_lpsgld.samplers.statistics import Measured, StepStatistics, describe, rounding_variance, same_rows
 from lightning_lpsgld.samplers.updates import saturated
@@ -310,6 +311,9 @@ class PreconditionedSGLD(GridSampler):
             second_moment, weight = self._second_moment(param, beta)
             self.state[param].update(second_moment=second_moment, weight=weight)
             spec = self._spec(group, param, beta, weight)
+            if self.prior_mean != "zero":
+                grad = self.drift_of(group, param, grad)
+                spec = replace(spec, weight_decay=0.0, gradient_format=None)
             accumulator = self._accumulator(param) if spec.accumulation == "full" else None
             counts.append(
                 preconditioned_step_(
@@ -326,10 +330,15 @@ class PreconditionedSGLD(GridSampler):
         spec = self._spec(group, param, beta, weight)
         theta = (self._accumulator(param) if spec.accumulation == "full" else param).to(second_moment.dtype)
         formats = (spec.weight_format, spec.gradient_format)
-        theta, grad, second_moment = same_rows((theta, grad, second_moment), formats, what.max_elements)
+        drift = grad if self.prior_mean == "zero" else self.drift_of(group, param, grad)
+        tensors = (theta, grad, drift, second_moment)
+        theta, grad, drift, second_moment = same_rows(tensors, formats, what.max_elements)
         rounding = torch.zeros((), dtype=torch.float64, device=grad.device)
         if spec.gradient_format is not None:
             rounding = rounding_variance(grad, spec.gradient_format)
+        if self.prior_mean != "zero":
+            grad, spec = drift, replace(spec, weight_decay=0.0)
+        elif spec.gradient_format is not None:
             grad = quantize(grad, spec.gradient_format, key=what.stream(Role.GRADIENT))
         mean, variance, scale = _moments(theta, second_moment.clone(), grad, spec)
         found = describe(theta, mean, variance, spec.weight_format, spec.accumulation, what)

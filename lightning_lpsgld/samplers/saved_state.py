@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_lpsgld.samplers.companion import sampled_among
+
 __all__ = ["group_settings", "refuse_foreign_state", "restore_exactly", "take_steps"]
 
 
@@ -26,10 +28,10 @@ def refuse_foreign_state(owner: str, state_dict: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If a group lacks what every sampler's has.
     """
-    if any("step" not in group or "seed" not in group for group in state_dict["param_groups"]):
+    if any("step" not in group or "seed" not in group for group in sampled_among(state_dict["param_groups"])):
         raise ValueError(
             f"{owner}: this optimizer state has no `step` and `seed` in its groups, so it was not "
-            "saved by a sampler. Start from the weights alone."
+            "saved by a sampler. Start from the weights alone: LowPrecisionSGLD(start_from=...)."
         )
 
 
@@ -49,5 +51,5 @@ def restore_exactly(
     params = [p for group in groups for p in group["params"]]
     for number, param in zip(order, params):
         for name, value in state_dict["state"].get(number, {}).items():
-            if isinstance(value, Tensor) and value.dtype != state[param][name].dtype:
+            if isinstance(value, Tensor) and name != "step" and value.dtype != state[param][name].dtype:
                 state[param][name] = value.detach().to(param.device, copy=True)

@@ -217,6 +217,9 @@ class SGHMC(GridSampler):
         for param, grad in zip(params, grads):
             spec = self._spec(group, param)
             accumulator = self._accumulator(param) if spec.accumulation == "full" else None
+            if self.prior_mean != "zero":
+                grad = self.drift_of(group, param, grad)
+                spec = replace(spec, weight_decay=0.0, gradient_format=None)
             count, scale = underdamped_step_(
                 param, self.velocity_of(param), accumulator, grad, spec, self._draw_key(group, param),
                 self.index_of(param), self.backend,
@@ -233,6 +236,10 @@ class SGHMC(GridSampler):
             velocity = torch.zeros_like(param, dtype=torch.promote_types(param.dtype, torch.float32))
         theta = self._accumulator(param) if self.accumulation(param) == "full" else param
         at_one = exact_flow(self.step_size(group), float(group["friction"]), float(group["inverse_mass"]))
-        return underdamped_statistics(
-            theta.to(velocity.dtype), velocity, grad, self._spec(group, param), what, at_one.heated(1.0 / self.num_data)
-        )
+        theta, spec, at_one = theta.to(velocity.dtype), self._spec(group, param), at_one.heated(1.0 / self.num_data)
+        found = underdamped_statistics(theta, velocity, grad, spec, what, at_one)
+        if self.prior_mean == "zero":
+            return found
+        about, drift = replace(spec, weight_decay=0.0, gradient_format=None), self.drift_of(group, param, grad)
+        pulled = underdamped_statistics(theta, velocity, drift, about, what, at_one)
+        return replace(pulled, gradient_rounding=found.gradient_rounding)

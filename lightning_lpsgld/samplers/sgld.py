@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -144,7 +145,7 @@ class SGLD(GridSampler):
     @property
     def description(self) -> str:
         """Name of the variant, for display."""
-        kind = "SGD" if all(float(g["temperature"]) == 0 for g in self.param_groups) else "SGLD"
+        kind = "SGD" if all(float(g["temperature"]) == 0 for g in self.sampled_groups) else "SGLD"
         if self.weight_format is None:
             return f"{kind} (weights not rounded)"
         if self.variant == "lattice":
@@ -207,16 +208,24 @@ class SGLD(GridSampler):
             keys = [self._draw_key(group, p) for p in some]
             indices = [self.index_of(p) for p in some]
             spec = self.spec(group, accumulation, shrinkage, self._noise_told(some[0]))
-            counts = sharded_steps_(
-                some, [grads[i] for i in chosen], accumulators, spec, keys, indices, backend=self.backend
-            )
+            drifts = [grads[i] for i in chosen]
+            if self.prior_mean != "zero":
+                drifts = [self.drift_of(group, p, g) for p, g in zip(some, drifts)]
+                spec = replace(spec, weight_decay=0.0, gradient_format=None)
+            counts = sharded_steps_(some, drifts, accumulators, spec, keys, indices, backend=self.backend)
             self.saturated.append((some, counts))
 
     def _statistics(self, group: dict[str, Any], param: Tensor, grad: Tensor, what: Measured) -> StepStatistics:
         accumulation = self.accumulation(param)
         theta = self._accumulator(param) if accumulation == "full" else param
         spec = self.spec(group, accumulation, self.shrinkage_of(param), self._noise_told(param))
-        return step_statistics(local_part(theta), local_part(grad), spec, what)  # of sharded ones, this rank's part
+        found = step_statistics(local_part(theta), local_part(grad), spec, what)  # of sharded ones, this rank's part
+        if self.prior_mean == "zero":
+            return found
+        about = replace(spec, weight_decay=0.0, gradient_format=None)
+        drift = self.drift_of(group, param, grad)
+        # What rounding the gradient adds is that of the gradient alone, before the pull.
+        return replace(step_statistics(theta, drift, about, what), gradient_rounding=found.gradient_rounding)
 
 
 def _check_gradient_std(gradient_std: GradientStd, variant: str, rates: str) -> None:
