@@ -1,6 +1,7 @@
 """Banks in a directory: whole after a crash at any moment, and damage is seen, named and survived."""
 
 import builtins
+import itertools
 import os
 import pickle
 import random
@@ -15,7 +16,7 @@ import pytest
 import torch
 from bank_samples import Net, assert_holds, fill, filled_bank
 
-from lightning_lpsgld.bank import BankError, SampleBank
+from lightning_lpsgld.bank import BankError, SampleBank, store
 
 STEPS = (10, 20, 30)
 
@@ -375,3 +376,140 @@ def test_no_pickle_is_written_or_read(tmp_path, monkeypatch):
 def test_file_addresses_are_local(tmp_path):
     filled_bank(f"file://{tmp_path}/bank", STEPS)
     assert_holds(SampleBank.open(tmp_path / "bank"), STEPS)
+    filled_bank(f"file://localhost{tmp_path}/other", STEPS)
+    assert_holds(SampleBank.open(tmp_path / "other"), STEPS)
+    for address in ("file://elsewhere/bank", "file://bank", "", "  "):
+        with pytest.raises(BankError, match=r"is no local file|must be a string that is not empty"):
+            SampleBank(address)
+
+
+def test_the_names_of_new_directories_are_synced(tmp_path, monkeypatch):
+    """Otherwise the whole bank may be gone after a crash, with every sample in it."""
+    synced, fsync = [], os.fsync
+
+    def noted(handle):
+        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    SampleBank(tmp_path / "a" / "b" / "bank")
+    assert {str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")} <= set(synced)
+
+
+# ------------------------------------------------------------------------------------------- failures between the steps
+
+
+def test_a_directory_in_place_of_a_discarded_sample_ends_nothing(tmp_path, caplog):
+    bank = filled_bank(tmp_path / "bank", STEPS, capacity=3, policy="last")
+    victim = sample_file(tmp_path / "bank", 10)
+    victim.unlink()
+    victim.mkdir()
+    for step in (40, 50):
+        bank.add(fill(Net(), step), step=step, formats="bfp8")
+    assert_holds(bank, (30, 40, 50))
+    assert "cannot be removed" in caplog.text
+    victim.rmdir()
+    bank.close()
+    assert_holds(SampleBank.open(tmp_path / "bank"), (30, 40, 50))
+
+
+def test_a_directory_in_place_of_a_new_sample_is_named(tmp_path):
+    bank = filled_bank(tmp_path / "bank", STEPS)
+    name = sample_file(tmp_path / "bank", 20).name
+    (tmp_path / "elsewhere").mkdir()
+    other = SampleBank(tmp_path / "elsewhere" / "bank")
+    other.add(fill(Net(), 1), step=1, formats="bfp8")
+    (tmp_path / "elsewhere" / "bank" / name).mkdir()
+    with pytest.raises(BankError, match=f"{name} in .* is a directory; move it away"):
+        other.add(fill(Net(), 20), step=20, formats="bfp8", lr=0.1, temperature=1.0, metrics={"loss": 2.5})
+    other.add(fill(Net(), 30), step=30, formats="bfp8")
+    assert other.steps == [1, 30]
+    assert_holds(bank, STEPS)
+
+
+def failing(monkeypatch, name, error, *, at):
+    """Let call number ``at`` of a system function fail, once."""
+    calls, call = [], getattr(os, name)
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == at + 1:
+            raise error
+        return call(*args, **kwargs)
+
+    monkeypatch.setattr(os, name, counted)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error")], ids=["ctrl-c", "disk"])
+@pytest.mark.parametrize(
+    ("change", "call"),
+    [*itertools.product(["add", "replace", "truncate", "compact", "full"], ["fsync", "replace"]), ("add", "write"),
+     ("replace", "write")],
+)  # fmt: skip
+def test_whatever_fails_within_a_change_the_bank_goes_on(tmp_path, monkeypatch, error, change, call):
+    """Before or after, as the disk says; memory and disk agree, and the next change works. Every call in turn."""
+    failed = 0
+    for at in range(12):
+        path = tmp_path / f"bank{at}"
+        bank = filled_bank(path, STEPS, capacity=3, policy="last")
+        outcomes = {STEPS: "before"}
+        with monkeypatch.context() as patch:
+            failing(patch, call, error, at=at)
+            try:
+                if change == "add" or change == "full":
+                    patch.setattr(store, "_MIN_LINES", 0 if change == "full" else 1000)
+                    bank.add(fill(Net(), 40), step=40, formats="bfp8")
+                elif change == "replace":
+                    bank.add(fill(Net(), 99), step=20, formats="bfp8")
+                elif change == "truncate":
+                    bank.truncate(10)
+                else:
+                    bank.compact()
+            except type(error):
+                failed += 1
+        outcomes |= {"add": {(20, 30, 40): "after"}, "full": {(20, 30, 40): "after"}, "truncate": {(10,): "after"}}.get(
+            change, {}
+        )
+        assert tuple(bank.steps) in outcomes
+        assert not bank.damaged
+        on_disk = SampleBank.open(path)
+        assert (on_disk.steps, on_disk.damaged) == (bank.steps, [])
+        newest = bank.steps[-1]
+        bank.add(fill(Net(), 50), step=50, formats="bfp8")
+        assert bank.steps[-2:] == [newest, 50]
+        bank.close()
+        reopened = SampleBank.open(path)
+        assert (reopened.steps, reopened.damaged) == (bank.steps, [])
+    assert failed
+
+
+# ----------------------------------------------------------------------------------------------------- earlier releases
+
+VERSION_1 = Path(__file__).parent / "version1"
+
+
+def test_banks_of_the_first_version_open_and_go_on(tmp_path):
+    """They are read where they are without a change, and continued with a journal."""
+    before = snapshot(VERSION_1 / "plain")
+    assert_holds(SampleBank.open(VERSION_1 / "plain"), STEPS)
+    assert snapshot(VERSION_1 / "plain") == before
+    shutil.copytree(VERSION_1 / "plain", tmp_path / "bank")
+    bank = SampleBank(tmp_path / "bank", exist_ok=True)
+    for step in (40, 50):
+        bank.add(fill(Net(), step), step=step, formats="bfp8")
+    assert_holds(SampleBank.open(tmp_path / "bank"), (*STEPS, 40, 50))
+
+
+def test_a_thinned_bank_of_the_first_version_thins_on(tmp_path):
+    shutil.copytree(VERSION_1 / "thin", tmp_path / "bank")
+    bank = SampleBank(tmp_path / "bank", capacity=3, policy="thin", seed=4, exist_ok=True)
+    whole = filled_bank(None, range(1, 14), capacity=3, policy="thin", seed=4)
+    for step in range(8, 14):
+        bank.add(fill(Net(), step), step=step, formats="bfp8")
+    assert_holds(bank, whole.steps)
+
+
+def test_the_memory_of_the_first_version_is_read():
+    bank = SampleBank(capacity=5)
+    bank.load_state_dict(torch.load(VERSION_1 / "memory_state.pt", weights_only=True))
+    assert_holds(bank, (1, 2))

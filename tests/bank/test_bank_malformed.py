@@ -17,17 +17,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lightning_lpsgld.bank import BankError, SampleBank
+from lightning_lpsgld.bank.folder import LocalFolder
+from lightning_lpsgld.bank.journal import line
 from lightning_lpsgld.bank.manifest import MAX_MANIFEST_BYTES, checksum
+from lightning_lpsgld.bank.tensors import sample_bytes
+from lightning_lpsgld.ops import quantize
 
 STEPS = (1, 2)
-QUICK, MANY = 100, 2_500  # for each of four attacks
+QUICK, MANY = 100, 2_500  # for each of five attacks
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A bank in a folder of its own, and a secret beside it that nobody may read into a sample or write over."""
     root = tmp_path_factory.mktemp("root")
-    filled_bank(root / "bank", STEPS)
+    filled_bank(root / "bank", STEPS).compact()
+    filled_bank(root / "journaled" / "bank", STEPS)
     (root / "secret.safetensors").write_bytes(next((root / "bank").glob("*-s1-*")).read_bytes())
     return root
 
@@ -140,6 +145,35 @@ def mutated_text(place, data):
     check_manifest(place, bytes(text))
 
 
+def mutated_journal(place, data):
+    """Alter the journal's bytes, or its one addition and then seal the line again."""
+    place = place / "journaled"
+    (file,) = (place / "bank").glob("journal-*")
+    genuine = file.read_bytes()
+    head, row, _ = genuine.split(b"\n")
+    text = bytearray(genuine)
+    if data.draw(st.booleans()):
+        change = mutated(data, json.loads(row.partition(b" ")[2]))
+        with contextlib.suppress(ValueError):
+            addition = json.dumps(change, allow_nan=False)
+            text = head + b"\n" + line(file.name[8:24], 1, addition)
+    else:
+        position = data.draw(st.integers(0, len(text) - 1))
+        text[position : position + data.draw(st.integers(0, 40))] = data.draw(st.binary(max_size=6))
+    file.write_bytes(bytes(text))
+    try:
+        before = tree(place)
+        outcome = use(place / "bank")
+        assert tree(place) == before
+        if isinstance(outcome, SampleBank):
+            assert {sample.step for sample in outcome} <= set(STEPS)
+            for sample in outcome:
+                wanted = expected(int(sample.entries["labels"][0]))
+                assert all(torch.equal(value, wanted[name]) for name, value in sample.state_dict().items())
+    finally:
+        file.write_bytes(genuine)
+
+
 def mutated_sample(place, data):
     """Alter a sample file and make name, size and checksum in the manifest match."""
     bank = place / "bank"
@@ -199,7 +233,13 @@ def mutated_state(place, data):
             assert all(torch.equal(value, wanted[key]) for key, value in sample.state_dict().items())
 
 
-ATTACKS = {"manifest": mutated_manifest, "text": mutated_text, "sample": mutated_sample, "state": mutated_state}
+ATTACKS = {
+    "manifest": mutated_manifest,
+    "text": mutated_text,
+    "journal": mutated_journal,
+    "sample": mutated_sample,
+    "state": mutated_state,
+}
 NO_CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
@@ -386,3 +426,69 @@ def test_a_genuine_sample_of_another_module_is_refused(place, tmp_path):
     bank = SampleBank.open(tmp_path / "bank")
     with pytest.raises(BankError, match=r"does not hold the tensors of this bank's module: `values.labels` differs"):
         bank.load_into(Net(), 0)
+
+
+@pytest.mark.parametrize("text", [b"[],", b"1,", b"{},", b'"",'])
+def test_a_manifest_of_brackets_is_refused_before_it_is_parsed(tmp_path, text):
+    """Parsed, 100 MB of them would take gigabytes; here it takes next to nothing."""
+    whole = b"[" + text * (100 * 2**20 // len(text)) + b"0]"
+    (tmp_path / "manifest.json").write_bytes(whole)
+    with pytest.raises(BankError, match=rf"has {len(whole)} bytes and \d+ values; at most"):
+        SampleBank.open(tmp_path)
+
+
+def test_recovering_reads_no_more_than_a_sample_can_have(tmp_path, monkeypatch):
+    """A sparse file of 20 GB with a sample's name, and one whose header claims as much."""
+    filled_bank(tmp_path, (1,)).close()
+    genuine = next(tmp_path.glob("sample-*")).read_bytes()
+    for number, head in enumerate((b"", genuine, (2**34).to_bytes(8, "little"))):
+        with open(tmp_path / f"sample-c0-s{number + 5}-{'0' * 40}.safetensors", "wb") as file:
+            file.write(head)
+            file.truncate(20 * 2**30)
+    (tmp_path / "manifest.json").unlink()
+    sizes, read = [], LocalFolder.head
+
+    def noted(folder, name, count):
+        data = read(folder, name, count)
+        sizes.append(len(data))
+        return data
+
+    monkeypatch.setattr(LocalFolder, "head", noted)
+    assert_holds(SampleBank.recover(tmp_path), (1,))
+    assert max(sizes) < 2**20
+
+
+@pytest.mark.parametrize(
+    ("fmt", "key", "value"),
+    [
+        ("fixed4.2", "codes.weight", 8),
+        ("fixed4.2", "codes.weight", -9),
+        ("bfp8", "codes.weight", -128),
+        ("e2m1", "codes.weight", 16),
+        ("e2m1", "codes.weight", -1),
+        ("mxfp4e2m1", "codes.weight", 16),
+        ("mxfp4e2m1", "exponents.weight", 127),
+    ],
+)
+def test_codes_that_a_format_does_not_have_are_refused(tmp_path, fmt, key, value):
+    """From a file with a right checksum, and from a checkpoint; decoded they would be weights off the grid."""
+    module = torch.nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        module.weight.copy_(quantize(torch.tensor([[0.5, -0.25], [1.0, 0.5]]), fmt, rounding="nearest"))
+    memory = SampleBank()
+    memory.add(module, step=0, formats=fmt)
+    state = memory.state_dict()
+    state["samples"][0] = {name: tensor.clone() for name, tensor in state["samples"][0].items()}
+    SampleBank().load_state_dict(state)
+    state["samples"][0][key].view(-1)[0] = value
+    with pytest.raises(BankError, match=r"of `weight` .* lie between .*; the format has"):
+        SampleBank().load_state_dict(state)
+    crafted = sample_bytes(memory.infos[0], memory.spec, state["samples"][0])
+    name = f"sample-c0-s0-{checksum(crafted)}.safetensors"
+    with SampleBank(tmp_path) as bank:
+        bank.add(module, step=0, formats=fmt)
+        bank.compact()
+    (tmp_path / name).write_bytes(crafted)
+    rewrite_manifest(tmp_path, lambda m: m["samples"][0].update(file=name, size=len(crafted)))
+    with pytest.raises(BankError, match=r"of `weight` .* lie between"):
+        SampleBank.open(tmp_path).load_into(module, 0)

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 
 import pytest
 import torch
@@ -270,3 +271,42 @@ def test_resnet18_takes_a_quarter(tmp_path):
     assert bank.nbytes <= 0.27 * whole
     assert sum(tensor.nbytes for tensor in bank[0].tensors.values()) == bank.nbytes
     assert sum(file.stat().st_size for file in (tmp_path / "bank").iterdir()) <= 0.27 * whole
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda net: nn.Parameter(net.fc.weight[:1].detach().expand(4, 4)), r"`fc\.weight` is expanded.*\.clone\(\)"),
+        (lambda net: nn.Parameter(net.fc.weight.detach().to("meta")), r"`fc\.weight` is on the meta device.*to_empty"),
+    ],
+)
+def test_a_module_that_cannot_take_a_sample_is_left_alone(spoil, message):
+    """Not written halfway, and not passed over in silence."""
+    bank, net = filled_bank(None, (1,)), fill(Net(), 7)
+    net.fc.weight = net.tied.weight = spoil(net)
+    before = {name: value for name, value in contents(net).items() if not value.is_meta}
+    with pytest.raises(BankError, match=message):
+        bank.load_into(net, 0)
+    assert all(torch.equal(value, contents(net)[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["conv.weight", "norm.bias", "norm.running_var"])
+def test_a_sample_that_is_not_finite_is_refused_by_name(place, name, value):
+    bank, net = filled_bank(place, (1,)), fill(Net(), 2, None)
+    dict(net.state_dict())[name].view(-1)[0] = value
+    with pytest.raises(BankError, match=rf"`{re.escape(name)}` cannot be stored: .* NaN and .* infinite"):
+        SampleBank().add(net, step=2)
+    assert_holds(reopened(bank), (1,))
+
+
+def test_a_mask_of_infinities_is_stored():
+    """Attention masks are buffers of zeros and minus infinity: no fault of the network."""
+    module = nn.Module()
+    module.register_buffer("mask", torch.full((4, 4), -math.inf).triu(1))
+    bank = SampleBank()
+    bank.add(module, step=0)
+    assert torch.equal(bank[0].state_dict()["mask"], module.mask)
+    module.mask[0, 0] = math.nan
+    with pytest.raises(BankError, match="`mask` cannot be stored"):
+        bank.add(module, step=1)
