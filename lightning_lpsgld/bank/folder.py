@@ -134,20 +134,24 @@ class LocalFolder:
 
     def head(self, name: str, count: int) -> bytes:
         """The first ``count`` bytes."""
-        self.size(name)
+        if not _NO_FOLLOW:
+            self.size(name)
         try:
-            handle = os.open(f"{self.location}{os.sep}{name}", os.O_RDONLY | _CAREFUL)
-        except FileNotFoundError as error:
-            raise BankError(f"{name} is missing from {self.location}.") from error
-        with os.fdopen(handle, "rb", buffering=0) as file:
+            handle = os.open(f"{self.location}{os.sep}{_plain(name)}", os.O_RDONLY | _CAREFUL)
+        except OSError:
+            self.size(name)  # says what it is, if it is missing or no regular file
+            raise
+        try:
             status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode):
                 raise BankError(f"{name} in {self.location} is not a regular file; links and devices are not opened.")
-            parts, left = [], min(count, status.st_size)
-            while left and (part := file.read(left)):
-                parts.append(part)
-                left -= len(part)
+            left = min(count, status.st_size)
+            parts = [os.read(handle, left)]
+            while (left := left - len(parts[-1])) and parts[-1]:
+                parts.append(os.read(handle, left))
             return b"".join(parts)
+        finally:
+            os.close(handle)
 
     def write(self, name: str, data: bytes, *, unnamed: bool = False) -> None:
         """Create or replace the file atomically; on return it is on the disk.
