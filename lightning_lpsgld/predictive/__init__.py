@@ -11,6 +11,7 @@ from lightning_lpsgld.predictive.batch_norm import refresh_batch_norm
 from lightning_lpsgld.predictive.batches import default_inputs, default_logits, default_targets
 from lightning_lpsgld.predictive.conformal import class_scores, conformal_quantile, interval_scores, prediction_sets
 from lightning_lpsgld.predictive.ensemble import PosteriorPredictive, probabilities_of
+from lightning_lpsgld.predictive.learning_coefficient import LearningCoefficient, LocalLearningCoefficient
 from lightning_lpsgld.predictive.mixtures import MixturePredictive
 from lightning_lpsgld.predictive.outputs import GaussianOutput, read_output
 from lightning_lpsgld.predictive.posterior import PosteriorEnsemble
@@ -29,6 +30,8 @@ __all__ = [
     "ClassPrediction",
     "EnsembleResult",
     "GaussianOutput",
+    "LearningCoefficient",
+    "LocalLearningCoefficient",
     "MixturePredictive",
     "Multiclass",
     "Multilabel",
