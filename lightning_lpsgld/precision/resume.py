@@ -44,6 +44,7 @@ def run_settings(run: RunDescription, plugin: Any) -> dict[str, Any]:
     return {
         **{role: None if run.formats[role] is None else str(run.formats[role]) for role in ("activations", "errors")},
         "sites": sites,
+        "sampled": run.parts.sampled,
         "exempt": run.parts.exempt,
         "compute": plugin.compute,
         "compress_gradients": plugin.compress_gradients,

@@ -24,8 +24,8 @@ from lightning_lpsgld.samplers.group_rules import (
 )
 from lightning_lpsgld.samplers.ignored import report_ignored
 from lightning_lpsgld.samplers.options import accepted_options, written_out
-from lightning_lpsgld.samplers.saved_state import group_settings, refuse_foreign_state, restore_exactly, take_steps
-from lightning_lpsgld.samplers.step_size import ConstantStepSize, StepSize, checked_schedule, schedule_settings
+from lightning_lpsgld.samplers.saved_state import chain_settings, refuse_foreign_state, restore_exactly, take_steps
+from lightning_lpsgld.samplers.step_size import ConstantStepSize, StepSize, checked_schedule
 
 __all__ = ["LangevinOptimizer"]
 
@@ -234,13 +234,8 @@ class LangevinOptimizer(Optimizer):
         return tuple(name for name in self.defaults if name not in self.group_counters)
 
     def settings(self) -> dict[str, Any]:
-        """What makes the chain what it is, seed and parameters excepted; see :func:`.saved_state.group_settings`."""
-        return {
-            "sampler": type(self).__name__,
-            "num_data": self.num_data,
-            "schedule": schedule_settings(self.schedule),
-            **group_settings(self.sampled_groups, self.group_options),
-        }
+        """What makes the chain what it is, seed and parameters excepted; see :func:`.saved_state.chain_settings`."""
+        return chain_settings(self)
 
     # ------------------------------------------------------------------------------------------------------ stepping
 

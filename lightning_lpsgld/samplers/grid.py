@@ -118,17 +118,6 @@ class GridSampler(LangevinOptimizer):
         pairs = {"weights": self.weight_format, "gradients": self.gradient_format}
         return {role: str(fmt) for role, fmt in pairs.items() if fmt is not None}
 
-    def settings(self) -> dict[str, Any]:
-        """As :meth:`LangevinOptimizer.settings`."""
-        return {
-            **super().settings(),
-            "weights": None if self.weight_format is None else str(self.weight_format),
-            "gradients": None if self.gradient_format is None else str(self.gradient_format),
-            "accumulator": self.accumulator,
-            "prior_mean": self.prior_mean,
-            "variance_corrected": self.variance_corrected,
-        }
-
     # -------------------------------------------------------------------------------------------------- compensation
 
     def shrinkage_of(self, param: Tensor) -> float:

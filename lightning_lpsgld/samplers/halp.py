@@ -199,16 +199,6 @@ class HALP(VarianceReduced):
 
     # --------------------------------------------------------------------------------------------------------- facts
 
-    def settings(self) -> dict[str, Any]:
-        """As :meth:`LangevinOptimizer.settings`; a word length is the ``offset_format`` that it stands for."""
-        return {
-            **super().settings(),
-            "offset_format": str(self.offset_format),
-            "scale": self.scale,
-            "power_of_two": self.power_of_two,
-            "centre_dtype": None if self.centre_dtype is None else str(self.centre_dtype),
-        }
-
     @property
     def formats(self) -> dict[str, str]:
         """Role of each rounded quantity and its format, for display."""

@@ -164,15 +164,6 @@ class SGHMC(GridSampler):
         rounded = self.weight_format is not None and self.velocity_format is not None
         return {**super().formats, **({"velocities": str(self.velocity_format)} if rounded else {})}
 
-    def settings(self) -> dict[str, Any]:
-        """As :meth:`LangevinOptimizer.settings`."""
-        return {
-            **super().settings(),
-            "velocity_format": None if self.velocity_format is None else str(self.velocity_format),
-            "rescale_velocity": self.rescale_velocity,
-            "drift": self.drift,
-        }
-
     def flow(self, group: dict[str, Any], accumulation: Accumulation = "float") -> Flow:
         """Linear map and noise covariance of the current step of a group."""
         flow = exact_flow(self.step_size(group), float(group["friction"]), float(group["inverse_mass"]))

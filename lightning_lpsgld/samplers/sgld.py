@@ -156,12 +156,6 @@ class SGLD(GridSampler):
             return "SGDLP-L"
         return ("VC " if self.variance_corrected else "naive ") + "SGLDLP-L (low-precision accumulator)"
 
-    def settings(self) -> dict[str, Any]:
-        """As :meth:`LangevinOptimizer.settings`; a callable ``gradient_std`` is not among them."""
-        own = {"variant": self.variant, "rates": self.rates}
-        told = {} if callable(self.gradient_std) else {"gradient_std": float(self.gradient_std)}
-        return {**super().settings(), **own, **told}
-
     def spec(
         self,
         group: dict[str, Any],

@@ -79,10 +79,6 @@ class SVRG(VarianceReduced):
         """Grid on which a parameter lies, ``None`` where it is not rounded; see :meth:`.grid.GridSampler.format_of`."""
         return None if param in self.full_precision or param in self._frozen else self.weight_format
 
-    def settings(self) -> dict[str, Any]:
-        """As :meth:`LangevinOptimizer.settings`."""
-        return {**super().settings(), "weights": None if self.weight_format is None else str(self.weight_format)}
-
     @property
     def formats(self) -> dict[str, str]:
         """Role of each rounded quantity and its format, for display."""

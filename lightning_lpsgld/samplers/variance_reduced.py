@@ -110,15 +110,6 @@ class VarianceReduced(LangevinOptimizer):
 
     # --------------------------------------------------------------------------------------------------------- facts
 
-    def settings(self) -> dict[str, Any]:
-        """As :meth:`LangevinOptimizer.settings`."""
-        return {
-            **super().settings(),
-            "gradients": None if self.gradient_format is None else str(self.gradient_format),
-            "variance_corrected": self.variance_corrected,
-            "period": self.period,
-        }
-
     @property
     def centred(self) -> bool:
         """Whether there is a centre."""

@@ -75,14 +75,17 @@ class Scheduled(Classifier):
         return [optimizer], [{"scheduler": self.scheduler(optimizer), "interval": "step"}]
 
 
-def fit(folder, steps, *, resume=False, lr=0.05, weight_decay=0.01, scheduler=None, module=None, ranks=1, **options):
+def fit(
+    folder, steps, *, resume=False, lr=0.05, weight_decay=0.01, scheduler=None, module=None, ranks=1, collector=None,
+    **options,
+):  # fmt: skip
     """A run up to ``steps``; with ``resume`` from the checkpoint after half of them."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     module = module or Scheduled(net, lr=lr, weight_decay=weight_decay, scheduler=scheduler)
     sees, plugin = Sees(), LowPrecisionSGLD(**{"seed": 7, **options})
     callbacks = [
-        SampleCollector(folder / "bank", every=1),
+        collector or SampleCollector(folder / "bank", every=1),
         ModelCheckpoint(folder, filename="{step}", every_n_train_steps=HALF, save_top_k=-1),
         sees,
     ]
