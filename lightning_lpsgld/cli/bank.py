@@ -5,12 +5,24 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning_lpsgld.bank import BankError, SampleBank
 from lightning_lpsgld.bank.sample import Sample
+from lightning_lpsgld.cli.built import BuiltCLI, built
 from lightning_lpsgld.cli.errors import CommandError, one_line
 from lightning_lpsgld.cli.parsing import OneLineParser, as_json
+from lightning_lpsgld.cli.plan import optimizer_of, training_loss
+from lightning_lpsgld.precision.num_data import count_examples
+from lightning_lpsgld.predictive import PosteriorEnsemble
+from lightning_lpsgld.predictive.selection import (
+    Selection,
+    evenly,
+    greedy_selection,
+    member_probabilities,
+    posterior_scores,
+    stein_thinning,
+)
 
 __all__ = ["EXAMPLE", "SUMMARY", "copy_samples", "parser", "run"]
 
@@ -41,7 +53,8 @@ def parser(action: str) -> OneLineParser:
     if action == "thin":
         made.add_argument("into", help="path of the new bank")
         made.add_argument("--keep", type=int, required=True, help="how many samples to keep")
-        made.add_argument("--method", choices=("even", "last"), default="even", help="which ones")
+        made.add_argument("--method", choices=("even", "last", "nll", "stein"), default="even", help="which ones")
+        made.add_argument("--config", help="the run's YAML file; nll scores on its validation, stein on its train data")
     if action == "export":
         made.add_argument("into", help="folder to write to")
         made.add_argument("--index", type=int, nargs="+", help="only these samples")
@@ -183,10 +196,37 @@ def _thin(options: Namespace) -> int:
     if not 1 <= options.keep <= len(bank):
         raise CommandError(f"--keep: must be between 1 and the {len(bank)} samples of {options.path}.")
     n, k = len(bank), options.keep
-    chosen = [n - 1 - (i * n) // k for i in reversed(range(k))] if options.method == "even" else list(range(n - k, n))
+    if options.method in ("nll", "stein"):
+        selection = _selected(bank, options)
+        chosen = sorted(selection.indices)
+        print(selection)
+    else:
+        chosen = evenly(n, k) if options.method == "even" else list(range(n - k, n))
     made = copy_samples(bank, chosen, options.into)
     print(f"{made.path}: {len(made)} of {n} samples, steps {made.steps}; {made.nbytes} of {bank.nbytes} bytes.")
     return 0
+
+
+def _selected(bank: SampleBank, options: Namespace) -> Selection:
+    """The samples that lose least, by the configured run's data."""
+    if options.config is None:
+        raise CommandError(f"--config: --method {options.method} needs the run's YAML file.")
+    cli = built(BuiltCLI, ["--config", options.config])
+    if options.method == "nll":
+        ensemble = PosteriorEnsemble(cli.model, bank, task="multiclass", members="streamed")
+        return greedy_selection(member_probabilities(ensemble, cli.loader("val")), options.keep)
+    loader, plugin = cli.loader("train"), cast(Any, cli.trainer.precision_plugin)
+    optimizer, _ = optimizer_of(cli.model)
+    points, scores = posterior_scores(
+        bank,
+        cli.model,
+        loader,
+        training_loss,
+        num_data=count_examples(loader) if plugin.num_data == "auto" else plugin.num_data,
+        temperature=plugin.temperature,
+        weight_decay=float(optimizer.param_groups[0].get("weight_decay", 0.0)),
+    )
+    return stein_thinning(points, scores, options.keep)
 
 
 def _export(options: Namespace) -> int:

@@ -42,6 +42,7 @@ def _words() -> dict[str, list[str]]:
     for name, parser in trainer.parsers().items():
         words[name] = _options(parser)
     words["plan"] = sorted({*words["fit"], "--json"})
+    words["export"] = sorted({*words["predict"], "--inputs"})
     return words
 
 

@@ -13,24 +13,22 @@ from torch.optim import Optimizer
 from lightning_lpsgld.analysis import plan as make_plan
 from lightning_lpsgld.analysis.plan_report import LayerPlan, Plan
 from lightning_lpsgld.callbacks import SampleCollector
-from lightning_lpsgld.cli.errors import CommandError, key_of, one_line
+from lightning_lpsgld.cli.built import BuiltCLI, built, with_key
+from lightning_lpsgld.cli.errors import CommandError
 from lightning_lpsgld.cli.parsing import as_json
-from lightning_lpsgld.cli.trainer import LowPrecisionCLI
 from lightning_lpsgld.precision.num_data import count_examples
 
-__all__ = ["EXAMPLE", "SUMMARY", "PlanCLI", "run", "step_sizes"]
+__all__ = ["EXAMPLE", "SUMMARY", "PlanCLI", "optimizer_of", "run", "step_sizes", "training_loss"]
 
 SUMMARY = "predict what the formats will do to a run: table, verdict, what to change"
 EXAMPLE = "lpsgld plan --config run.yaml --json"
 _POINTS = 9
 
 
-class PlanCLI(LowPrecisionCLI):
+class PlanCLI(BuiltCLI):
     """The configuration of a run, built but not run."""
 
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Name the command."""
-        return super().init_parser(**{**kwargs, "prog": "lpsgld plan", "description": SUMMARY, "epilog": EXAMPLE})
+    prog, summary, example = "lpsgld plan", SUMMARY, EXAMPLE
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what a plan needs beside the run's own configuration."""
@@ -45,30 +43,29 @@ def run(args: list[str]) -> int:
     Args:
         args: Arguments after ``lpsgld plan``.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter is intended.*")
-        cli = PlanCLI(save_config_callback=None, args=args, run=False)
+    cli = built(PlanCLI, args)
     try:
         result = _planned(cli)
     except CommandError:
         raise
     except (ValueError, TypeError, RuntimeError, OSError) as error:
-        key = key_of(error, cli.config)
-        raise CommandError(f"{key}: {one_line(error)}" if key else one_line(error)) from error
+        raise with_key(error, cli.config) from error
     print(as_json(_as_dict(result)) if cli.config["json"] else result)
     return 0
 
 
-def _planned(cli: PlanCLI) -> Plan:
+def _planned(cli: BuiltCLI) -> Plan:
     plugin: Any = cli.trainer.precision_plugin
     if plugin.formats["weights"] is None:
         raise CommandError("lpsgld.weights: a plan needs a format of the weights, and there is none.")
     if cli.config["ckpt_path"]:
         state = torch.load(cli.config["ckpt_path"], map_location="cpu", weights_only=True)
         cli.model.load_state_dict(state["state_dict"])
-    loader = _train_loader(cli)
+    loader = cli.loader("train")
+    if not hasattr(loader, "__iter__") or isinstance(loader, (dict, list, tuple)):
+        raise CommandError(f"data: a plan takes one train dataloader, and there is {type(loader).__name__}.")
     num_data = count_examples(loader) if plugin.num_data == "auto" else plugin.num_data
-    optimizer, scheduler = _optimizer(cli.model)
+    optimizer, scheduler = optimizer_of(cli.model)
     steps = _steps(cli.trainer, loader)
     collectors = [c for c in cli.trainer.callbacks if isinstance(c, SampleCollector)]  # type: ignore[attr-defined]
     accumulator = plugin.accumulator
@@ -77,7 +74,7 @@ def _planned(cli: PlanCLI) -> Plan:
     return make_plan(
         cli.model,
         next(iter(loader)),
-        _loss,
+        training_loss,
         lr=step_sizes(optimizer, scheduler, steps),
         num_data=num_data,
         temperature=plugin.temperature,
@@ -89,17 +86,7 @@ def _planned(cli: PlanCLI) -> Plan:
     )
 
 
-def _train_loader(cli: PlanCLI) -> Any:
-    source = cli.model if cli.datamodule is None else cli.datamodule
-    source.prepare_data()
-    source.setup("fit")
-    loader = source.train_dataloader()
-    if not hasattr(loader, "__iter__") or isinstance(loader, (dict, list, tuple)):
-        raise CommandError(f"data: a plan takes one train dataloader, and there is {type(loader).__name__}.")
-    return loader
-
-
-def _optimizer(model: Any) -> tuple[Optimizer, Any]:
+def optimizer_of(model: Any) -> tuple[Optimizer, Any]:
     """First optimizer and its scheduler, from whatever form ``configure_optimizers`` returns."""
     configured = model.configure_optimizers()
     scheduler = None
@@ -155,7 +142,8 @@ def step_sizes(optimizer: Optimizer, scheduler: Any, steps: tuple[int, int]) -> 
     return [rates[i] for i in wanted if rates[i] > 0]
 
 
-def _loss(module: Any, batch: Any) -> torch.Tensor:
+def training_loss(module: Any, batch: Any) -> torch.Tensor:
+    """Loss of a LightningModule's training step outside of a Trainer."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*self.log.*")
         out = module.training_step(batch, 0)

@@ -164,19 +164,18 @@ class LowPrecisionCLI(LightningCLI):
             module.ensemble.calibrate(self._loader("val"), coverage=options.coverage)
         return module
 
-    def _loader(self, which: Literal["train", "val"]) -> Any:
+    def _loader(self, which: Literal["train", "val", "test"]) -> Any:
         if self.datamodule is None:
             source: Any = self.model
         else:
             source = self.datamodule
             source.prepare_data()
-            source.setup("fit")
+            source.setup("test" if which == "test" else "fit")
         try:
             return getattr(source, f"{which}_dataloader")()
         except Exception as error:
-            wanted = "coverage" if which == "val" else "refresh_batch_norm"
             raise CommandError(
-                f"ensemble.{wanted}: needs {which}_dataloader() of {type(source).__name__}: {one_line(error)}"
+                f"data: needs {which}_dataloader() of {type(source).__name__}: {one_line(error)}"
             ) from error
 
 

@@ -198,6 +198,45 @@ def test_bank_thin_keeps_samples_bit_for_bit(run_folder, lpsgld):
     assert SampleBank.open("last").steps == [9, 12]
 
 
+@pytest.mark.parametrize(("method", "measure"), [("nll", "held-out NLL"), ("stein", "Stein discrepancy")])
+def test_bank_thin_by_choice_says_what_was_lost(run_folder, lpsgld, method, measure):
+    code, out, _ = lpsgld("bank", "thin", "bank", "chosen", "--keep", "2", "--method", method, "--config", "run.yaml")
+    assert code == 0
+    assert f"{measure} " in out
+    assert "lost" in out
+    assert len(SampleBank.open("chosen")) == 2
+
+
+@pytest.mark.parametrize("name", ["posterior.onnx", "posterior.pt2"])
+def test_export(run_folder, lpsgld, name):
+    if name.endswith("onnx"):
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    code, out, _ = lpsgld("export", *RUN, "--ensemble.bank=bank", f"--ensemble.output={name}")
+    assert code == 0
+    assert f"{name}: 4 samples" in out
+    assert "largest difference from PyTorch on 4 inputs" in out
+    assert (run_folder / name).exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--ensemble.bank=bank",), "ensemble.output: is needed"),
+        (("--ensemble.output=a.onnx",), "ensemble.bank: is needed"),
+        (("--ensemble.bank=bank", "--ensemble.output=a.txt"), "ensemble.output: must end in .onnx or .pt2"),
+        (("--ensemble.bank=none", "--ensemble.output=a.pt2"), "There is no sample bank at none"),
+        (("--ensemble.bank=bank", "--ensemble.output=a.pt2", "--model.width=7"), "`net.0.weight` is (7, 3)"),
+        (("--ensemble.bank=bank", "--ensemble.output=a.pt2", "--inputs=all"), "inputs: must be train, val or test"),
+        (("--ensemble.bank=bank", "--ensemble.output=a.pt2", "--ensemble.task=binary"), "got task='binary'"),
+    ],
+)
+def test_bad_exports(run_folder, lpsgld, args, said):
+    code, _, errors = lpsgld("export", *RUN, *args)
+    assert (code, len(errors)) == (2, 1)
+    assert said in errors[0]
+
+
 def test_bank_export(run_folder, lpsgld):
     from safetensors.torch import load_file
 
@@ -221,6 +260,7 @@ def test_bank_export(run_folder, lpsgld):
         (("thin", "bank", "small", "--keep", "x"), "argument --keep: invalid int value: 'x'"),
         (("thin", "bank", "small"), "the following arguments are required: --keep"),
         (("thin", "bank", "bank", "--keep", "1"), "bank"),
+        (("thin", "bank", "small", "--keep", "1", "--method", "nll"), "--config: --method nll needs the run's YAML"),
         (("export", "bank", "plain", "--index", "7"), "--index: must be between 0 and 3"),
         (("ls",), "the following arguments are required: path"),
         (("look", "bank"), "there is no action 'look'; use ls, info, verify, merge, thin, export."),
@@ -245,7 +285,7 @@ def test_a_malformed_manifest_is_one_line(run_folder, lpsgld):
 # ---------------------------------------------------------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "plan", "bank", "completion"])
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "plan", "bank", "export", "completion"])
 def test_help_has_an_example(folder, lpsgld, command):
     code, out, _ = lpsgld(command, "--help")
     assert code == 0

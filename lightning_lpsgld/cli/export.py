@@ -1,0 +1,56 @@
+"""``lpsgld export``: the ensemble of a bank as an ONNX file or a torch.export program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_lpsgld.cli.built import BuiltCLI, built, with_key
+from lightning_lpsgld.cli.errors import CommandError
+from lightning_lpsgld.cli.trainer import EnsembleOptions
+from lightning_lpsgld.export import export_onnx, export_program
+
+__all__ = ["EXAMPLE", "SUMMARY", "ExportCLI", "run"]
+
+SUMMARY = "write the ensemble of a bank as ONNX (.onnx) or as a torch.export program (.pt2), and check it"
+EXAMPLE = "lpsgld export --config run.yaml --ensemble.bank bank --ensemble.output posterior.onnx"
+
+
+class ExportCLI(BuiltCLI):
+    """What ``lpsgld export`` parses."""
+
+    prog, summary, example = "lpsgld export", SUMMARY, EXAMPLE
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add where the inputs for the check come from."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--inputs", type=str, default="test", help="check on a batch of: train, val or test")
+
+
+def run(args: list[str]) -> int:
+    """Export and print what came out.
+
+    Args:
+        args: Arguments after ``lpsgld export``.
+    """
+    cli = built(ExportCLI, args)
+    options = cli._get(cli.config_init, "ensemble")
+    options = options if isinstance(options, EnsembleOptions) else EnsembleOptions(**options)
+    for name in ("bank", "output"):
+        if getattr(options, name) is None:
+            raise CommandError(f"ensemble.{name}: is needed, e.g. `{EXAMPLE}`.")
+    suffix = Path(str(options.output)).suffix
+    if suffix not in (".onnx", ".pt2"):
+        raise CommandError(f"ensemble.output: must end in .onnx or .pt2, got {options.output!r}.")
+    if cli.config["inputs"] not in ("train", "val", "test"):
+        raise CommandError(f"inputs: must be train, val or test, got {cli.config['inputs']!r}.")
+    write = export_onnx if suffix == ".onnx" else export_program
+    try:
+        batch = next(iter(cli.loader(cli.config["inputs"])))
+        print(write(cli.model, str(options.bank), str(options.output), batch, task=options.task))
+    except CommandError:
+        raise
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+        raise with_key(error, cli.config) from error
+    return 0
