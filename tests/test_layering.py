@@ -32,7 +32,7 @@ LEVELS = {
     "strategies": 4,
     "callbacks": 4,
     "serving": 4,
-    "export": 3,
+    "export": 4,
     "cli": 5,
 }
 #: From this level on ``lightning`` may be imported: below, everything works in a bare PyTorch loop.

@@ -5,6 +5,7 @@ from lightning_lpsgld.callbacks.collector import SampleCollector
 from lightning_lpsgld.callbacks.effective_temperature import EffectiveTemperature
 from lightning_lpsgld.callbacks.evaluation import EnsembleEvaluation
 from lightning_lpsgld.callbacks.gradient_shrinkage import GradientShrinkage
+from lightning_lpsgld.callbacks.sampling_progress import SamplingProgress
 from lightning_lpsgld.callbacks.schedule import CollectionSchedule
 from lightning_lpsgld.callbacks.step_seeding import StepSeeding
 
@@ -15,5 +16,6 @@ __all__ = [
     "EnsembleEvaluation",
     "GradientShrinkage",
     "SampleCollector",
+    "SamplingProgress",
     "StepSeeding",
 ]

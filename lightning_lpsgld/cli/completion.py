@@ -13,6 +13,7 @@ SUMMARY = "print the completion script of a shell"
 EXAMPLE = 'eval "$(lpsgld completion bash)"'
 
 _ACTIONS = ("ls", "info", "verify", "merge", "thin", "export")
+_OTHERS = ("plan", "bank", "export", "completion")
 _FUNCTION = """_lpsgld() {
     local word="${COMP_WORDS[COMP_CWORD]}" place="${COMP_WORDS[1]}"
     [ "$place" = bank ] && place="bank_${COMP_WORDS[2]}"
@@ -35,9 +36,7 @@ def _options(parser: argparse.ArgumentParser) -> list[str]:
 
 def _words() -> dict[str, list[str]]:
     """What may come next, by place."""
-    from lightning_lpsgld.cli.main import OTHERS
-
-    words = {"": [*trainer.COMMANDS, *OTHERS], "bank": list(_ACTIONS), "completion": ["bash", "zsh"]}
+    words = {"": [*trainer.COMMANDS, *_OTHERS], "bank": list(_ACTIONS), "completion": ["bash", "zsh"]}
     words |= {f"bank_{action}": _options(bank.parser(action)) for action in _ACTIONS}
     for name, parser in trainer.parsers().items():
         words[name] = _options(parser)

@@ -8,8 +8,13 @@ from typing import Any, Literal
 
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from lightning_lpsgld.callbacks import EffectiveTemperature, EnsembleEvaluation, SampleCollector
-from lightning_lpsgld.callbacks.chain_diagnostics import ChainDiagnostics
+from lightning_lpsgld.callbacks import (
+    ChainDiagnostics,
+    EffectiveTemperature,
+    EnsembleEvaluation,
+    SampleCollector,
+    SamplingProgress,
+)
 from lightning_lpsgld.cli.errors import CommandError, inner_reason, is_about_values, key_of, one_line
 from lightning_lpsgld.precision import LowPrecisionSGLD
 from lightning_lpsgld.serving import PosteriorModule, PredictionWriter
@@ -67,7 +72,14 @@ class LowPrecisionCLI(LightningCLI):
     """
 
     #: Importing these makes their short names known to the parser.
-    callbacks = (SampleCollector, EnsembleEvaluation, EffectiveTemperature, ChainDiagnostics, PredictionWriter)
+    callbacks = (
+        SampleCollector,
+        EnsembleEvaluation,
+        EffectiveTemperature,
+        ChainDiagnostics,
+        SamplingProgress,
+        PredictionWriter,
+    )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make a parser that raises instead of printing usage and a traceback."""

@@ -323,6 +323,9 @@ def test_completion_in_bash(lpsgld):
     assert completed(script, "fit", "--lpsgld.temp") == ["--lpsgld.temperature"]
     assert lpsgld("completion", "zsh")[1].startswith("autoload -U +X bashcompinit")
     assert lpsgld("completion", "fish")[0] == 2
+    _, listed, _ = lpsgld("--help")
+    assert all(f"  {command} " in listed for command in completed(script, ""))
+    assert len(completed(script, "")) == 8
 
 
 def test_as_a_process(folder):
