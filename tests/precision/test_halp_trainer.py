@@ -411,3 +411,22 @@ def test_refusals_name_the_way_out():
         fit(manual, SyntheticData(), halp())
     with pytest.raises(ValueError, match="accumulator"):
         fit(small_mlp(), SyntheticData(), halp(), plugin={"accumulator": "full"})
+
+
+@pytest.mark.parametrize("sampler", [SVRG, functools.partial(HALP, mu=1.0)], ids=["svrg", "halp"])
+def test_casts_draw_the_same_at_the_centre_and_at_the_point(sampler):
+    """Right after a centre both are one point: equal draws of activations and errors cancel to the bit."""
+
+    class Look(Callback):
+        equal = 0
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            if optimizer.inner_steps == 0:
+                for param in pl_module.parameters():
+                    assert torch.equal(param.grad, optimizer.state[param]["full_gradient"])
+                    self.equal += 1
+
+    look = Look()
+    casts = {"activations": "bfp4", "errors": "bfp4"}
+    fit(small_mlp(), SyntheticData(shuffle=False), sampler, plugin=casts, max_epochs=2, callbacks=[look])
+    assert look.equal == 4 * 2, "two epochs, four parameters"

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from helpers.loaders import ResumableLoader
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from test_compatibility import Module, fit, loader, on_grid, trainer
 from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
@@ -158,3 +158,29 @@ def test_a_second_fit_goes_on_and_repeats_no_draw(tmp_path):
     run.fit_loop.max_epochs = 4
     run.fit(module, loader(), loader())
     assert run.optimizers[0].steps == run.global_step == 12
+
+
+def test_activations_and_errors_are_cast_to_their_own_formats(tmp_path):
+    """On fixed grids: hidden activations are multiples of 2^-4, sums of errors (a bias's gradient) of 2^-7."""
+    seen = {"activations": [], "errors": []}
+
+    class Look(Callback):
+        def on_train_start(self, trainer, pl_module):
+            hook = pl_module.net[2].register_forward_pre_hook(
+                lambda _, inputs: seen["activations"].append(inputs[0].detach().clone())
+            )
+            self.remove = hook.remove
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            seen["errors"].append(pl_module.net[0].bias.grad.clone())
+
+        def on_train_end(self, trainer, pl_module):
+            self.remove()
+
+    torch.manual_seed(0)
+    fit(tmp_path, Module(), LowPrecisionSGLD(None, None, "fixed8.4", "fixed8.7", seed=0), callbacks=[Look()])
+    activations, errors = torch.cat(seen["activations"]), torch.cat(seen["errors"])
+    assert torch.equal(activations * 2**4, (activations * 2**4).round())
+    assert torch.equal(errors * 2**7, (errors * 2**7).round())
+    assert not torch.equal(errors * 2**4, (errors * 2**4).round())
+    assert activations.any()

@@ -10,13 +10,13 @@ from torch import nn
 
 from lightning_lpsgld.ops import quantize, quantize_variance_corrected
 from lightning_lpsgld.random import DrawKey, Role, normals, stream_id
-from lightning_lpsgld.samplers import SGLD, CyclicalStepSize
+from lightning_lpsgld.samplers import SGHMC, SGLD, SVRG, CyclicalStepSize, PreconditionedSGLD
 
 VARIANTS = {
     "sgld": {},
     "sgldlp-f": {"weight_format": "fixed8.5", "gradient_format": "fixed8.8", "accumulator": "full"},
-    "naive": {"weight_format": "bfp8", "gradient_format": "bfp8", "variance_corrected": False},
-    "vc": {"weight_format": "bfp8", "gradient_format": "bfp8"},
+    "naive": {"weight_format": "bfp8", "gradient_format": "fixed8.2", "variance_corrected": False},
+    "vc": {"weight_format": "bfp8", "gradient_format": "fixed8.2"},
     "vc-fixed": {"weight_format": "fixed8.6"},
     "sgdlp-l": {"weight_format": "bfp8", "temperature": 0.0},
 }
@@ -54,7 +54,10 @@ def train(net, opt, steps, scheduler=None):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_one_step_is_the_written_equation_with_the_named_draws(variant):
-    """Coupled: the new weight is recomputed here from the equation and the same draws."""
+    """Coupled: the new weight is recomputed here from the equation and the same draws.
+
+    Gradients are rounded so coarsely that it shows: with the gradient as it was, other weights would come out.
+    """
     options = {"temperature": 0.5, "weight_decay": 0.1, **VARIANTS[variant]}
     torch_state = torch.get_rng_state()
     theta = torch.linspace(-1.0, 1.0, 24).reshape(4, 6)
@@ -66,20 +69,24 @@ def test_one_step_is_the_written_equation_with_the_named_draws(variant):
 
     key = DrawKey(seed=11, step=0)
     weight_key, gradient_key = key.at(stream=stream_id(Role.WEIGHT, 0)), key.at(stream=stream_id(Role.GRADIENT, 0))
+    v = 2 * 0.1 * options["temperature"] / 50
+
+    def moved_along(grad, rounded=True):
+        mean = theta - 0.1 * (grad + 0.1 * theta)
+        noisy = mean + v**0.5 * normals(mean.shape, weight_key).float()
+        if variant == "sgld" or not rounded:
+            return noisy
+        if variant in ("sgldlp-f", "naive"):
+            return quantize(noisy, options["weight_format"], key=weight_key, backend="reference")
+        return quantize_variance_corrected(mean, v, options["weight_format"], key=weight_key, backend="reference")
+
+    exact = grad
     if "gradient_format" in options:
         grad = quantize(grad, options["gradient_format"], key=gradient_key, backend="reference")
-    v = 2 * 0.1 * options["temperature"] / 50
-    mean = theta - 0.1 * (grad + 0.1 * theta)
-    noisy = mean + v**0.5 * normals(mean.shape, weight_key).float()
-    if variant == "sgld":
-        expected = noisy
-    elif variant in ("sgldlp-f", "naive"):
-        expected = quantize(noisy, options["weight_format"], key=weight_key, backend="reference")
-    else:
-        expected = quantize_variance_corrected(mean, v, options["weight_format"], key=weight_key, backend="reference")
-    assert torch.equal(param.detach(), expected)
+        assert int((moved_along(grad) != moved_along(exact)).sum()) >= 6, "rounding the gradient would go unnoticed"
+    assert torch.equal(param.detach(), moved_along(grad))
     if variant == "sgldlp-f":
-        assert torch.equal(opt.state[param]["accumulator"], noisy)
+        assert torch.equal(opt.state[param]["accumulator"], moved_along(grad, rounded=False))
     assert torch.equal(torch.get_rng_state(), torch_state), "a sampler must not touch the global generator"
 
 
@@ -318,3 +325,27 @@ def test_measuring_a_part_where_blocks_of_weight_and_gradient_differ():
     opt.measure(max_elements=8)
     opt.step()
     assert opt.measured[0].count == 64
+
+
+@pytest.mark.parametrize("cls", [SGLD, PreconditionedSGLD, SGHMC, SVRG])
+def test_gradients_of_parameters_exempt_from_rounding_are_not_rounded(cls):
+    """The exempt one moves as without any format, to the bit; the other one does not."""
+    options = {SGHMC: {"friction": 1.0}}.get(cls, {})
+    moved = []
+    for formats in ({"weight_format": "bfp8", "gradient_format": "fixed8.1"}, {}):
+        params = [nn.Parameter(torch.linspace(-0.4, 0.4, 12).reshape(3, 4)) for _ in range(2)]
+        exempt = {"full_precision": params[:1]} if formats else {}
+        opt = cls(params, 0.1, num_data=10, temperature=0.0, **options, **formats, **exempt)
+
+        def closure(params=params):
+            for param in params:
+                param.grad = torch.linspace(0.11, 0.77, 12).reshape(3, 4)
+
+        if cls is SVRG:
+            opt.recentre(closure)
+        for _ in range(2):
+            opt.step(closure)
+        moved.append([param.detach().clone() for param in params])
+    (exempt, rounded), (plain, _) = moved
+    assert torch.equal(exempt, plain)
+    assert not torch.allclose(rounded, plain, atol=1e-3)

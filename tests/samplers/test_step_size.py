@@ -3,8 +3,9 @@
 import math
 
 import pytest
+import torch
 
-from lightning_lpsgld.samplers import ConstantStepSize, CyclicalStepSize, PolynomialStepSize, StepSize
+from lightning_lpsgld.samplers import SGLD, ConstantStepSize, CyclicalStepSize, PolynomialStepSize, StepSize
 
 
 @pytest.mark.parametrize("schedule", [ConstantStepSize(), PolynomialStepSize(10.0), CyclicalStepSize(10, 3)], ids=repr)
@@ -72,3 +73,18 @@ def test_polynomial_decay_matches_its_formula():
 def test_bad_arguments_are_refused_by_name(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_the_gate_of_the_noise_opens_at_the_first_step_of_the_sampling_stage():
+    """Cycles of 5 with a stage of 2, counted by hand; and the very steps at which weights of zero gradient move."""
+    schedule = CyclicalStepSize(5, sampling_steps=2, noise_in="sampling-stage")
+    by_hand = [False, False, False, True, True] * 2
+    assert [schedule.noise(k) for k in range(10)] == by_hand
+    param, moved = torch.nn.Parameter(torch.zeros(64)), []
+    opt = SGLD([param], 0.1, num_data=10, schedule=schedule)
+    for _ in by_hand:
+        before = param.detach().clone()
+        param.grad = torch.zeros_like(param)
+        opt.step()
+        moved.append(not torch.equal(param, before))
+    assert moved == by_hand
