@@ -60,12 +60,13 @@ class Gaussian(L.LightningModule):
 def fit(
     module: Gaussian, train: TensorDataset, test: TensorDataset, epochs: int, plugin: LowPrecisionSGLD, samples: int
 ) -> tuple[dict[str, float], Any, float]:
-    """Train, collect samples over the second half, test.
+    """Train, collect so many samples evenly over the second half (the last weights among them), test.
 
     Returns:
         Scores as ``EnsembleEvaluation`` logs them, the bank, seconds.
     """
-    collector = SampleCollector(start=0.5, every=max(1, epochs * math.ceil(len(train) / 32) // (2 * samples)))
+    steps = epochs * math.ceil(len(train) / 32)
+    collector = SampleCollector(start=steps - samples * (steps // (2 * samples)), every=steps // (2 * samples))
     evaluation = EnsembleEvaluation(stages="test")
     trainer = L.Trainer(
         max_epochs=epochs, plugins=[plugin], callbacks=[collector, evaluation], accelerator="cpu", devices=1,
@@ -97,11 +98,12 @@ def diabetes(epochs: int = 100, samples: int = 30) -> dict[str, dict[str, float]
     for label, preset, temperature in (("SGD, float32", "sgd-fp", 0.0), ("8-bit SGLD", "vc-sgldlp-l-bfp8", 1.0)):
         L.seed_everything(0, verbose=False)
         plugin = LowPrecisionSGLD.preset(preset, **({"temperature": temperature} if temperature else {}))
-        scores, bank, seconds = fit(Gaussian(10, 0.01, decay), train, test, epochs, plugin, samples)
-        kinds = {"last weights": "current"} if not temperature else {"one sample": "single", "ensemble": "ensemble"}
+        count = samples if temperature else 1  # of SGD the last weights alone
+        scores, bank, seconds = fit(Gaussian(10, 0.01, decay), train, test, epochs, plugin, count)
+        kinds = {"one sample": "single", "ensemble": "ensemble"} if temperature else {"last weights": "ensemble"}
         for kind, prefix in kinds.items():
             rows[f"{label}, {kind}"] = {
-                **{name: scores.get(f"{prefix}/{name}", math.nan) for name in COLUMNS},
+                **{name: scores[f"{prefix}/{name}"] for name in COLUMNS if f"{prefix}/{name}" in scores},
                 "size": scores["ensemble/size"] if prefix == "ensemble" else 1,
                 "bytes": bank.nbytes / len(bank),
                 "seconds": seconds,
@@ -113,11 +115,11 @@ def print_table(rows: dict[str, dict[str, float]]) -> None:
     """One line a method."""
     print(f"{'':<26}" + "".join(f"{name:>13}" for name in (*COLUMNS, "size", "bytes", "seconds")))
     for label, row in rows.items():
-        cells = "".join(f"{row[name]:13.3f}" for name in COLUMNS)
+        cells = "".join(f"{row[name]:13.3f}" if name in row else f"{'':>13}" for name in COLUMNS)
         print(f"{label:<26}{cells}{row['size']:13.0f}{row['bytes']:13.0f}{row['seconds']:13.1f}")
 
 
-def curve_data(points: int = 120) -> TensorDataset:
+def curve_data(points: int = 400) -> TensorDataset:
     """sin(3x) with noise that grows with x, and nothing between 0 and 0.8."""
     draw = torch.Generator().manual_seed(0)
     x = torch.cat([torch.rand(points // 2, generator=draw) - 1.0, 0.8 + 0.7 * torch.rand(points // 2, generator=draw)])
@@ -125,7 +127,7 @@ def curve_data(points: int = 120) -> TensorDataset:
     return TensorDataset(x[:, None], torch.sin(3 * x) + noise)
 
 
-def curve(path: Path | None, epochs: int = 800, samples: int = 40) -> dict[str, float]:
+def curve(path: Path | None, epochs: int = 300, samples: int = 40) -> dict[str, float]:
     """Mean, 90 % band and its epistemic part over the line; the picture goes to ``path``.
 
     Returns:
@@ -133,7 +135,7 @@ def curve(path: Path | None, epochs: int = 800, samples: int = 40) -> dict[str, 
     """
     data = curve_data()
     L.seed_everything(1, verbose=False)
-    module = Gaussian(1, 0.03, 1.0 / len(data))
+    module = Gaussian(1, 0.02, 1.0 / len(data), width=30)
     _, bank, _ = fit(module, data, data, epochs, LowPrecisionSGLD(temperature=1.0), samples)
     line = torch.linspace(-1.5, 2.0, 351)
     predictive = bayesian_model_average(bank, module, [line[:, None]], task="regression", metrics=None).predictive
