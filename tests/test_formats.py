@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 
@@ -28,6 +29,7 @@ FLOATS = [FloatingPoint(e, m, s) for e in range(2, 9) for m in (1, 2, 3, 7) for 
 FLOATS += [FloatingPoint(8, 23), FloatingPoint(5, 10), FloatingPoint(8, 10)]
 BLOCKS = [BlockFloatingPoint(w, d, e) for w in (2, 4, 8, 16, 24) for d in (0, 1, 3, -1, -2, None) for e in (2, 5, 8)]
 BLOCKS += [BlockFloatingPoint(w, block_size=b, exponent_bits=e) for w in (4, 8) for b in (1, 16, 32) for e in (4, 8)]
+BLOCKS += [replace(fmt, top="clamp") for fmt in BLOCKS]
 ELEMENTS = [(4, 3), (5, 2), (3, 2), (2, 3), (2, 1)]
 MICRO = [MicroscalingFloat(*e, b, s) for e in ELEMENTS for b in (1, 16, 32, 100) for s in ("floor", "fit")]
 EVERY = FIXED + FLOATS + BLOCKS + MICRO
@@ -144,6 +146,8 @@ def test_published_ranges():
         ("bf16", FloatingPoint(8, 7)),
         ("fp16", FloatingPoint(5, 10)),
         ("mxint8", BlockFloatingPoint(8, block_size=32)),
+        ("mxint8-clamp", BlockFloatingPoint(8, block_size=32, top="clamp")),
+        ("bfp8-tensor-clamp", BlockFloatingPoint(8, None, top="clamp")),
         ("mxfp4", MicroscalingFloat(2, 1)),
         ("mxfp8e4m3b16-fit", MicroscalingFloat(4, 3, 16, "fit")),
         ("fixed8.-2", FixedPoint(8, -2)),
@@ -171,6 +175,11 @@ def test_formats_are_frozen():
         (lambda: BlockFloatingPoint(1), ValueError, r"BlockFloatingPoint: `word_length` must be in \[2, 24\]"),
         (lambda: BlockFloatingPoint(8, exponent_bits=9), ValueError, r"`exponent_bits` must be in \[2, 8\], got 9"),
         (lambda: BlockFloatingPoint(8, "row"), TypeError, "`block_dim` must be an int, got 'row'"),
+        (
+            lambda: BlockFloatingPoint(8, top="wrap"),
+            ValueError,
+            r"`top` must be one of \('carry', 'clamp'\), got 'wrap'",
+        ),
         (lambda: BlockFloatingPoint(8, block_size=0), ValueError, "`block_size` must be in"),
         (lambda: BlockFloatingPoint(8, 1, block_size=32), ValueError, "excludes `block_dim`, got 1"),
         (lambda: BlockFloatingPoint(8, None, block_size=32), ValueError, "excludes `block_dim`, got None"),
@@ -291,7 +300,7 @@ def qtorch_fits(fmt):
     if isinstance(fmt, MicroscalingFloat):
         return False
     if isinstance(fmt, BlockFloatingPoint):
-        return fmt.block_size is None and fmt.exponent_bits == 8 and (fmt.block_dim or 0) >= 0
+        return fmt.top == "clamp" and fmt.block_size is None and fmt.exponent_bits == 8 and (fmt.block_dim or 0) >= 0
     return fmt == FloatingPoint(fmt.exponent_bits, fmt.mantissa_bits)
 
 
@@ -302,7 +311,9 @@ def test_qtorch_numbers_both_ways(fmt):
     assert parse_format(number) == fmt
 
 
-@pytest.mark.parametrize("fmt", ["fixed8.0", "fixed8.-1", "bfp8b32", "bfp8e4", "bfp8-dim-1", "mxfp8e4m3"])
+@pytest.mark.parametrize(
+    "fmt", ["fixed8.0", "fixed8.-1", "bfp8", "bfp8b32-clamp", "bfp8e4-clamp", "bfp8-dim-1-clamp", "mxfp8e4m3"]
+)
 def test_what_qtorch_lacks_is_refused(fmt):
     with pytest.raises(ValueError, match="QPyTorch"):
         to_qtorch(fmt)

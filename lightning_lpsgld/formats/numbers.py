@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
-__all__ = ["BlockFloatingPoint", "FixedPoint", "FloatingPoint", "Specials", "require_int"]
+__all__ = ["BlockFloatingPoint", "FixedPoint", "FloatingPoint", "Specials", "Top", "require_int"]
+
+Top = Literal["carry", "clamp"]
 
 
 def require_int(owner: str, name: str, value: object, low: int, high: int) -> None:
@@ -89,6 +91,17 @@ class BlockFloatingPoint:
     :math:`\Delta = 2^{E-W+2}` and the values are :math:`k\Delta`, :math:`|k| \le 2^{W-1}-1`: symmetric codes, so that
     quantizing twice changes nothing.
 
+    A largest magnitude between :math:`(2^{W-1}-1)\Delta` and the next power of two may round up to that power, which
+    the block's codes do not reach. What happens then is ``top``:
+
+    ===========  =====================================================================================================
+    ``"carry"``  the block takes the exponent E + 1, and its codes are rounded onto the doubled gap: even ones are
+                 halved, odd ones go up or down by a fair coin. Stochastic rounding has no bias for any element
+    ``"clamp"``  the code stays at the largest one, as in QPyTorch and the code published with SWALP and LP-SGLD. The
+                 largest element of a block is rounded down: no step smaller than a gap takes a weight over a power of
+                 two, so that every power of two is a ceiling for biases and for the largest weight of a row
+    ===========  =====================================================================================================
+
     Args:
         word_length: W, bits of a code with its sign; 2 to 24.
         block_dim: Elements with the same index along this dim form one block: with 0 (the default) a row of a weight,
@@ -96,6 +109,7 @@ class BlockFloatingPoint:
         exponent_bits: Bits of the shared exponent, 2 to 8; E is in ``[-2**(e-1), 2**(e-1) - 1]``.
         block_size: If given, every run of this many elements **along the last dim** is a block instead (microscaling);
             the last run of a row may be shorter. ``block_dim`` must then be left alone.
+        top: What becomes of a code beyond the largest one; at the largest exponent both rules clamp.
 
     Raises:
         TypeError: If a field has the wrong type.
@@ -105,6 +119,8 @@ class BlockFloatingPoint:
         >>> fmt = BlockFloatingPoint(8)
         >>> str(fmt), fmt.code_max, fmt.gap_at(0)
         ('bfp8', 127, 0.015625)
+        >>> str(BlockFloatingPoint(8, top="clamp"))
+        'bfp8-clamp'
 
     Reference:
         Zhang, Wilson & De Sa, 2022, arXiv:2206.09909, section 2; Yang et al., 2019 (SWALP), arXiv:1904.11943.
@@ -114,8 +130,11 @@ class BlockFloatingPoint:
     block_dim: int | None = 0
     exponent_bits: int = 8
     block_size: int | None = None
+    top: Top = "carry"
 
     def __post_init__(self) -> None:
+        if self.top not in get_args(Top):
+            raise ValueError(f"BlockFloatingPoint: `top` must be one of {get_args(Top)}, got {self.top!r}.")
         require_int("BlockFloatingPoint", "word_length", self.word_length, 2, 24)
         require_int("BlockFloatingPoint", "exponent_bits", self.exponent_bits, 2, 8)
         if self.block_dim is not None:
@@ -175,7 +194,8 @@ class BlockFloatingPoint:
             text += "-tensor"
         elif self.block_dim != 0:
             text += f"-dim{self.block_dim}"
-        return text + (f"e{self.exponent_bits}" if self.exponent_bits != 8 else "")
+        text += f"e{self.exponent_bits}" if self.exponent_bits != 8 else ""
+        return text + ("-clamp" if self.top == "clamp" else "")
 
 
 Specials = Literal["ieee", "nan", "none"]

@@ -13,7 +13,7 @@ __all__ = ["parse_format", "to_qtorch"]
 
 # ASCII: to Python, full-width and other digits are digits, too.
 _FIXED = re.compile(r"fixed(\d+)\.(-?\d+)(s?)", re.ASCII)
-_BLOCK = re.compile(r"bfp(\d+)(?:b(\d+)|-(tensor)|-dim(-?\d+))?(?:e(\d))?", re.ASCII)
+_BLOCK = re.compile(r"bfp(\d+)(?:b(\d+)|-(tensor)|-dim(-?\d+))?(?:e(\d))?(-clamp)?", re.ASCII)
 _FLOAT = re.compile(r"e(\d+)m(\d+)(?:-(ieee|nan|none))?", re.ASCII)
 _MICROSCALING = re.compile(r"mxfp(\d)e(\d)m(\d)(?:b(\d+))?(-fit)?", re.ASCII)
 _ALIASES: dict[str, NumberFormat] = {
@@ -22,6 +22,7 @@ _ALIASES: dict[str, NumberFormat] = {
     "bf16": FloatingPoint(8, 7),
     "fp16": FloatingPoint(5, 10),
     "mxint8": BlockFloatingPoint(8, block_size=32),
+    "mxint8-clamp": BlockFloatingPoint(8, block_size=32, top="clamp"),
     "mxfp4": MicroscalingFloat(2, 1),
 }
 
@@ -31,9 +32,11 @@ def parse_format(fmt: FormatLike) -> NumberFormat:
 
     Args:
         fmt: A format; a string such as ``"fixed8.6"`` (W.F), ``"bfp8"`` (a block per index of dim 0),
-            ``"bfp8-tensor"`` (one block), ``"bfp8b32"`` (runs of 32), ``"e4m3"``, ``"bf16"``, ``"mxfp8e4m3"``
+            ``"bfp8-tensor"`` (one block), ``"bfp8b32"`` (runs of 32), ``"bfp8-clamp"`` (the published rule at the top
+            of a block), ``"e4m3"``, ``"bf16"``, ``"mxfp8e4m3"``
             (runs of 32 floats with one scale; ``"mxfp8e4m3b16-fit"``: runs of 16, scale rounded up); or an instance of
-            ``qtorch.FixedPoint``, ``qtorch.BlockFloatingPoint``, ``qtorch.FloatingPoint``.
+            ``qtorch.FixedPoint``, ``qtorch.BlockFloatingPoint`` (whose rule at the top of a block is ``"clamp"``),
+            ``qtorch.FloatingPoint``.
 
     Returns:
         The format object. ``parse_format(str(fmt)) == fmt`` for every format.
@@ -65,12 +68,13 @@ def _parse_string(text: str) -> NumberFormat:
     if match := _FIXED.fullmatch(name):
         return FixedPoint(int(match[1]), int(match[2]), symmetric=bool(match[3]))
     if match := _BLOCK.fullmatch(name):
-        word, size, tensor, dim, exponent = match.groups()
+        word, size, tensor, dim, exponent, clamp = match.groups()
         return BlockFloatingPoint(
             int(word),
             block_dim=None if tensor else int(dim or 0),
             exponent_bits=int(exponent or 8),
             block_size=int(size) if size else None,
+            top="clamp" if clamp else "carry",
         )
     if match := _FLOAT.fullmatch(name):
         specials: Any = match[3]
@@ -97,7 +101,7 @@ def _from_qtorch(number: Any) -> NumberFormat:
     if kind == "FixedPoint":
         return FixedPoint(number.wl, number.fl, symmetric=bool(number.symmetric))
     if kind == "BlockFloatingPoint":
-        return BlockFloatingPoint(number.wl, block_dim=None if number.dim == -1 else number.dim)
+        return BlockFloatingPoint(number.wl, block_dim=None if number.dim == -1 else number.dim, top="clamp")
     if kind == "FloatingPoint":
         return FloatingPoint(number.exp, number.man)
     raise TypeError(f"No equivalent for the qtorch number {number!r}.")
@@ -114,8 +118,9 @@ def to_qtorch(fmt: FormatLike) -> Any:
         reserves no exponent for NaN or infinity, so it saturates later than ours; inside our range they agree.
 
     Raises:
-        ValueError: If QPyTorch has no such number: a fixed point without fraction bits, runs of ``block_size``
-            elements (microscaling floats too), an exponent of other than 8 bits, or a negative ``block_dim``.
+        ValueError: If QPyTorch has no such number: a fixed point without fraction bits, blocks that carry (QPyTorch
+            clamps), runs of ``block_size`` elements (microscaling floats too), an exponent of other than 8 bits, or a
+            negative ``block_dim``.
     """
     import qtorch
 
@@ -127,6 +132,8 @@ def to_qtorch(fmt: FormatLike) -> Any:
     if isinstance(fmt, BlockFloatingPoint):
         if fmt.block_size is not None or fmt.exponent_bits != 8 or (fmt.block_dim or 0) < 0:
             raise ValueError(f"QPyTorch's blocks are whole dims with 8-bit exponents; it has no {fmt}.")
+        if fmt.top != "clamp":
+            raise ValueError(f"QPyTorch clamps at the top of a block, {fmt} does not; use '{fmt}-clamp' for its rule.")
         return qtorch.BlockFloatingPoint(wl=fmt.word_length, dim=-1 if fmt.block_dim is None else fmt.block_dim)
     if isinstance(fmt, MicroscalingFloat):
         raise ValueError(f"QPyTorch's floats share no scale; it has no {fmt}.")

@@ -17,6 +17,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <cfloat>
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
@@ -59,9 +60,10 @@ struct Format {
   float code_min, code_max;           // floating point: +-2^(mantissa + 1), the largest code of any binade
   float value_min, value_max;         // fixed and floating point
   int32_t mantissa, bias, bits, nan;  // floating point: fields of the bit pattern
+  int32_t carry;                      // blocks: 1 if one whose codes pass the top takes the next exponent
 };
 struct Key {
-  uint64_t seed, offset;
+  uint64_t seed, offset, carry;  // carry: seed of the coins of carried blocks
   uint32_t step, stream;
 };
 struct Shape {
@@ -100,7 +102,8 @@ struct Task {
   Key key, gradient_key;
   int8_t *exponents;
   std::atomic<int64_t> count;  // saturated (values) or NaN (codes)
-  std::atomic<uint32_t> *peaks, *gradient_peaks;  // of blocks that several threads share
+  std::atomic<uint32_t> *peaks, *gradient_peaks;    // of blocks that several threads share
+  std::atomic<uint32_t> *levels, *gradient_levels;  // how often their exponents are raised
 };
 struct Job {
   Format format, gradient;
@@ -139,6 +142,37 @@ INLINE int exponent_of_peak(uint32_t peak, const Format &f) {
   return e < f.low ? f.low : e > f.high ? f.high : e;
 }
 INLINE double magnitude_of_peak(uint32_t peak) { return float_of(peak >> 1); }
+INLINE double codes_of_peak(uint32_t peak, int gap) { return std::ldexp(magnitude_of_peak(peak), -gap); }
+
+// Exponent of a block that is rounded to nearest: one more where its largest magnitude rounds to the next power of two.
+INLINE int exponent_for_nearest(uint32_t peak, int e, const Format &f) {
+  return e + (f.carry && e < f.high && codes_of_peak(peak, e + f.offset) >= f.code_max + 0.5);
+}
+
+// One word of Philox4x32-10, for the few elements that decide whether a block is carried.
+static uint32_t philox_word(const Key &key, uint64_t seed, uint64_t index) {
+  uint32_t c[4] = {uint32_t(index / 4), uint32_t(index / 4 >> 32), key.stream, key.step};
+  uint32_t a = uint32_t(seed), b = uint32_t(seed >> 32);
+  for (int r = 0; r < 10; r++, a += 0x9E3779B9u, b += 0xBB67AE85u) {
+    uint64_t p0 = uint64_t(c[0]) * 0xD2511F53u, p1 = uint64_t(c[2]) * 0xCD9E8D57u;
+    c[0] = uint32_t(p1 >> 32) ^ c[1] ^ a, c[2] = uint32_t(p0 >> 32) ^ c[3] ^ b;
+    c[1] = uint32_t(p1), c[3] = uint32_t(p0);
+  }
+  return c[index % 4];
+}
+
+// Rounds a code that passes the top onto doubled gaps until it fits (ops/carry.py); returns how often.
+static int carry_code(int64_t &code, const Task &t, const Key &key, int64_t i, const Format &f, int room) {
+  if (t.channels) {
+    int64_t sample = t.channels * t.pixels, in = i % sample;
+    i = i - in + in % t.channels * t.pixels + in / t.channels;
+  }
+  const uint32_t coins = philox_word(key, key.carry, key.offset + uint64_t(i));
+  int level = 0;
+  for (; level < room && (code < 0 ? -code : code) > int64_t(f.code_max); level++)
+    code = (code + (coins >> level % 32 & 1)) >> 1;
+  return level;
+}
 
 // Raised exponent of a block (or element) whose noise reaches `reach`; see _with_headroom in reference.py.
 INLINE int with_headroom(int e, double reach, const Job &job) {
@@ -155,8 +189,9 @@ INLINE int with_headroom(int e, double reach, const Job &job) {
 struct Kernels {
   const char *name;
   uint32_t (*scan)(const void *x, Dtype dtype, int64_t start, int64_t len);
-  uint32_t (*drift)(const Job &, Task &, int64_t start, int64_t len, uint32_t gradient_peak);
-  void (*finish)(const Job &, Task &, int64_t start, int64_t len, uint32_t peak);
+  uint32_t (*drift)(const Job &, Task &, int64_t start, int64_t len, uint32_t gradient_peak, int gradient_level);
+  int (*level)(const Job &, Task &, int64_t start, int64_t len, uint32_t peak, bool of_gradient);
+  void (*finish)(const Job &, Task &, int64_t start, int64_t len, uint32_t peak, int level);
   void (*rows)(const Job &, Task &, int64_t start, int64_t len);
   void (*decode)(const void *codes, int width, float *out, int64_t n, float scale1, float scale2);
   void (*draws)(const Key &, bool normal, float *normals, uint32_t *words, int64_t n);
@@ -309,19 +344,19 @@ struct Item {
   int task;
   int64_t start, len;
 };
-enum Phase { SCAN, MAIN, FINISH };
+enum Phase { SCAN, GRADIENT_LEVELS, MAIN, LEVELS, FINISH };
 
 struct Plan {
   const Kernels *k;
   const Job *job;
   Task *tasks;
   std::vector<Item> whole, shared;  // runs of whole blocks; pieces of blocks that several threads share
-  std::vector<std::atomic<uint32_t>> peaks;
+  std::vector<std::atomic<uint32_t>> peaks, levels;
   const std::vector<Item> *items;
   Phase phase;
 };
 
-static void merge_peak(std::atomic<uint32_t> &peak, uint32_t value) {
+static void merge(std::atomic<uint32_t> &peak, uint32_t value) {
   uint32_t old = peak.load(std::memory_order_relaxed);
   while (old < value && !peak.compare_exchange_weak(old, value, std::memory_order_relaxed)) {
   }
@@ -334,16 +369,22 @@ static void run_item(void *context, int64_t i) {
   const Item &item = (*plan.items)[size_t(i)];
   Task &t = plan.tasks[item.task];
   if (plan.items == &plan.whole) return plan.k->rows(job, t, item.start, item.len);
-  std::atomic<uint32_t> *w = t.peaks ? t.peaks + item.start / t.inner : nullptr;
-  std::atomic<uint32_t> *g = t.gradient_peaks ? t.gradient_peaks + item.start / t.gradient_inner : nullptr;
+  const int64_t row = t.inner ? item.start / t.inner : 0, slope = t.gradient_inner ? item.start / t.gradient_inner : 0;
+  std::atomic<uint32_t> *w = t.peaks ? t.peaks + row : nullptr, *wl = t.levels ? t.levels + row : nullptr;
+  std::atomic<uint32_t> *g = t.gradient_peaks ? t.gradient_peaks + slope : nullptr;
+  std::atomic<uint32_t> *gl = t.gradient_levels ? t.gradient_levels + slope : nullptr;
   if (plan.phase == SCAN) {
-    if (job.descend && g) merge_peak(*g, plan.k->scan(t.grad, F32, item.start, item.len));
-    if (!job.descend && w) merge_peak(*w, plan.k->scan(t.x, job.dtype, item.start, item.len));
+    if (job.descend && g) merge(*g, plan.k->scan(t.grad, F32, item.start, item.len));
+    if (!job.descend && w) merge(*w, plan.k->scan(t.x, job.dtype, item.start, item.len));
+  } else if (plan.phase == GRADIENT_LEVELS) {
+    if (g) merge(*gl, uint32_t(plan.k->level(job, t, item.start, item.len, g->load(), true)));
   } else if (plan.phase == MAIN) {
-    uint32_t peak = plan.k->drift(job, t, item.start, item.len, g ? g->load() : 0);
-    if (w) merge_peak(*w, peak);
+    uint32_t peak = plan.k->drift(job, t, item.start, item.len, g ? g->load() : 0, gl ? int(gl->load()) : 0);
+    if (w) merge(*w, peak);
+  } else if (plan.phase == LEVELS) {
+    if (w) merge(*wl, uint32_t(plan.k->level(job, t, item.start, item.len, w->load(), false)));
   } else {
-    plan.k->finish(job, t, item.start, item.len, w ? w->load() : 0);
+    plan.k->finish(job, t, item.start, item.len, w ? w->load() : 0, wl ? int(wl->load()) : 0);
   }
 }
 
@@ -367,7 +408,7 @@ static int64_t cut(Plan &plan, int index, int64_t threads) {
 }
 
 static void execute(const Job &job, Task *tasks, int count, int threads) {
-  Plan plan{&kernels(), &job, tasks, {}, {}, {}, nullptr, MAIN};
+  Plan plan{&kernels(), &job, tasks, {}, {}, {}, {}, nullptr, MAIN};
   int64_t total = 0, peaks = 0;
   std::vector<int64_t> wanted(static_cast<size_t>(count));
   for (int i = 0; i < count; i++) {
@@ -375,12 +416,14 @@ static void execute(const Job &job, Task *tasks, int count, int threads) {
     total += tasks[i].numel;
   }
   plan.peaks = std::vector<std::atomic<uint32_t>>(size_t(peaks));
-  std::atomic<uint32_t> *next = plan.peaks.data();
+  plan.levels = std::vector<std::atomic<uint32_t>>(size_t(peaks));
+  std::atomic<uint32_t> *next = plan.peaks.data(), *level = plan.levels.data();
   for (int i = 0; i < count; i++) {
     Task &t = tasks[i];
     if (!wanted[size_t(i)]) continue;
-    if (t.inner) t.peaks = next, next += t.numel / t.inner;
-    if (t.gradient_inner) t.gradient_peaks = next, next += t.numel / t.gradient_inner;
+    const int64_t rows = t.inner ? t.numel / t.inner : 0, slopes = t.gradient_inner ? t.numel / t.gradient_inner : 0;
+    if (rows) t.peaks = next, next += rows, t.levels = level, level += rows;
+    if (slopes) t.gradient_peaks = next, next += slopes, t.gradient_levels = level, level += slopes;
   }
   if (total < ITEM) threads = 1;
   auto phase = [&](const std::vector<Item> &items, Phase which) {
@@ -390,7 +433,9 @@ static void execute(const Job &job, Task *tasks, int count, int threads) {
   if (!plan.whole.empty()) phase(plan.whole, MAIN);
   if (plan.shared.empty()) return;
   phase(plan.shared, SCAN);
+  if (job.descend && job.gradient.carry) phase(plan.shared, GRADIENT_LEVELS);
   if (job.descend) phase(plan.shared, MAIN);
+  if (job.format.carry && (job.mode == STOCHASTIC || job.mode == VC)) phase(plan.shared, LEVELS);
   if (job.mode != NONE) phase(plan.shared, FINISH);
 }
 
@@ -432,7 +477,7 @@ static void fill_task(Task &t, const void *x, void *out, const Shape &shape, con
 // ======================= 4. The C interface =======================
 using namespace lpsgld;
 
-EXPORT int lpsgld_version() { return 1; }
+EXPORT int lpsgld_version() { return 2; }
 EXPORT int lpsgld_sizes(int which) {
   const int sizes[] = {sizeof(Format), sizeof(Key), sizeof(Shape), sizeof(Step), sizeof(StepTensor)};
   return sizes[which];
@@ -880,11 +925,11 @@ INLINE vf uniform(vu word) { return as_float((vi)(word >> 9) | 0x3f800000) - (1.
 static void widen(const void *from, Dtype dtype, int64_t start, int64_t n, float *to) {
   const uint16_t *p = static_cast<const uint16_t *>(from) + start;
   if (dtype == BF16) {
-    for (int64_t i = 0; i < n; i++) to[i] = float_of(uint32_t(p[i]) << 16);
+    for (int64_t i = 0; i < n; i++) to[i] = float_of(uint32_t(load<uint16_t>(p + i)) << 16);
     return;
   }
   for (int64_t i = 0; i < n; i++) {
-    uint32_t h = p[i], bits = (h & 0x7fffu) << 13, sign = (h & 0x8000u) << 16;
+    uint32_t h = load<uint16_t>(p + i), bits = (h & 0x7fffu) << 13, sign = (h & 0x8000u) << 16;
     float finite = float_of(bits) * 0x1p112f;
     to[i] = float_of(sign | ((h & 0x7c00u) == 0x7c00u ? bits | 0x7f800000u : bits_of(finite)));
   }
@@ -892,14 +937,14 @@ static void widen(const void *from, Dtype dtype, int64_t start, int64_t n, float
 static void narrow(const float *from, int64_t n, Dtype dtype, void *to, int64_t start) {
   uint16_t *p = static_cast<uint16_t *>(to) + start;
   if (dtype == BF16) {
-    for (int64_t i = 0; i < n; i++) p[i] = uint16_t(bits_of(from[i]) >> 16);
+    for (int64_t i = 0; i < n; i++) store(p + i, uint16_t(bits_of(from[i]) >> 16));
     return;
   }
   for (int64_t i = 0; i < n; i++) {
     uint32_t bits = bits_of(from[i]), sign = bits >> 16 & 0x8000u;
     uint32_t finite = bits_of(float_of(bits & 0x7fffffffu) * 0x1p-112f) >> 13;
     bool special = (bits & 0x7f800000u) == 0x7f800000u;
-    p[i] = uint16_t(sign | (special ? 0x7c00u | (bits >> 13 & 0x3ffu) : finite));
+    store(p + i, uint16_t(sign | (special ? 0x7c00u | (bits >> 13 & 0x3ffu) : finite)));
   }
 }
 INLINE const float *tile_of(const void *x, Dtype dtype, int64_t start, int64_t n, float *buffer) {
@@ -913,7 +958,7 @@ INLINE const float *tile_of(const void *x, Dtype dtype, int64_t start, int64_t n
 static uint32_t slow_peak(const float *x, int64_t n) {
   uint32_t peak = 0, infinite = 0;
   for (int64_t i = 0; i < n; i++) {
-    uint32_t bits = bits_of(x[i]) & 0x7fffffffu;
+    uint32_t bits = load<uint32_t>(x + i) & 0x7fffffffu;
     if (bits == INF_BITS) infinite = 1;
     if (bits < INF_BITS && bits > peak) peak = bits;
   }
@@ -958,6 +1003,7 @@ struct Scale {
   float below, above;         // values beyond these saturate
   float target, spread;       // Q^vc, in units of the gap
   bool high;
+  int exponent, level;        // E, and how often it is raised because codes pass the top
 };
 
 INLINE Scale scale_at(const Format &f, int gap) {
@@ -966,13 +1012,16 @@ INLINE Scale scale_at(const Format &f, int gap) {
   s.up1 = power_of_two(half), s.up2 = power_of_two(-gap - half), s.gap = power_of_two(gap);
   s.negative = -f.code_min, s.positive = f.code_max;
   s.below = f.code_min * s.gap, s.above = f.code_max * s.gap;
-  s.target = s.spread = 0, s.high = false;
+  s.target = s.spread = 0, s.high = false, s.exponent = gap - f.offset, s.level = 0;
   return s;
 }
 
 INLINE Scale scale_for(const Job &job, const Format &f, uint32_t peak) {
   int e = f.kind == BLOCK ? exponent_of_peak(peak, f) : 0;
   Scale s = scale_at(f, e + f.offset);
+  const bool open = f.carry && e < f.high;  // only infinities are out of range
+  if (job.mode == NEAREST && exponent_for_nearest(peak, e, f) != e) s = scale_at(f, e + 1 + f.offset);
+  if (open) s.below = -FLT_MAX, s.above = FLT_MAX;
   if (job.mode == VC) {
     float below = s.below, above = s.above;  // saturation is counted on the mean's own grid
     if (f.kind == BLOCK) e = with_headroom(e, magnitude_of_peak(peak) + NOISE_REACH * job.sigma, job);
@@ -1126,10 +1175,28 @@ INLINE vi pattern_of(vf code, vi e, vi sign, vi good, const Format &f) {
   return good ? pattern : splat(f.nan);
 }
 
+// Blocks of one element that pass the top: their codes, still in units of the old gap.
+__attribute__((noinline)) static void carry_lanes(float *code, const int32_t *over, const int32_t *e, const Task &t,
+                                                  const Format &f, int64_t at) {
+  for (int l = 0; l < L; l++) {
+    if (!over[l]) continue;
+    int64_t k = int64_t(code[l]), top = int64_t(f.code_max);
+    int level = carry_code(k, t, t.key, at + l, f, f.high - e[l]);
+    code[l] = std::ldexp(float(k > top ? top : k < -top ? -top : k), level);
+  }
+}
+INLINE vf carried_lanes(vf code, vi over, vi e, const Task &t, const Format &f, int64_t at) {
+  float codes[L];
+  int32_t which[L], exponents[L];
+  store(codes, code), store(which, over), store(exponents, e);
+  carry_lanes(codes, which, exponents, t, f, at);
+  return load<vf>(codes);
+}
+
 // One tile with a gap per element: floating point, or blocks of one element.
 template <int M, int S, bool COUNT>
-static int64_t finish_lanes(const Job &job, const Format &f, const float *x, const uint32_t *words, const float *z,
-                            int64_t n, void *out, int64_t at, int8_t *exponents) {
+static int64_t finish_lanes(const Job &job, const Task &t, const Format &f, const float *x, const uint32_t *words,
+                            const float *z, int64_t n, void *out, int64_t at, int8_t *exponents) {
   const bool floating = f.kind == FLOAT;
   vi count = {};
   auto body = [&](int64_t i, int m) __attribute__((always_inline)) {
@@ -1142,15 +1209,20 @@ static int64_t finish_lanes(const Job &job, const Format &f, const float *x, con
     vi e = exponent_of(as_float(as_int(base) & good), f);
     if (COUNT && !floating) {  // on the mean's own grid
       vi own = e + f.offset, part = own >> 1;
-      count -= a > power(part) * f.code_max * power(own - part);
+      vi here = a > power(part) * f.code_max * power(own - part);
+      count -= f.carry ? here & (e >= f.high) : here;
     }
     if (M == VC) e = raised(e, as_float(as_int(a) & finite), job);
     vi gap = e + f.offset, up = -gap, half = up >> 1;
     vf scaled = a * power(half) * power(up - half);
     if (M != VC) {
       vu w = M == STOCHASTIC ? load<vu>(words + i) : vu{};
-      code = round_magnitude<M>(min_of(scaled, splat(f.code_max)), sign, w);
+      const vf top = splat(f.code_max);
+      const vi open = f.carry ? e < f.high : vi{};
+      code = round_magnitude<M>(min_of(scaled, open ? top + 1.0f : top), sign, w);
       if (S != VALUES) {
+        const vi over = open & (code > top);  // the next power of two, by which only the exponent changes
+        code = over ? code * 0.5f : code, e -= over;
         vi codes = to_int(as_float(as_int(code) & good));
         count -= ~good;
         put_codes(out, at + i, floating ? pattern_of(code, e, sign, good, f) : (codes ^ sign) - sign, S, m);
@@ -1175,7 +1247,9 @@ static int64_t finish_lanes(const Job &job, const Format &f, const float *x, con
       }
       vf limit = splat(f.code_max);
       if (!floating) {
-        code = max_of(min_of(code, limit), -limit);
+        const vi over = f.carry ? finite & (magnitude(code) > limit) & (e < f.high) : vi{};
+        vf held = max_of(min_of(code, limit), -limit);
+        code = any(over) ? (over ? carried_lanes(code, over, e, t, f, at + i) : held) : held;
         code = finite ? code : (sign ? -limit : limit);
       }
     }
@@ -1195,15 +1269,32 @@ static int64_t finish_lanes(const Job &job, const Format &f, const float *x, con
 
 // What a run of elements needs beside its data; one per item, on the stack.
 struct Scratch {
-  Draws gradient, weight, normal;
+  Draws gradient, weight, normal, coins;
   float in[PATCH], out[PATCH];
   Scratch(const Job &job, const Task &t) {
     if (job.descend) gradient.init(t, t.gradient_key, false);
     weight.init(t, t.key, false), normal.init(t, t.key, true);
   }
+  Draws &coins_of(const Task &t, const Key &key) {  // of the few tiles that are carried
+    Key other = key;
+    other.seed = key.carry;
+    coins.init(t, other, false), coins.lo = coins.hi = 0;
+    return coins;
+  }
 };
 
 INLINE bool lanes(const Format &f, int64_t inner) { return f.kind == FLOAT || (f.kind == BLOCK && inner == 0); }
+
+template <int S, bool COUNT>
+static int64_t finish_block(Mode mode, const Scale &scale, const float *x, const uint32_t *w, const float *z, int64_t n,
+                            void *out, int64_t at) {
+  if (mode == NEAREST) return finish_uniform<NEAREST, S, COUNT>(scale, x, w, nullptr, n, out, at);
+  if (mode == STOCHASTIC) return finish_uniform<STOCHASTIC, S, COUNT>(scale, x, w, nullptr, n, out, at);
+  if (!scale.high) return finish_uniform<VC, VALUES, COUNT>(scale, x, w, nullptr, n, out, at);
+  const bool small = scale.negative <= 0x1p20f && scale.spread <= 0x1p17f;
+  return small ? finish_uniform<VC + 2, VALUES, COUNT>(scale, x, w, z, n, out, at)
+               : finish_uniform<VC + 1, VALUES, COUNT>(scale, x, w, z, n, out, at);
+}
 
 template <int S, bool COUNT>
 static int64_t finish_tile(const Job &job, Task &t, Scratch &s, int64_t i, int64_t n, int64_t limit, const Scale &scale,
@@ -1211,27 +1302,132 @@ static int64_t finish_tile(const Job &job, Task &t, Scratch &s, int64_t i, int64
   const float *x = tile_of(t.x, job.dtype, i, n, s.in);
   const uint32_t *w = job.mode == NEAREST ? nullptr : s.weight.at(t, i, limit);
   const Format &f = job.format;
-  if (lanes(f, t.inner)) {
-    if (job.mode == NEAREST) return finish_lanes<NEAREST, S, COUNT>(job, f, x, w, nullptr, n, out, i, t.exponents);
-    if (job.mode == STOCHASTIC)
-      return finish_lanes<STOCHASTIC, S, COUNT>(job, f, x, w, nullptr, n, out, i, t.exponents);
-    // The finest gap decides whether any element can be in the large-variance regime.
-    const bool reach = f.low + f.offset <= job.high_gap;
-    const float *z = reinterpret_cast<const float *>(reach ? s.normal.at(t, i, limit) : w);
-    return finish_lanes<VC, VALUES, COUNT>(job, f, x, w, z, n, out, i, nullptr);
+  if (!lanes(f, t.inner)) {
+    const bool far = job.mode == VC && scale.high;
+    const float *z = far ? reinterpret_cast<const float *>(s.normal.at(t, i, limit)) : nullptr;
+    return finish_block<S, COUNT>(job.mode, scale, x, w, z, n, out, i);
   }
-  if (job.mode == NEAREST) return finish_uniform<NEAREST, S, COUNT>(scale, x, w, nullptr, n, out, i);
-  if (job.mode == STOCHASTIC) return finish_uniform<STOCHASTIC, S, COUNT>(scale, x, w, nullptr, n, out, i);
-  if (!scale.high) return finish_uniform<VC, VALUES, COUNT>(scale, x, w, nullptr, n, out, i);
-  const float *z = reinterpret_cast<const float *>(s.normal.at(t, i, limit));
-  const bool small = scale.negative <= 0x1p20f && scale.spread <= 0x1p17f;
-  return small ? finish_uniform<VC + 2, VALUES, COUNT>(scale, x, w, z, n, out, i)
-               : finish_uniform<VC + 1, VALUES, COUNT>(scale, x, w, z, n, out, i);
+  if (job.mode == NEAREST) return finish_lanes<NEAREST, S, COUNT>(job, t, f, x, w, nullptr, n, out, i, t.exponents);
+  if (job.mode == STOCHASTIC)
+    return finish_lanes<STOCHASTIC, S, COUNT>(job, t, f, x, w, nullptr, n, out, i, t.exponents);
+  // The finest gap decides whether any element can be in the large-variance regime.
+  const bool reach = f.low + f.offset <= job.high_gap;
+  const float *z = reinterpret_cast<const float *>(reach ? s.normal.at(t, i, limit) : w);
+  return finish_lanes<VC, VALUES, COUNT>(job, t, f, x, w, z, n, out, i, nullptr);
+}
+
+// ---- Blocks that pass the top (ops/carry.py) ----
+
+template <class F> INLINE void tiles(const Task &t, int64_t start, int64_t end, int64_t limit, F f) {
+  for (int64_t i = start; i < end;) {
+    int64_t stop = Draws::window_end(t, i, limit);
+    stop = stop < end ? stop : end;
+    f(i, stop - i);
+    i = stop;
+  }
+}
+
+// The rounding of weights or of gradients, for what follows.
+struct Source {
+  const Format &f;
+  Mode mode;
+  const void *x;
+  Dtype dtype;
+  const Key &key;
+  Draws &uniforms;
+  Source(const Job &job, const Task &t, Scratch &s, bool of_gradient)
+      : f(of_gradient ? job.gradient : job.format), mode(of_gradient ? job.gradient_mode : job.mode),
+        x(of_gradient ? t.grad : t.x), dtype(of_gradient ? F32 : job.dtype), key(of_gradient ? t.gradient_key : t.key),
+        uniforms(of_gradient ? s.gradient : s.weight) {}
+};
+
+// Codes beyond the top and the gap as the unit: what finish_block then gives are codes.
+INLINE Scale opened(Scale s) {
+  s.negative += 64.0f, s.positive += 64.0f, s.gap = 1.0f;
+  return s;
+}
+
+// How often the exponent of a block is raised because codes in this run of it pass the top. A block that is not near it
+// is not looked at, nor are elements that are not.
+static int level_of(const Job &job, Task &t, Scratch &s, int64_t start, int64_t len, int64_t limit, const Scale &scale,
+                    uint32_t peak, bool of_gradient) {
+  const Source from(job, t, s, of_gradient);
+  const Format &f = from.f;
+  const int room = f.high - scale.exponent;
+  if (!f.carry || room <= 0 || (from.mode != STOCHASTIC && from.mode != VC)) return 0;
+  const bool far = from.mode == VC && scale.high;
+  const float near = f.code_max - (far ? 6.8f * scale.spread + 2.0f : from.mode == VC ? 2.0f : 0.0f);
+  if (codes_of_peak(peak, scale.exponent + f.offset) <= near) return 0;
+  const Scale open = opened(scale);
+  int level = 0;
+  tiles(t, start, start + len, limit, [&](int64_t i, int64_t n) {
+    const float *x = tile_of(from.x, from.dtype, i, n, s.in);
+    for (int64_t j = 0; j < n; j += L) {
+      const int m = n - j < L ? int(n - j) : L;
+      vf v = load_part(x + j, m), a = magnitude(v * scale.up1 * scale.up2);
+      if (!any((a > near) & (magnitude(v) < __builtin_inff()))) continue;
+      const uint32_t *w = from.uniforms.at(t, i, limit) + j;
+      const float *z = far ? reinterpret_cast<const float *>(s.normal.at(t, i, limit)) + j : nullptr;
+      float codes[L];
+      finish_block<VALUES, false>(from.mode, open, x + j, w, z, m, codes, 0);
+      for (int l = 0; l < m; l++) {
+        if (!(std::fabs(codes[l]) > f.code_max) || std::isinf(load<float>(x + j + l))) continue;
+        int64_t k = int64_t(codes[l]);
+        int here = carry_code(k, t, from.key, i + j + l, f, room);
+        level = here > level ? here : level;
+      }
+    }
+  });
+  return level;
+}
+
+// Codes in units of the old gap to those of the raised exponent; as values, or (S) as integers. Returns the number of NaN.
+template <int S>
+static int64_t carry_tile(const Format &f, const Scale &scale, const float *x, const float *codes,
+                          const uint32_t *coins, int64_t n, void *out, int64_t at) {
+  const vf gap = splat(power_of_two(scale.exponent + scale.level + f.offset));
+  const vi top = splat(int(f.code_max)), mask = splat((1 << scale.level) - 1);
+  vi missing = {};
+  for (int64_t i = 0; i < n; i += L) {
+    const int m = n - i < L ? int(n - i) : L;
+    vf v = load_part(x + i, m), c = load_part(codes + i, m);
+    vi sign = as_int(v) >> 31, good = v == v;
+    vi k = to_int(as_float(as_int(c) & good)) + ((vi)load<vu>(coins + i) & mask);
+    k = max_of(min_of(k >> scale.level, top), -top);
+    k = magnitude(v) < __builtin_inff() ? k : (top ^ sign) - sign;
+    missing -= ~good;
+    if (S == VALUES)
+      store_part(static_cast<float *>(out) + i, good ? to_float(k) * gap : v + v, m);
+    else
+      put_codes(out, at + i, k & good, S, m);
+  }
+  return S == VALUES ? 0 : total(missing);
+}
+
+// A tile of a block whose exponent is raised: rounded on its own grid first, then onto the coarser one.
+__attribute__((noinline)) static int64_t finish_carried(const Job &job, Task &t, Scratch &s, int64_t i, int64_t n,
+                                                        int64_t limit, const Scale &scale) {
+  const Scale open = opened(scale);
+  const int64_t count = job.counting ? finish_tile<VALUES, true>(job, t, s, i, n, limit, open, s.out)
+                                     : finish_tile<VALUES, false>(job, t, s, i, n, limit, open, s.out);
+  const float *x = job.dtype == F32 ? static_cast<const float *>(t.x) + i : s.in;
+  const uint32_t *coins = s.coins_of(t, t.key).at(t, i, limit);
+  const Format &f = job.format;
+  if (job.sink == CODES8) return carry_tile<CODES8>(f, scale, x, s.out, coins, n, t.out, i);
+  if (job.sink == CODES16) return carry_tile<CODES16>(f, scale, x, s.out, coins, n, t.out, i);
+  if (job.sink == CODES32) return carry_tile<CODES32>(f, scale, x, s.out, coins, n, t.out, i);
+  float *out = job.dtype == F32 ? static_cast<float *>(t.out) + i : s.out;
+  carry_tile<VALUES>(f, scale, x, s.out, coins, n, out, i);
+  if (job.dtype != F32) narrow(out, n, job.dtype, t.out, i);
+  return count;
 }
 
 INLINE bool may_saturate(const Job &job, const Task &t, const Scale &scale, uint32_t peak) {
   if (peak >= INF_BITS) return true;
-  if (lanes(job.format, t.inner)) return job.format.kind == BLOCK || float_of(peak) > job.format.value_max;
+  const Format &f = job.format;
+  if (lanes(f, t.inner) && f.kind == BLOCK)
+    return !f.carry || float_of(peak) > f.code_max * power_of_two(f.high + f.offset);
+  if (lanes(f, t.inner)) return float_of(peak) > f.value_max;
   return float_of(peak) > scale.above;  // above <= |below|
 }
 
@@ -1240,7 +1436,9 @@ INLINE bool may_saturate(const Job &job, const Task &t, const Scale &scale, uint
 INLINE void finish_one(const Job &job, Task &t, Scratch &s, int64_t i, int64_t n, int64_t limit, const Scale &scale,
                        uint32_t peak) {
   int64_t count = 0;
-  if (job.sink == CODES8) {
+  if (scale.level) {
+    count = finish_carried(job, t, s, i, n, limit, scale);
+  } else if (job.sink == CODES8) {
     count = finish_tile<CODES8, false>(job, t, s, i, n, limit, scale, t.out);
   } else if (job.sink == CODES16) {
     count = finish_tile<CODES16, false>(job, t, s, i, n, limit, scale, t.out);
@@ -1263,9 +1461,13 @@ static uint32_t drift_one(const Job &job, Task &t, Scratch &s, int64_t i, int64_
   if (job.gradient_mode != NONE) {
     const uint32_t *w = s.gradient.at(t, i, limit);
     if (lanes(job.gradient, t.gradient_inner))
-      finish_lanes<STOCHASTIC, VALUES, false>(job, job.gradient, grad, w, nullptr, n, s.in, i, nullptr);
+      finish_lanes<STOCHASTIC, VALUES, false>(job, t, job.gradient, grad, w, nullptr, n, s.in, i, nullptr);
     else
-      finish_uniform<STOCHASTIC, VALUES, false>(scale, grad, w, nullptr, n, s.in, i);
+      finish_uniform<STOCHASTIC, VALUES, false>(scale.level ? opened(scale) : scale, grad, w, nullptr, n, s.in, i);
+    if (scale.level) {
+      const uint32_t *coins = s.coins_of(t, t.gradient_key).at(t, i, limit);
+      carry_tile<VALUES>(job.gradient, scale, grad, s.in, coins, n, s.in, i);
+    }
     grad = s.in;
   }
   const float *z = job.noise != 0 ? reinterpret_cast<const float *>(s.normal.at(t, i, limit)) : nullptr;
@@ -1285,22 +1487,14 @@ static uint32_t drift_one(const Job &job, Task &t, Scratch &s, int64_t i, int64_
   return largest(peak);
 }
 
-template <class F> INLINE void tiles(const Task &t, int64_t start, int64_t end, int64_t limit, F f) {
-  for (int64_t i = start; i < end;) {
-    int64_t stop = Draws::window_end(t, i, limit);
-    stop = stop < end ? stop : end;
-    f(i, stop - i);
-    i = stop;
-  }
+INLINE Scale gradient_scale(const Job &job, const Task &t, uint32_t peak) {
+  const Format &f = job.gradient;
+  if (job.gradient_mode == NONE || lanes(f, t.gradient_inner)) return Scale{};
+  return scale_at(f, f.offset + (f.kind == BLOCK ? exponent_of_peak(peak, f) : 0));
 }
 
 static uint32_t drift_run(const Job &job, Task &t, Scratch &s, int64_t start, int64_t len, int64_t limit,
-                          uint32_t gradient_peak, const Scale *finish) {
-  Scale scale{};
-  if (job.gradient_mode != NONE && !lanes(job.gradient, t.gradient_inner)) {
-    const Format &f = job.gradient;
-    scale = scale_at(f, f.offset + (f.kind == BLOCK ? exponent_of_peak(gradient_peak, f) : 0));
-  }
+                          const Scale &scale, const Scale *finish) {
   uint32_t bits = 0;
   tiles(t, start, start + len, limit, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     uint32_t here = drift_one(job, t, s, i, n, limit, scale);
@@ -1310,22 +1504,35 @@ static uint32_t drift_run(const Job &job, Task &t, Scratch &s, int64_t start, in
   return bits < INF_BITS ? 2 * bits : slow_peak(static_cast<const float *>(t.x) + start, len);
 }
 
-static void finish_run(const Job &job, Task &t, Scratch &s, int64_t start, int64_t len, int64_t limit, uint32_t peak) {
-  Scale scale = lanes(job.format, t.inner) ? Scale{} : scale_for(job, job.format, peak);
+static void finish_run(const Job &job, Task &t, Scratch &s, int64_t start, int64_t len, int64_t limit, uint32_t peak,
+                       const Scale &scale) {
   const uint32_t bound = t.inner && !(peak & 1) ? peak >> 1 : INF_BITS;
   if (t.exponents && t.inner && start % t.inner == 0)
-    t.exponents[start / t.inner] = int8_t(exponent_of_peak(peak, job.format));
+    t.exponents[start / t.inner] = int8_t(scale.exponent + scale.level);
   tiles(t, start, start + len, limit,
         [&](int64_t i, int64_t n) __attribute__((always_inline)) { finish_one(job, t, s, i, n, limit, scale, bound); });
 }
 
-static uint32_t drift(const Job &job, Task &t, int64_t start, int64_t len, uint32_t gradient_peak) {
-  Scratch s(job, t);
-  return drift_run(job, t, s, start, len, start + len, gradient_peak, nullptr);
+INLINE Scale weight_scale(const Job &job, const Task &t, uint32_t peak) {
+  return lanes(job.format, t.inner) ? Scale{} : scale_for(job, job.format, peak);
 }
-static void finish(const Job &job, Task &t, int64_t start, int64_t len, uint32_t peak) {
+
+static int level(const Job &job, Task &t, int64_t start, int64_t len, uint32_t peak, bool of_gradient) {
   Scratch s(job, t);
-  finish_run(job, t, s, start, len, start + len, peak);
+  const Scale scale = of_gradient ? gradient_scale(job, t, peak) : weight_scale(job, t, peak);
+  return level_of(job, t, s, start, len, start + len, scale, peak, of_gradient);
+}
+static uint32_t drift(const Job &job, Task &t, int64_t start, int64_t len, uint32_t gradient_peak, int gradient_level) {
+  Scratch s(job, t);
+  Scale scale = gradient_scale(job, t, gradient_peak);
+  scale.level = gradient_level;
+  return drift_run(job, t, s, start, len, start + len, scale, nullptr);
+}
+static void finish(const Job &job, Task &t, int64_t start, int64_t len, uint32_t peak, int level) {
+  Scratch s(job, t);
+  Scale scale = weight_scale(job, t, peak);
+  scale.level = level;
+  finish_run(job, t, s, start, len, start + len, peak, scale);
 }
 
 // Whole blocks (or a run of elements where there are none): each stays in the cache from its first pass to its last.
@@ -1337,12 +1544,17 @@ static void rows(const Job &job, Task &t, int64_t start, int64_t len) {
   for (int64_t row = start, n = unit ? unit : len; row < end; row += n) {
     uint32_t peak = 0;
     if (job.descend) {
-      uint32_t gradient_peak = t.gradient_inner ? peak_of(t.grad + row, n) : 0;
-      peak = drift_run(job, t, s, row, n, end, gradient_peak, job.mode == NONE || t.inner ? nullptr : &constant);
+      const uint32_t gradient_peak = t.gradient_inner ? peak_of(t.grad + row, n) : 0;
+      Scale slope = gradient_scale(job, t, gradient_peak);
+      if (t.gradient_inner) slope.level = level_of(job, t, s, row, n, end, slope, gradient_peak, true);
+      peak = drift_run(job, t, s, row, n, end, slope, job.mode == NONE || t.inner ? nullptr : &constant);
     } else if (t.inner) {
       peak = scan(t.x, job.dtype, row, n);
     }
-    if (job.mode != NONE && (t.inner || !job.descend)) finish_run(job, t, s, row, n, end, peak);
+    if (job.mode == NONE || (!t.inner && job.descend)) continue;
+    Scale scale = weight_scale(job, t, peak);
+    if (t.inner) scale.level = level_of(job, t, s, row, n, end, scale, peak, false);
+    finish_run(job, t, s, row, n, end, peak, scale);
   }
 }
 
@@ -1368,7 +1580,7 @@ static void draws(const Key &key, bool normal, float *normals, uint32_t *words, 
 
 #define LPSGLD_TEXT(x) #x
 #define LPSGLD_NAME(x) LPSGLD_TEXT(x)
-static const Kernels kernels{LPSGLD_NAME(LPSGLD_TARGET), scan, drift, finish, rows, decode, draws};
+static const Kernels kernels{LPSGLD_NAME(LPSGLD_TARGET), scan, drift, level, finish, rows, decode, draws};
 #undef LPSGLD_TEXT
 #undef LPSGLD_NAME
 #undef SHUFFLE

@@ -15,6 +15,7 @@ The number of threads is that of torch (``torch.set_num_threads``); small tensor
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
@@ -33,6 +34,7 @@ from lightning_lpsgld.formats import (
 )
 from lightning_lpsgld.ops import reference
 from lightning_lpsgld.ops.blocks import exponents_shape
+from lightning_lpsgld.ops.carry import carry_key
 from lightning_lpsgld.ops.cpu_library import Format, Key, Shape, Step, StepTensor, load
 from lightning_lpsgld.ops.encoded import Encoded
 from lightning_lpsgld.ops.spec import StepSpec
@@ -41,6 +43,7 @@ from lightning_lpsgld.random import DrawKey, Role, stream_id
 __all__ = [
     "decode",
     "decode_into",
+    "draw_beyond_range",
     "encode",
     "instruction_set",
     "langevin_step_",
@@ -113,21 +116,28 @@ def refusal(op: str, x: Tensor, formats: Sequence[NumberFormat]) -> str | None:
 
 
 @lru_cache(maxsize=256)
-def _native(fmt: NumberFormat, dtype: torch.dtype) -> Format:
+def _native(fmt: NumberFormat, dtype: torch.dtype, saturate: bool = True) -> Format:
     if isinstance(fmt, FixedPoint):
         return Format(0, -fmt.fraction_length, 0, 0, fmt.code_min, fmt.code_max, fmt.min, fmt.max)
     if isinstance(fmt, BlockFloatingPoint):
         low, high = block_exponent_range(fmt, dtype)
-        return Format(1, 2 - fmt.word_length, low, high, fmt.code_min, fmt.code_max)
+        carry = {"carry": fmt.top == "carry"}
+        return Format(1, 2 - fmt.word_length, low, high, fmt.code_min, fmt.code_max, **carry)
     assert isinstance(fmt, FloatingPoint)
     top = 2.0 ** (fmt.mantissa_bits + 1)
     fields = (fmt.mantissa_bits, fmt.bias, fmt.bits, 2 ** (fmt.bits - 1) - 1)
-    return Format(2, -fmt.mantissa_bits, fmt.exponent_min, fmt.exponent_max, -top, top, fmt.min, fmt.max, *fields)
+    ends = (fmt.min, fmt.max) if saturate else (-math.inf, math.inf)
+    return Format(2, -fmt.mantissa_bits, fmt.exponent_min, fmt.exponent_max, -top, top, *ends, *fields)
 
 
 def _key(key: DrawKey | None, stream: int | None = None) -> Key:
     key = key or _NO_KEY
-    return Key(key.seed, key.offset, key.step, key.stream if stream is None else stream)
+    return Key(key.seed, key.offset, _carry_seed(key.seed), key.step, key.stream if stream is None else stream)
+
+
+@lru_cache(maxsize=256)
+def _carry_seed(seed: int) -> int:
+    return carry_key(DrawKey(seed)).seed
 
 
 def _layout(x: Tensor, *formats: NumberFormat | None) -> tuple[int, int] | None:
@@ -154,13 +164,15 @@ def _pointer(x: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(x.data_ptr())
 
 
-def _quantize(x: Tensor, fmt: NumberFormat, mode: int, variance: float, key: DrawKey | None) -> Tensor:
+def _quantize(
+    x: Tensor, fmt: NumberFormat, mode: int, variance: float, key: DrawKey | None, saturate: bool = True
+) -> Tensor:
     if x.numel() == 0:
         return torch.empty_like(x)
     x, shape = _dense(x, fmt)
     out = torch.empty_like(x)
     load()[0].lpsgld_quantize(
-        ctypes.byref(_native(fmt, x.dtype)),
+        ctypes.byref(_native(fmt, x.dtype, saturate)),
         ctypes.byref(shape),
         _DTYPES[x.dtype],
         _pointer(x),
@@ -183,6 +195,18 @@ def quantize_variance_corrected(mean: Tensor, variance: float | Tensor, fmt: Num
     if isinstance(variance, Tensor) and variance.numel() != 1:
         return reference.quantize_variance_corrected(mean, variance, fmt, key)
     return _quantize(mean, fmt, _MODES["vc"], float(variance), key)
+
+
+def draw_beyond_range(mean: Tensor, variance: float, fmt: FloatingPoint, key: DrawKey) -> Tensor:
+    """Q^vc of floating point that does not saturate: draws beyond the range stay (infinities too), for runs that carry.
+
+    Args:
+        mean: Means, float32.
+        variance: v >= 0.
+        fmt: Element format.
+        key: Names the draws.
+    """
+    return _quantize(mean, fmt, _MODES["vc"], variance, key, saturate=False)
 
 
 def encode(x: Tensor, fmt: NumberFormat, rounding: Rounding, key: DrawKey | None) -> Encoded:
@@ -303,7 +327,7 @@ def _native_step(spec: StepSpec) -> Step:
 
 def _aligned(x: Tensor, like: Tensor) -> Tensor:
     """``x`` as float32 in the memory order of ``like``; itself where that is so already."""
-    if x.dtype == torch.float32 and x.stride() == like.stride():
+    if x.dtype == torch.float32 and x.stride() == like.stride() and not x.is_neg():
         return x
     return torch.empty_like(like).copy_(x)
 
@@ -341,7 +365,10 @@ def langevin_step_(
     for i, (param, grad, key, index) in enumerate(zip(params, grads, keys, indices)):
         row = rows[i]
         layout = _layout(param, spec.weight_format, spec.gradient_format)
-        work = param.detach().contiguous() if layout is None else param
+        if layout is None or param.is_neg():
+            work, layout = param.detach().resolve_neg().contiguous(), (0, 0)
+        else:
+            work = param
         grad = _aligned(grad, work)
         alive += (work, grad)
         if work is not param:
@@ -353,7 +380,7 @@ def langevin_step_(
             if accumulator is not accumulators[i]:
                 copies.append((accumulators[i], accumulator))
         row.param, row.grad = work.data_ptr(), grad.data_ptr()
-        _describe(row, param, layout or (0, 0), spec, key, index)
+        _describe(row, param, layout, spec, key, index)
     load()[0].lpsgld_step(ctypes.byref(_native_step(spec)), rows, len(params), torch.get_num_threads())
     for changed in (*params, *(accumulators or ())):
         _written(changed)

@@ -11,7 +11,7 @@ from typing import Any
 
 __all__ = ["LEVELS", "Format", "Key", "Shape", "Step", "StepTensor", "load"]
 
-_VERSION = 1
+_VERSION = 2
 
 #: Instruction sets by what the environment variable LIGHTNING_LPSGLD_CPU calls them.
 LEVELS = {"baseline": 0, "avx2": 1, "avx512": 2}
@@ -23,16 +23,17 @@ class Format(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("kind", "offset", "low", "high")),
         *((name, ctypes.c_float) for name in ("code_min", "code_max", "value_min", "value_max")),
-        *((name, ctypes.c_int32) for name in ("mantissa", "bias", "bits", "nan")),
+        *((name, ctypes.c_int32) for name in ("mantissa", "bias", "bits", "nan", "carry")),
     ]
 
 
 class Key(ctypes.Structure):
-    """The fields of a :class:`~lightning_lpsgld.random.DrawKey`."""
+    """The fields of a :class:`~lightning_lpsgld.random.DrawKey`, and the seed of :func:`.carry.carry_key`."""
 
     _fields_ = [
         ("seed", ctypes.c_uint64),
         ("offset", ctypes.c_uint64),
+        ("carry", ctypes.c_uint64),
         ("step", ctypes.c_uint32),
         ("stream", ctypes.c_uint32),
     ]

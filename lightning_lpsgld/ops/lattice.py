@@ -45,7 +45,8 @@ from lightning_lpsgld.formats import (
     parse_format,
 )
 from lightning_lpsgld.ops import reference
-from lightning_lpsgld.random import DrawKey, normals, words
+from lightning_lpsgld.ops.carry import carry_key
+from lightning_lpsgld.random import DrawKey, words
 
 __all__ = ["RATES", "Rates", "WalkPlan", "jump_odds", "lattice_step", "walk_law", "walk_plan"]
 
@@ -300,7 +301,7 @@ def lattice_step(
         new = torch.where(plan.ballistic, leapt, new)
     if isinstance(number, FixedPoint):
         return new
-    return _requantized(new, number, key)
+    return reference.quantize(new, number, "stochastic", carry_key(key))  # the grid of the exponents that it now has
 
 
 def _moved(plan: WalkPlan, fmt: NumberFormat, key: DrawKey) -> Tensor:
@@ -313,18 +314,6 @@ def _moved(plan: WalkPlan, fmt: NumberFormat, key: DrawKey) -> Tensor:
     if not isinstance(fmt, FixedPoint):
         return moved
     return torch.where((moved < fmt.code_min) | (moved > fmt.code_max), plan.codes, moved)
-
-
-def _requantized(values: Tensor, fmt: NumberFormat, key: DrawKey) -> Tensor:
-    """Onto the grid of the exponents that the values now have; draws that the jump did not use."""
-    codes, gap_exponents = reference._codes(values, fmt, "nearest", None)
-    gap = reference.power_of_two(gap_exponents)
-    scaled = values.double() / gap
-    fresh = torch.special.ndtr(normals(values.shape, key, device=values.device))
-    low, high = reference._code_bounds(gap, fmt)
-    lower = scaled.floor()
-    rounded = (lower + (fresh < scaled - lower)).clamp(low, high)
-    return (torch.where(scaled == codes, codes, rounded) * gap + 0.0).to(values.dtype)
 
 
 def walk_law(

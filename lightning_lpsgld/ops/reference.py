@@ -21,8 +21,10 @@ from lightning_lpsgld.formats import (
     NumberFormat,
     block_exponent_range,
     code_dtype,
+    scale_exponent_range,
 )
 from lightning_lpsgld.ops.blocks import block_max, expand_blocks
+from lightning_lpsgld.ops.carry import BOUNDLESS, carried, fitted, open_bounds, raised_for_nearest
 from lightning_lpsgld.ops.encoded import Encoded
 from lightning_lpsgld.ops.exponents import NOISE_REACH, exponent_of, finite_magnitude, power_of_two
 from lightning_lpsgld.ops.microscaling import (
@@ -68,10 +70,14 @@ def _gap_exponents(x: Tensor, fmt: NumberFormat, dtype: torch.dtype) -> Tensor:
     return exponent_of(finite_magnitude(x)).clamp(fmt.exponent_min, fmt.exponent_max) - fmt.mantissa_bits
 
 
-def _code_bounds(gap: Tensor, fmt: NumberFormat) -> tuple[Tensor, Tensor]:
+def _code_bounds(gap_exponents: Tensor, fmt: NumberFormat, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes at which values saturate; beyond every code where a block takes the next exponent instead."""
+    gap = power_of_two(gap_exponents)
     if isinstance(fmt, FloatingPoint):
         return fmt.min / gap, fmt.max / gap
-    assert isinstance(fmt, (FixedPoint, BlockFloatingPoint))
+    if isinstance(fmt, BlockFloatingPoint):
+        return open_bounds(gap_exponents, fmt, dtype)
+    assert isinstance(fmt, FixedPoint)
     return torch.full_like(gap, fmt.code_min), torch.full_like(gap, fmt.code_max)
 
 
@@ -90,11 +96,28 @@ def _codes(x: Tensor, fmt: NumberFormat, rounding: Rounding, key: DrawKey | None
         shift = _scale_exponents(wide, fmt, x.dtype)
         codes, gap_exponents = _codes(wide * power_of_two(-shift), fmt.element, rounding, key)
         return codes, gap_exponents + shift
+    if isinstance(fmt, BlockFloatingPoint):
+        codes, exponents = _block_codes(x, fmt, rounding, key)
+        return codes, expand_blocks(exponents, x.shape, fmt) + (2 - fmt.word_length)
     gap_exponents = _gap_exponents(wide, fmt, x.dtype)
-    gap = power_of_two(gap_exponents)
-    low, high = _code_bounds(gap, fmt)
+    low, high = _code_bounds(gap_exponents, fmt, x.dtype)
     codes = _round(wide * power_of_two(-gap_exponents), rounding, key)
     return codes.clamp(low, high), gap_exponents
+
+
+def _block_codes(x: Tensor, fmt: BlockFloatingPoint, rounding: Rounding, key: DrawKey | None) -> tuple[Tensor, Tensor]:
+    """Codes (float64, NaN kept) and the shared exponents that they are codes of, compact shape."""
+    wide = x.double()
+    exponents = _block_exponents(wide, fmt, x.dtype)
+    if rounding == "nearest":
+        exponents = raised_for_nearest(wide, exponents, fmt, x.dtype)
+    gap_exponents = expand_blocks(exponents, x.shape, fmt) + (2 - fmt.word_length)
+    codes = _round(wide * power_of_two(-gap_exponents), rounding, key)
+    if rounding == "stochastic":
+        assert key is not None
+        codes, levels = carried(codes, gap_exponents, fmt, x.dtype, key)
+        exponents = exponents + levels
+    return codes.clamp(fmt.code_min, fmt.code_max), exponents
 
 
 def _scale_exponents(x: Tensor, fmt: MicroscalingFloat, dtype: torch.dtype) -> Tensor:
@@ -121,8 +144,8 @@ class VariancePlan:
             stays below the next power of two because the gap was raised for it.
         rounding: p(1-p), what stochastic rounding of the mean has by itself, in units of gap**2.
         corrective: variance of the categorical draw of the small-variance regime, ``max(target - rounding, 0)``.
-        low_code: Smallest code, broadcastable.
-        high_code: Largest code, broadcastable.
+        low_code: Smallest code, broadcastable; beyond every code where a block takes the next exponent instead.
+        high_code: Largest code, broadcastable; likewise.
     """
 
     scaled: Tensor
@@ -169,12 +192,16 @@ def _vc_gap_exponents(mean: Tensor, sigma: Tensor, fmt: NumberFormat, dtype: tor
         exponents = _with_headroom(exponents, reach, sigma, offset, 2 ** (fmt.mantissa_bits + 1))
         return exponents.clamp(low, high) + offset
     assert isinstance(fmt, BlockFloatingPoint)
+    return expand_blocks(_vc_block_exponents(mean, sigma, fmt, dtype), mean.shape, fmt) + (2 - fmt.word_length)
+
+
+def _vc_block_exponents(mean: Tensor, sigma: Tensor, fmt: BlockFloatingPoint, dtype: torch.dtype) -> Tensor:
+    """Shared exponents with room for the noise, compact shape."""
     offset, (low, high) = 2 - fmt.word_length, block_exponent_range(fmt, dtype)
+    reach = block_max(finite_magnitude(mean) + NOISE_REACH * sigma, fmt)
     smallest = -block_max(-sigma, fmt, fill=-math.inf)
-    exponents = _with_headroom(
-        _block_exponents(mean, fmt, dtype), block_max(reach, fmt), smallest, offset, fmt.code_max
-    )
-    return expand_blocks(exponents.clamp(low, high), mean.shape, fmt) + offset
+    exponents = _with_headroom(_block_exponents(mean, fmt, dtype), reach, smallest, offset, fmt.code_max)
+    return exponents.clamp(low, high)
 
 
 def variance_plan(
@@ -198,11 +225,15 @@ def variance_plan(
         shift = expand_blocks(compact, mean.shape, fmt)
         inverse = power_of_two(-shift)
         plan = variance_plan(wide * inverse, spread * inverse * inverse, fmt.element)
-        return replace(plan, gap_exponents=plan.gap_exponents + shift)
+        low, high = plan.low_code, plan.high_code
+        if fmt.scaling == "fit":
+            open_ = shift < scale_exponent_range(fmt, dtype or mean.dtype)[1]
+            low, high = torch.where(open_, -BOUNDLESS, low), torch.where(open_, BOUNDLESS, high)
+        return replace(plan, gap_exponents=plan.gap_exponents + shift, low_code=low, high_code=high)
     gap_exponents = _vc_gap_exponents(wide, spread.sqrt(), fmt, dtype or mean.dtype)
     inverse = power_of_two(-gap_exponents)
     scaled, target = wide * inverse, spread * inverse * inverse
-    bounds = _code_bounds(power_of_two(gap_exponents), fmt)
+    bounds = _code_bounds(gap_exponents, fmt, dtype or mean.dtype)
     part = scaled - scaled.floor()
     rounding = torch.where(scaled.isfinite(), part * (1.0 - part), torch.zeros_like(part))
     corrective = (target - rounding).clamp(min=0.0)
@@ -252,12 +283,25 @@ def vc_codes(plan: VariancePlan, fmt: NumberFormat, key: DrawKey) -> Tensor:
 def quantize_variance_corrected(mean: Tensor, variance: float | Tensor, fmt: NumberFormat, key: DrawKey) -> Tensor:
     """See :func:`lightning_lpsgld.ops.quantize_variance_corrected`."""
     plan = variance_plan(mean, variance, fmt)
-    codes = vc_codes(plan, fmt, key).clamp(plan.low_code, plan.high_code)
-    values = codes * power_of_two(plan.gap_exponents)
+    codes, gap_exponents = vc_codes(plan, fmt, key), plan.gap_exponents
+    if isinstance(fmt, BlockFloatingPoint):
+        codes, levels = carried(codes, gap_exponents, fmt, mean.dtype, key)
+        codes = codes.clamp(fmt.code_min, fmt.code_max)
+        gap_exponents = gap_exponents + expand_blocks(levels, mean.shape, fmt)
+    if isinstance(fmt, MicroscalingFloat) and fmt.scaling == "fit":
+        values = _fitted(codes * power_of_two(gap_exponents), mean, variance, fmt, key)
+    else:
+        values = codes.clamp(plan.low_code, plan.high_code) * power_of_two(gap_exponents)
     if isinstance(fmt, MicroscalingFloat) and has_hole(fmt):
         coin = uniforms(mean.shape, hole_key(key), device=mean.device) < 0.5
         values = settled(values, fmt, mean.dtype, coin)
     return (values + 0.0).to(mean.dtype)
+
+
+def _fitted(values: Tensor, mean: Tensor, variance: float | Tensor, fmt: MicroscalingFloat, key: DrawKey) -> Tensor:
+    """Draws with runs that pass the top of their scale taken to the next one, and saturated at the last."""
+    sigma = variance.double().expand(mean.shape).sqrt() if isinstance(variance, Tensor) else math.sqrt(variance)
+    return fitted(values, scale_exponents_with_noise(mean, sigma, fmt, mean.dtype), fmt, mean.dtype, key)
 
 
 def encode(x: Tensor, fmt: NumberFormat, rounding: Rounding, key: DrawKey | None) -> Encoded:
@@ -271,11 +315,11 @@ def encode(x: Tensor, fmt: NumberFormat, rounding: Rounding, key: DrawKey | None
     missing = int(x.isnan().sum())
     if missing:
         raise ValueError(f"encode: the codes of {fmt} have no NaN, but {missing} of {x.numel()} elements are NaN.")
-    codes, _ = _codes(x, fmt, rounding, key)
-    exponents = None
     if isinstance(fmt, BlockFloatingPoint):
-        exponents = _block_exponents(x.double(), fmt, x.dtype).to(torch.int8)
-    return Encoded(codes.to(code_dtype(fmt)), exponents, fmt)
+        codes, exponents = _block_codes(x, fmt, rounding, key)
+        return Encoded(codes.to(code_dtype(fmt)), exponents.to(torch.int8), fmt)
+    codes, _ = _codes(x, fmt, rounding, key)
+    return Encoded(codes.to(code_dtype(fmt)), None, fmt)
 
 
 def decode(encoded: Encoded, dtype: torch.dtype) -> Tensor:
@@ -321,13 +365,18 @@ def _from_bit_patterns(codes: Tensor, fmt: FloatingPoint) -> Tensor:
 
 
 def code_limits(x: Tensor, fmt: BlockFormat, variance: float | Tensor = 0.0) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of each element's block, float64, broadcastable against ``x``.
+    """Smallest and largest value that each element may have, float64, broadcastable against ``x``.
 
-    Of a microscaling format they are those that Q^vc has for means ``x`` and ``variance``; 0: those of rounding ``x``.
+    Beyond every finite value where the block takes the next exponent instead of saturating. Of a microscaling format
+    they are those that Q^vc has for means ``x`` and ``variance``; 0: those of rounding ``x``.
     """
     if isinstance(fmt, MicroscalingFloat):
         sigma = variance.double().expand(x.shape).sqrt() if isinstance(variance, Tensor) else math.sqrt(variance)
-        scale = power_of_two(expand_blocks(scale_exponents_with_noise(x, sigma, fmt, x.dtype), x.shape, fmt))
-        return scale * fmt.element.min, scale * fmt.element.max
-    gap = power_of_two(_gap_exponents(x.double(), fmt, x.dtype))
-    return gap * fmt.code_min, gap * fmt.code_max
+        exponents = expand_blocks(scale_exponents_with_noise(x, sigma, fmt, x.dtype), x.shape, fmt)
+        top = fmt.element.max * power_of_two(exponents)
+        if fmt.scaling == "fit":
+            top = torch.where(exponents < scale_exponent_range(fmt, x.dtype)[1], BOUNDLESS, top)
+        return -top, top
+    gap_exponents = _gap_exponents(x.double(), fmt, x.dtype)
+    gap, (low, high) = power_of_two(gap_exponents), open_bounds(gap_exponents, fmt, x.dtype)
+    return (gap * low).clamp(min=-BOUNDLESS), (gap * high).clamp(max=BOUNDLESS)

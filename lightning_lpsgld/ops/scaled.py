@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_lpsgld.formats import FixedPoint, MicroscalingFloat
 from lightning_lpsgld.ops import reference
 from lightning_lpsgld.ops.blocks import expand_blocks
+from lightning_lpsgld.ops.carry import fitted
 from lightning_lpsgld.ops.encoded import Encoded
 from lightning_lpsgld.ops.exponents import power_of_two
 from lightning_lpsgld.ops.microscaling import (
@@ -83,11 +84,14 @@ class Scaled:
             return reference.quantize_variance_corrected(mean, variance, fmt, key)
         elements = _times(mean.float(), -exponents, fmt)
         values = torch.zeros_like(elements)
+        draw = self.module.quantize_variance_corrected if fmt.scaling == "floor" else self.module.draw_beyond_range
         for exponent in scales:
             target = math.ldexp(float(variance), -2 * exponent)
-            drawn = self.module.quantize_variance_corrected(elements, target, fmt.element, key)
-            values = _chosen(exponents == exponent, drawn, values, fmt)
+            values = _chosen(exponents == exponent, draw(elements, target, fmt.element, key), values, fmt)
+        beyond = fmt.scaling == "fit" and bool((values.abs() > fmt.element.max).any())
         values = _times(values, exponents, fmt)
+        if beyond:
+            return fitted(values.double(), exponents, fmt, mean.dtype, key).to(mean.dtype)
         if has_hole(fmt) and bool(in_hole(values, fmt, mean.dtype)[0].any()):
             halves = torch.full_like(values, 0.5)
             coin = self.module.quantize(halves, FixedPoint(2, 0), "stochastic", hole_key(key))  # [u < 1/2]

@@ -30,6 +30,7 @@ from lightning_lpsgld.formats import (
 )
 from lightning_lpsgld.ops import reference
 from lightning_lpsgld.ops.blocks import exponents_shape
+from lightning_lpsgld.ops.carry import carry_key
 from lightning_lpsgld.ops.encoded import Encoded
 from lightning_lpsgld.ops.spec import StepSpec
 from lightning_lpsgld.random import DrawKey
@@ -124,7 +125,8 @@ def rows_of(shape: Sequence[int], fmt: NumberFormat | None) -> Rows | None:
 
 
 def facts(fmt: NumberFormat, dtype: torch.dtype) -> dict[str, Any]:
-    """The six compile-time numbers of a format (see :mod:`.triton_device`)."""
+    """The seven compile-time numbers of a format (see :mod:`.triton_device`)."""
+    carry = _carries(fmt)
     if isinstance(fmt, FixedPoint):
         numbers: tuple[Any, ...] = (1, -fmt.fraction_length, 0, 0, float(fmt.code_min), float(fmt.code_max))
     elif isinstance(fmt, BlockFloatingPoint):
@@ -132,7 +134,7 @@ def facts(fmt: NumberFormat, dtype: torch.dtype) -> dict[str, Any]:
         numbers = (2, 2 - fmt.word_length, low, high, float(fmt.code_min), float(fmt.code_max))
     else:
         numbers = (3, -fmt.mantissa_bits, fmt.exponent_min, fmt.exponent_max, fmt.min, fmt.max)
-    return dict(zip(("KIND", "OFFSET", "LOW", "HIGH", "CMIN", "CMAX"), numbers))
+    return dict(zip(("KIND", "OFFSET", "LOW", "HIGH", "CMIN", "CMAX", "CARRY"), (*numbers, carry)))
 
 
 @dataclass(frozen=True)
@@ -222,9 +224,9 @@ def _job(x: Tensor, fmt: NumberFormat, offset: int) -> _Job:
     return _Job(x, rows, aligned, tile, keys)
 
 
-def _draws(key: DrawKey | None) -> tuple[int, int, int, int]:
+def _draws(key: DrawKey | None) -> tuple[int, int, int, int, int]:
     key = key or _NO_KEY
-    return key.offset, signed64(key.seed), key.step, key.stream
+    return key.offset, signed64(key.seed), key.step, key.stream, signed64(carry_key(key).seed)
 
 
 def _in_layout_of(out: Tensor, x: Tensor) -> Tensor:
@@ -234,42 +236,56 @@ def _in_layout_of(out: Tensor, x: Tensor) -> Tensor:
 
 def quantize(x: Tensor, fmt: NumberFormat, rounding: Literal["nearest", "stochastic"], key: DrawKey | None) -> Tensor:
     """See :func:`lightning_lpsgld.ops.quantize`; the same bits as the reference."""
-    offset, seed, step, stream = _draws(key)
-    job = _job(x, fmt, offset)
+    draws = _draws(key)
+    job = _job(x, fmt, draws[0])
     out = torch.empty_like(job.x)
-    launch(
-        _kernels().quantize_kernel, job.tile.programs, x.device,
-        job.x, out, job.keys, *job.sizes, offset, seed, step, stream,
-        **facts(fmt, x.dtype), STOCHASTIC=rounding == "stochastic", **job.meta,
-    )  # fmt: skip
+    for levels in _passes(job, fmt, rounding):
+        _quantize(job, out, fmt, rounding, draws, levels)
     return _in_layout_of(out, x)
+
+
+def _passes(job: _Job, fmt: NumberFormat, rounding: str) -> tuple[bool, ...]:
+    """Of a kernel that rounds: before the last, one that only notes which long rows pass the top."""
+    return (True, False) if job.rows.shared == LONG_ROW and rounding == "stochastic" and _carries(fmt) else (False,)
+
+
+def _carries(fmt: NumberFormat) -> bool:
+    return isinstance(fmt, BlockFloatingPoint) and fmt.top == "carry"
+
+
+def _quantize(job: _Job, out: Tensor, fmt: NumberFormat, rounding: str, draws: tuple[int, ...], levels: bool) -> None:
+    launch(
+        _kernels().quantize_kernel, job.tile.programs, job.x.device, job.x, out, job.keys, *job.sizes, *draws,
+        **facts(fmt, job.x.dtype), STOCHASTIC=rounding == "stochastic", LEVELS=levels, **job.meta,
+    )  # fmt: skip
 
 
 def quantize_variance_corrected(mean: Tensor, variance: float | Tensor, fmt: NumberFormat, key: DrawKey) -> Tensor:
     """See :func:`lightning_lpsgld.ops.quantize_variance_corrected`; its thresholds are float32."""
-    offset, seed, step, stream = _draws(key)
+    draws = _draws(key)
     rows = rows_of(mean.shape, fmt)
     spread = variance if isinstance(variance, Tensor) else None
     if spread is not None and rows is not None and rows.shared == LONG_ROW:
         return reference.quantize_variance_corrected(mean, variance, fmt, key)
-    job = _job(mean, fmt, offset)
+    job = _job(mean, fmt, draws[0])
     out = torch.empty_like(job.x)
     if spread is None:
         spread, bits = job.x, root_bits(float(variance))
     else:
         spread, bits = spread.expand(mean.shape).contiguous(), 0
-    launch(
-        _kernels().vc_kernel, job.tile.programs, mean.device,
-        job.x, spread, out, job.keys, bits, *job.sizes, offset, seed, step, stream,
-        **facts(fmt, mean.dtype), PER_ELEMENT=isinstance(variance, Tensor), **job.meta,
-    )  # fmt: skip
+    for levels in _passes(job, fmt, "stochastic"):
+        launch(
+            _kernels().vc_kernel, job.tile.programs, mean.device,
+            job.x, spread, out, job.keys, bits, *job.sizes, *draws,
+            **facts(fmt, mean.dtype), PER_ELEMENT=isinstance(variance, Tensor), LEVELS=levels, **job.meta,
+        )  # fmt: skip
     return _in_layout_of(out, mean)
 
 
 def encode(x: Tensor, fmt: NumberFormat, rounding: Literal["nearest", "stochastic"], key: DrawKey | None) -> Encoded:
     """See :func:`lightning_lpsgld.ops.encode`; waits for the device once, to see whether there was a NaN."""
-    offset, seed, step, stream = _draws(key)
-    job = _job(x, fmt, offset)
+    draws = _draws(key)
+    job = _job(x, fmt, draws[0])
     codes = torch.empty_like(job.x, dtype=code_dtype(fmt))
     missing = torch.zeros((), dtype=torch.int32, device=x.device)
     block, exponents = isinstance(fmt, BlockFloatingPoint), None
@@ -277,9 +293,11 @@ def encode(x: Tensor, fmt: NumberFormat, rounding: Literal["nearest", "stochasti
         low, _ = block_exponent_range(fmt, x.dtype)
         exponents = torch.full(exponents_shape(x.shape, fmt), low, dtype=torch.int8, device=x.device)
     top = 0 if isinstance(fmt, (FixedPoint, BlockFloatingPoint)) else _top_pattern(fmt)
+    if len(_passes(job, fmt, rounding)) > 1:
+        _quantize(job, codes, fmt, rounding, draws, levels=True)
     launch(
         _kernels().encode_kernel, job.tile.programs, x.device,
-        job.x, codes, exponents if block else codes, missing, job.keys, *job.sizes, offset, seed, step, stream,
+        job.x, codes, exponents if block else codes, missing, job.keys, *job.sizes, *draws,
         **facts(fmt, x.dtype), STOCHASTIC=rounding == "stochastic", **job.meta,
         BITS=fmt.bits, TOP=top, WIDTH=torch.iinfo(codes.dtype).bits,
     )  # fmt: skip

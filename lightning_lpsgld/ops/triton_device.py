@@ -4,9 +4,10 @@
 """Device functions of the Triton kernels: draws, exponents, rounding, the variance-corrected codes.
 
 Tiles have shape ``(R, Q, 4)``: R rows, Q quads, and the four elements that share one Philox evaluation; a thread holds
-a quad, so that float32 moves in vectors of 16 bytes. A format is six compile-time numbers: ``KIND``, ``OFFSET`` (log2
+a quad, so that float32 moves in vectors of 16 bytes. A format is seven compile-time numbers: ``KIND``, ``OFFSET`` (log2
 of the gap; added to the exponent for block and float), ``LOW`` and ``HIGH`` (range of the exponent), ``CMIN`` and
-``CMAX`` (smallest and largest code; for float: value). Scales are built from exponent bits; no ``exp2``, no ``log2``,
+``CMAX`` (smallest and largest code; for float: value), ``CARRY`` (a block that passes the top takes the next exponent,
+see :mod:`.carry`). Scales are built from exponent bits; no ``exp2``, no ``log2``,
 no device library. This module imports Triton: import it only where a kernel runs.
 """
 

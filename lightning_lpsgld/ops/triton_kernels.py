@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lightning_lpsgld.ops.triton_carry import carried, keep_level
 from lightning_lpsgld.ops.triton_device import (
     BLOCK,
     FIXED,
@@ -23,6 +24,7 @@ from lightning_lpsgld.ops.triton_device import (
     key_exponent,
     key_magnitude,
     locate,
+    nearest,
     noise_reach,
     raise_exponent,
     raise_float_exponent,
@@ -72,6 +74,42 @@ def shared_exponent(x, keys, row, SHARED: tl.constexpr, KIND: tl.constexpr, LOW:
 
 
 @triton.jit
+def block_magnitude(x, keys, row, SHARED: tl.constexpr):
+    """Largest finite |x| of every block of a tile, broadcastable against it."""
+    if SHARED == 3:
+        size = key_magnitude(tl.zeros((1, 1, 1), tl.uint32) + tl.load(keys + row).to(tl.uint32))
+    elif SHARED == 2:
+        size = key_magnitude(row_key(x))
+    else:
+        size = tl.where(tl.abs(x) < float("inf"), tl.abs(x), 0.0)
+    return size
+
+
+@triton.jit
+def rounded(x, keys, row, mask, quads, stream, step, seed, carry,
+            KIND: tl.constexpr, OFFSET: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, CMAX: tl.constexpr,
+            CARRY: tl.constexpr, STOCHASTIC: tl.constexpr, SHARED: tl.constexpr, LEVELS: tl.constexpr):  # fmt: skip
+    """Codes of a tile, not saturated, and their exponents; ``LEVELS``: only note what carried long rows need."""
+    exponent = shared_exponent(x, keys, row, SHARED, KIND, LOW, HIGH)
+    words = tl.zeros((1, 1, 1), tl.uint32)
+    if STOCHASTIC:
+        words = draw_words(quads, stream, step, seed)
+    elif CARRY:
+        largest = nearest(to_gap(block_magnitude(x, keys, row, SHARED), exponent + OFFSET, KIND))
+        exponent += ((largest > CMAX) & (exponent < HIGH)).to(tl.int32)
+    scaled = to_gap(x, exponent + OFFSET, KIND)
+    codes = round_codes(scaled, words, STOCHASTIC)
+    if CARRY and STOCHASTIC:
+        if LEVELS:
+            keep_level(codes, exponent, keys, row, mask, quads, stream, step, carry, OFFSET, HIGH, CMAX)
+        else:
+            codes, exponent = carried(
+                codes, exponent, keys, row, mask, quads, stream, step, carry, OFFSET, HIGH, CMAX, SHARED, True
+            )  # a value below the next power of two rounds to no more than that
+    return codes, exponent
+
+
+@triton.jit
 def bit_patterns(codes, exponent, BITS: tl.constexpr, OFFSET: tl.constexpr, LOW: tl.constexpr, TOP: tl.constexpr,
                  WIDTH: tl.constexpr):  # fmt: skip
     """Sign, exponent and mantissa fields of floating point codes, as a signed integer of WIDTH bits.
@@ -93,40 +131,41 @@ def bit_patterns(codes, exponent, BITS: tl.constexpr, OFFSET: tl.constexpr, LOW:
     return tl.where(codes != codes, missing, tl.where(negative, signed, pattern))
 
 
-@triton.jit(do_not_specialize=["rows", "length", "chunks", "offset", "seed", "step", "stream"])
+@triton.jit(do_not_specialize=["rows", "length", "chunks", "offset", "seed", "step", "stream", "carry"])
 def quantize_kernel(x, out, keys, rows: tl.int64, length: tl.int64, chunks: tl.int64, offset: tl.int64,
-                    seed: tl.int64, step: tl.int64, stream: tl.int64,
+                    seed: tl.int64, step: tl.int64, stream: tl.int64, carry: tl.int64,
                     KIND: tl.constexpr, OFFSET: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-                    CMIN: tl.constexpr, CMAX: tl.constexpr, STOCHASTIC: tl.constexpr,
-                    SHARED: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
-    """One read and one write: quantize."""
+                    CMIN: tl.constexpr, CMAX: tl.constexpr, CARRY: tl.constexpr, STOCHASTIC: tl.constexpr,
+                    SHARED: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, ALIGNED: tl.constexpr,
+                    LEVELS: tl.constexpr):  # fmt: skip
+    """One read and one write: quantize. ``LEVELS``: one read, to note what carried long rows need."""
     row, chunk = place(tl.program_id(0).to(tl.int64), chunks, R, SHARED)
     quads, element, mask = locate(row, chunk, rows, length, offset, R, Q, ALIGNED)
     tile = tl.load(x + element, mask=mask, other=0.0).to(tl.float32)
-    gap = shared_exponent(tile, keys, row, SHARED, KIND, LOW, HIGH) + OFFSET
-    words = tl.zeros((1, 1, 1), tl.uint32)
-    if STOCHASTIC:
-        words = draw_words(quads, stream, step, seed)
-    codes = round_codes(to_gap(tile, gap, KIND), words, STOCHASTIC)
-    tl.store(out + element, values(codes, gap, KIND, CMIN, CMAX).to(out.dtype.element_ty), mask=mask)
+    codes, exponent = rounded(
+        tile, keys, row, mask, quads, stream, step, seed, carry, KIND, OFFSET, LOW, HIGH, CMAX, CARRY, STOCHASTIC,
+        SHARED, LEVELS,
+    )  # fmt: skip
+    if not LEVELS:
+        result = values(codes, exponent + OFFSET, KIND, CMIN, CMAX)
+        tl.store(out + element, result.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "length", "chunks", "offset", "seed", "step", "stream"])
+@triton.jit(do_not_specialize=["rows", "length", "chunks", "offset", "seed", "step", "stream", "carry"])
 def encode_kernel(x, out, exponents, missing, keys, rows: tl.int64, length: tl.int64, chunks: tl.int64,
-                  offset: tl.int64, seed: tl.int64, step: tl.int64, stream: tl.int64,
+                  offset: tl.int64, seed: tl.int64, step: tl.int64, stream: tl.int64, carry: tl.int64,
                   KIND: tl.constexpr, OFFSET: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-                  CMIN: tl.constexpr, CMAX: tl.constexpr, STOCHASTIC: tl.constexpr,
+                  CMIN: tl.constexpr, CMAX: tl.constexpr, CARRY: tl.constexpr, STOCHASTIC: tl.constexpr,
                   SHARED: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, ALIGNED: tl.constexpr,
                   BITS: tl.constexpr, TOP: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """One read, one write of codes, one of exponents; counts NaN."""
     row, chunk = place(tl.program_id(0).to(tl.int64), chunks, R, SHARED)
     quads, element, mask = locate(row, chunk, rows, length, offset, R, Q, ALIGNED)
     tile = tl.load(x + element, mask=mask, other=0.0).to(tl.float32)
-    exponent = shared_exponent(tile, keys, row, SHARED, KIND, LOW, HIGH)
-    words = tl.zeros((1, 1, 1), tl.uint32)
-    if STOCHASTIC:
-        words = draw_words(quads, stream, step, seed)
-    codes = round_codes(to_gap(tile, exponent + OFFSET, KIND), words, STOCHASTIC)
+    codes, exponent = rounded(
+        tile, keys, row, mask, quads, stream, step, seed, carry, KIND, OFFSET, LOW, HIGH, CMAX, CARRY, STOCHASTIC,
+        SHARED, False,
+    )  # fmt: skip
     nans = tl.sum(tl.sum(tl.sum((tile != tile).to(tl.int32), axis=2), axis=1), axis=0)
     tl.atomic_add(missing, nans, mask=nans > 0)
     if KIND == FLOAT:
@@ -181,12 +220,7 @@ def noise_exponent(mean, keys, row, sigma, KIND: tl.constexpr, OFFSET: tl.conste
         size = tl.where(tl.abs(mean) < float("inf"), tl.abs(mean), 0.0)
         raised = raise_float_exponent(own, size, sigma, OFFSET, LOW, HIGH)
     else:
-        if SHARED == 3:
-            size = key_magnitude(tl.zeros((1, 1, 1), tl.uint32) + tl.load(keys + row).to(tl.uint32))
-        elif SHARED == 2:
-            size = key_magnitude(row_key(mean))
-        else:
-            size = tl.where(tl.abs(mean) < float("inf"), tl.abs(mean), 0.0)
+        size = block_magnitude(mean, keys, row, SHARED)
         raised = raise_exponent(own, noise_reach(size, sigma), sigma, KIND, OFFSET, LOW, HIGH, CMAX)
     return raised, own
 
@@ -208,27 +242,49 @@ def noise_exponents(mean, sigma, KIND: tl.constexpr, OFFSET: tl.constexpr, LOW: 
     return raised
 
 
-@triton.jit(do_not_specialize=["rows", "length", "chunks", "offset", "seed", "step", "stream", "sigma_bits"])
+@triton.jit(do_not_specialize=["rows", "length", "chunks", "offset", "seed", "step", "stream", "carry", "sigma_bits"])
 def vc_kernel(x, variance, out, keys, sigma_bits: tl.int64, rows: tl.int64, length: tl.int64, chunks: tl.int64,
-              offset: tl.int64, seed: tl.int64, step: tl.int64, stream: tl.int64,
+              offset: tl.int64, seed: tl.int64, step: tl.int64, stream: tl.int64, carry: tl.int64,
               KIND: tl.constexpr, OFFSET: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-              CMIN: tl.constexpr, CMAX: tl.constexpr, SHARED: tl.constexpr, PER_ELEMENT: tl.constexpr,
-              R: tl.constexpr, Q: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+              CMIN: tl.constexpr, CMAX: tl.constexpr, CARRY: tl.constexpr, SHARED: tl.constexpr,
+              PER_ELEMENT: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, ALIGNED: tl.constexpr,
+              LEVELS: tl.constexpr):  # fmt: skip
     """One read and one write: Q^vc, with one variance (its root as the bits of a float64) or a tensor of them."""
     row, chunk = place(tl.program_id(0).to(tl.int64), chunks, R, SHARED)
     quads, element, mask = locate(row, chunk, rows, length, offset, R, Q, ALIGNED)
     mean = tl.load(x + element, mask=mask, other=0.0).to(tl.float32)
     if PER_ELEMENT:
         sigma = tl.sqrt(tl.load(variance + element, mask=mask, other=0.0).to(tl.float64))
-        gap = noise_exponents(mean, sigma, KIND, OFFSET, LOW, HIGH, CMAX, SHARED, mask) + OFFSET
+        raised = noise_exponents(mean, sigma, KIND, OFFSET, LOW, HIGH, CMAX, SHARED, mask)
     else:
         sigma = sigma_bits.to(tl.int64).to(tl.float64, bitcast=True)
         raised, _ = noise_exponent(mean, keys, row, sigma, KIND, OFFSET, LOW, HIGH, CMAX, SHARED)
-        gap = raised + OFFSET
+    codes, exponent = corrected(
+        mean, raised, sigma, keys, row, mask, quads, stream, step, seed, carry, KIND, OFFSET, HIGH, CMAX, CARRY, SHARED,
+        LEVELS, PER_ELEMENT,
+    )  # fmt: skip
+    if not LEVELS:
+        result = values(codes, exponent + OFFSET, KIND, CMIN, CMAX)
+        tl.store(out + element, result.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def corrected(mean, exponent, sigma, keys, row, mask, quads, stream, step, seed, carry,
+              KIND: tl.constexpr, OFFSET: tl.constexpr, HIGH: tl.constexpr, CMAX: tl.constexpr, CARRY: tl.constexpr,
+              SHARED: tl.constexpr, LEVELS: tl.constexpr, PER_ELEMENT: tl.constexpr):  # fmt: skip
+    """Codes of Q^vc, not saturated, and their exponents; ``exponent`` has room for the noise. As :func:`rounded`."""
     words = draw_words(quads, stream, step, seed)
-    target = variance_in_gaps(sigma, gap)
-    codes = vc_codes(to_gap(mean, gap, KIND), target, words, quads, stream, step, seed, KIND, OFFSET)
-    tl.store(out + element, values(codes, gap, KIND, CMIN, CMAX).to(out.dtype.element_ty), mask=mask)
+    scaled, target = to_gap(mean, exponent + OFFSET, KIND), variance_in_gaps(sigma, exponent + OFFSET)
+    codes = vc_codes(scaled, target, words, quads, stream, step, seed, KIND, OFFSET)
+    if CARRY:
+        if LEVELS:
+            keep_level(codes, exponent, keys, row, mask, quads, stream, step, carry, OFFSET, HIGH, CMAX)
+        else:
+            codes, exponent = carried(
+                codes, exponent, keys, row, mask, quads, stream, step, carry, OFFSET, HIGH, CMAX, SHARED,
+                OFFSET <= -3 and not PER_ELEMENT,
+            )  # fmt: skip
+    return codes, exponent
 
 
 @triton.jit

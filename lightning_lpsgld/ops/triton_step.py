@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_lpsgld.formats import BlockFloatingPoint, FloatingPoint, NumberFormat
+from lightning_lpsgld.ops.carry import carry_key
 from lightning_lpsgld.ops.spec import StepSpec
 from lightning_lpsgld.ops.triton import (
     LONG_ROW,
@@ -38,8 +39,9 @@ from lightning_lpsgld.random import DrawKey, Role, stream_id
 
 __all__ = ["langevin_step_", "step_meta"]
 
-#: Phases of rows too long for a program: two maxima first, then the step. ``WHOLE``: all in registers.
-WHOLE, GRADIENT_MAX, WEIGHT_MAX = 0, 1, 2
+#: Phases of rows too long for a program: the maxima first, after each how often a row that passes the top is carried,
+#: then the step. ``WHOLE``: all in registers.
+WHOLE, GRADIENT_MAX, WEIGHT_MAX, GRADIENT_LEVELS, WEIGHT_LEVELS = 0, 1, 2, 3, 4
 _KEPT_PLANS = 8
 #: Q^vc in floating point takes more registers: beyond this length a program would spill.
 _LONGEST_FLOAT_ROW = 4096
@@ -166,7 +168,11 @@ _TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.floa
 
 
 def _format_meta(prefix: str, fmt: NumberFormat | None, dtype: torch.dtype, shared: int) -> dict[str, Any]:
-    numbers = dict.fromkeys(("KIND", "OFFSET", "LOW", "HIGH", "CMIN", "CMAX"), 0) if fmt is None else facts(fmt, dtype)
+    numbers = (
+        dict.fromkeys(("KIND", "OFFSET", "LOW", "HIGH", "CMIN", "CMAX", "CARRY"), 0)
+        if fmt is None
+        else facts(fmt, dtype)
+    )
     numbers["SHARED"] = shared if isinstance(fmt, BlockFloatingPoint) else NOTHING
     return {f"{prefix}_{name}": value for name, value in numbers.items()}
 
@@ -190,8 +196,14 @@ def step_meta(spec: StepSpec, item: _Item) -> dict[str, Any]:
 def _phases(spec: StepSpec, item: _Item) -> list[int]:
     if item.rows.shared != LONG_ROW:
         return [WHOLE]
-    phases = [GRADIENT_MAX] if isinstance(spec.gradient_format, BlockFloatingPoint) else []
-    return [*phases, WEIGHT_MAX, WHOLE] if isinstance(spec.weight_format, BlockFloatingPoint) else [*phases, WHOLE]
+    phases = _passes(spec.gradient_format, GRADIENT_MAX, GRADIENT_LEVELS)
+    return [*phases, *_passes(spec.weight_format, WEIGHT_MAX, WEIGHT_LEVELS), WHOLE]
+
+
+def _passes(fmt: NumberFormat | None, largest: int, levels: int) -> list[int]:
+    if not isinstance(fmt, BlockFloatingPoint):
+        return []
+    return [largest, levels] if fmt.top == "carry" else [largest]
 
 
 def _by_device(params: Sequence[Tensor]) -> dict[torch.device, list[int]]:
@@ -226,7 +238,8 @@ def langevin_step_(
     grads = [grad.contiguous() for grad in grads]
     plan = _plan(params, grads, accumulators, spec, keys, indices)
     plan.counts.zero_()
-    scalars = (signed64(keys[0].seed), keys[0].step, root_bits(spec.noise_variance))
+    seeds = (signed64(keys[0].seed), signed64(carry_key(keys[0]).seed))
+    scalars = (*seeds, keys[0].step, root_bits(spec.noise_variance))
     rates = (float(spec.lr), float(spec.weight_decay))
     if plan.keys.shape[1]:
         plan.keys.zero_()

@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201, ANN202, PLR0915, SIM102, SIM108, SIM300
+# ruff: noqa: ANN001, ANN201, ANN202, C901, PLR0915, SIM102, SIM108, SIM300
 # mypy: disallow_untyped_defs=False
 # (device code: types are Triton's, and `if` on a compile-time value must stay a statement)
 """Triton kernel of the sampler's step; tiles and format numbers as in :mod:`.triton_device`."""
@@ -11,16 +11,12 @@ import triton.language as tl
 from lightning_lpsgld.ops.triton_device import (
     NONE,
     draw_normals,
-    draw_words,
     locate,
     outside,
-    round_codes,
     row_key,
-    to_gap,
     values,
-    vc_codes,
 )
-from lightning_lpsgld.ops.triton_kernels import noise_exponent, place, shared_exponent, variance_in_gaps
+from lightning_lpsgld.ops.triton_kernels import corrected, noise_exponent, place, rounded, shared_exponent
 from lightning_lpsgld.random import Role, stream_id
 
 #: Columns of the table: addresses of weight, gradient, accumulator; rows, row length, stream, offset, first long row,
@@ -28,6 +24,8 @@ from lightning_lpsgld.random import Role, stream_id
 COLUMNS = tl.constexpr(9)
 _GRADIENT_MAX = tl.constexpr(1)
 _WEIGHT_MAX = tl.constexpr(2)
+_GRADIENT_LEVELS = tl.constexpr(3)
+_WEIGHT_LEVELS = tl.constexpr(4)
 _GRADIENT_STREAM = tl.constexpr(stream_id(Role.GRADIENT, 0))
 
 
@@ -57,13 +55,13 @@ def _keep_key(keys, row, x):
     tl.atomic_max(keys + row + tl.zeros_like(key).to(tl.int64), key.to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["seed", "step", "sigma_bits", "lr", "decay"])
-def step_kernel(table, program_map, counts, gradient_keys, weight_keys, seed: tl.int64, step: tl.int64,
-                sigma_bits: tl.int64, lr, decay,
+@triton.jit(do_not_specialize=["seed", "carry", "step", "sigma_bits", "lr", "decay"])
+def step_kernel(table, program_map, counts, gradient_keys, weight_keys, seed: tl.int64, carry: tl.int64,
+                step: tl.int64, sigma_bits: tl.int64, lr, decay,
                 W_KIND: tl.constexpr, W_OFFSET: tl.constexpr, W_LOW: tl.constexpr, W_HIGH: tl.constexpr,
-                W_CMIN: tl.constexpr, W_CMAX: tl.constexpr, W_SHARED: tl.constexpr,
+                W_CMIN: tl.constexpr, W_CMAX: tl.constexpr, W_CARRY: tl.constexpr, W_SHARED: tl.constexpr,
                 G_KIND: tl.constexpr, G_OFFSET: tl.constexpr, G_LOW: tl.constexpr, G_HIGH: tl.constexpr,
-                G_CMIN: tl.constexpr, G_CMAX: tl.constexpr, G_SHARED: tl.constexpr,
+                G_CMIN: tl.constexpr, G_CMAX: tl.constexpr, G_CARRY: tl.constexpr, G_SHARED: tl.constexpr,
                 VC: tl.constexpr, FULL: tl.constexpr, PHASE: tl.constexpr,
                 DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, T_DTYPE: tl.constexpr,
                 SHARED: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
@@ -85,9 +83,11 @@ def step_kernel(table, program_map, counts, gradient_keys, weight_keys, seed: tl
         _keep_key(gradient_keys + first_key, row, grad)
     else:
         if G_KIND != NONE:
-            words = draw_words(quads, stream + _GRADIENT_STREAM, step, seed)
-            gap = shared_exponent(grad, gradient_keys + first_key, row, G_SHARED, G_KIND, G_LOW, G_HIGH) + G_OFFSET
-            grad = values(round_codes(to_gap(grad, gap, G_KIND), words, True), gap, G_KIND, G_CMIN, G_CMAX)
+            codes, exponent = rounded(
+                grad, gradient_keys + first_key, row, mask, quads, stream + _GRADIENT_STREAM, step, seed, carry,
+                G_KIND, G_OFFSET, G_LOW, G_HIGH, G_CMAX, G_CARRY, True, G_SHARED, PHASE == _GRADIENT_LEVELS,
+            )  # fmt: skip
+            grad = values(codes, exponent + G_OFFSET, G_KIND, G_CMIN, G_CMAX)
         param = _at(tl.load(record), DTYPE, ALIGNED) + element
         if FULL:
             theta_at = _at(tl.load(record + 2), T_DTYPE, ALIGNED) + element
@@ -103,28 +103,33 @@ def step_kernel(table, program_map, counts, gradient_keys, weight_keys, seed: tl
                 value = _in(value + tl.where(mask, noise, 0.0), T_DTYPE)
         if PHASE == _WEIGHT_MAX:
             _keep_key(weight_keys + first_key, row, _in(value, DTYPE))
-        else:
-            if FULL:
+        elif PHASE != _GRADIENT_LEVELS:
+            if FULL and PHASE != _WEIGHT_LEVELS:
                 tl.store(theta_at, value.to(T_DTYPE), mask=mask)
             value = _in(value, DTYPE)
             if W_KIND != NONE:
                 keys = weight_keys + first_key
-                words = draw_words(quads, stream, step, seed)
+                own = shared_exponent(value, keys, row, W_SHARED, W_KIND, W_LOW, W_HIGH)
+                if PHASE != _WEIGHT_LEVELS:  # before the rounding, which needs the registers
+                    out = outside(value, own + W_OFFSET, W_KIND, W_CMIN, W_CMAX) & mask
+                    if W_CARRY:  # elsewhere than at the largest exponent only infinities are out of range
+                        out = out & ((own >= W_HIGH) | (tl.abs(value) == float("inf")))
+                    lost = tl.sum(tl.sum(tl.sum(out.to(tl.int32), axis=2), axis=1), axis=0)
+                    tl.atomic_add(counts + which, lost.to(tl.int64), mask=lost > 0)
                 if VC:
-                    raised, own = noise_exponent(
+                    raised, _ = noise_exponent(
                         value, keys, row, sigma64, W_KIND, W_OFFSET, W_LOW, W_HIGH, W_CMAX, W_SHARED
                     )
-                    gap = raised + W_OFFSET
-                    target = variance_in_gaps(sigma64, gap)
-                    codes = vc_codes(
-                        to_gap(value, gap, W_KIND), target, words, quads, stream, step, seed, W_KIND, W_OFFSET
-                    )
+                    codes, exponent = corrected(
+                        value, raised, sigma64, keys, row, mask, quads, stream, step, seed, carry,
+                        W_KIND, W_OFFSET, W_HIGH, W_CMAX, W_CARRY, W_SHARED, PHASE == _WEIGHT_LEVELS, False,
+                    )  # fmt: skip
                 else:
-                    own = shared_exponent(value, keys, row, W_SHARED, W_KIND, W_LOW, W_HIGH)
-                    gap = own + W_OFFSET
-                    codes = round_codes(to_gap(value, gap, W_KIND), words, True)
-                out = outside(value, own + W_OFFSET, W_KIND, W_CMIN, W_CMAX) & mask
-                lost = tl.sum(tl.sum(tl.sum(out.to(tl.int32), axis=2), axis=1), axis=0)
-                tl.atomic_add(counts + which, lost.to(tl.int64), mask=lost > 0)
-                value = values(codes, gap, W_KIND, W_CMIN, W_CMAX)
-            tl.store(param, value.to(DTYPE), mask=mask)
+                    codes, exponent = rounded(
+                        value, keys, row, mask, quads, stream, step, seed, carry, W_KIND, W_OFFSET, W_LOW, W_HIGH,
+                        W_CMAX, W_CARRY, True, W_SHARED, PHASE == _WEIGHT_LEVELS,
+                    )  # fmt: skip
+                if PHASE != _WEIGHT_LEVELS:
+                    value = values(codes, exponent + W_OFFSET, W_KIND, W_CMIN, W_CMAX)
+            if PHASE != _WEIGHT_LEVELS:
+                tl.store(param, value.to(DTYPE), mask=mask)

@@ -102,10 +102,10 @@ def op_case(op: str, fmt: str, shape: tuple[int, ...], dtype: torch.dtype = torc
     meta.update(backend.facts(number, dtype))
     pointers = {"x": POINTERS[dtype], "out": POINTERS[dtype], "keys": "*i64"}
     if op == "quantize":
-        meta["STOCHASTIC"] = True
+        meta |= {"STOCHASTIC": True, "LEVELS": False}
     elif op == "vc":
         pointers["variance"] = POINTERS[dtype]
-        meta["PER_ELEMENT"] = False
+        meta |= {"PER_ELEMENT": False, "LEVELS": False}
     else:
         pointers |= {"out": "*i8", "exponents": "*i8", "missing": "*i32"}
         meta |= {"STOCHASTIC": True, "BITS": number.bits, "TOP": 126, "WIDTH": 8}

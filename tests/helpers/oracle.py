@@ -20,6 +20,7 @@ import torch
 __all__ = [
     "block_exponent",
     "block_grid",
+    "block_rounded",
     "candidates",
     "fixed_grid",
     "float_grid",
@@ -80,11 +81,51 @@ def block_exponent(largest: Fraction, fmt: Any, dtype: torch.dtype) -> int:
     Clamped to the exponent's bits, and to what ``dtype`` can hold: the gap not below its smallest subnormal, the
     largest code not beyond its largest power of two.
     """
+    low, high = _exponent_ends(fmt, dtype)
+    return low if largest == 0 else min(max(floor_log2(largest), low), high)
+
+
+def _exponent_ends(fmt: Any, dtype: torch.dtype) -> tuple[int, int]:
     facts = torch.finfo(dtype)
     lowest_gap = floor_log2(Fraction(facts.smallest_normal) * Fraction(facts.eps))
     low = max(-(2 ** (fmt.exponent_bits - 1)), lowest_gap + fmt.word_length - 2)
-    high = min(2 ** (fmt.exponent_bits - 1) - 1, floor_log2(Fraction(facts.max)))
-    return low if largest == 0 else min(max(floor_log2(largest), low), high)
+    return low, min(2 ** (fmt.exponent_bits - 1) - 1, floor_log2(Fraction(facts.max)))
+
+
+def _nearest_integer(whole: int, gap: int) -> int:
+    """Nearest integer to ``whole / gap``, ties to even."""
+    code, rest = divmod(whole, gap)
+    return code + (2 * rest > gap or (2 * rest == gap and code % 2 == 1))
+
+
+def block_rounded(
+    values: list[Fraction], fmt: Any, dtype: torch.dtype, draws: list[Fraction] | None, coins: list[int] | None = None
+) -> tuple[list[Fraction], int]:
+    """Values of one block rounded, and its exponent: to nearest (ties to even) without draws, else up where u < p.
+
+    A block whose largest code passes the top takes the next exponent, unless the format clamps or there is none: to
+    nearest from the values, stochastically by (code + bit) // 2 with the bits of each element's coin in turn.
+    """
+    exponent, top = block_exponent(max(map(abs, values)), fmt, dtype), 2 ** (fmt.word_length - 1) - 1
+    last = exponent if fmt.top == "clamp" else _exponent_ends(fmt, dtype)[1]
+    unit = power(exponent - fmt.word_length + 2)
+    one = max(value.denominator for value in values) * max(unit.numerator, unit.denominator) * 2
+    gap = int(unit * one)  # integers from here on: they are as exact and much faster
+    wholes = [value.numerator * (one // value.denominator) for value in values]
+    if draws is None:
+        if max(map(abs, wholes)) * 2 >= (2 * top + 1) * gap and exponent < last:
+            gap, exponent = 2 * gap, exponent + 1
+        codes = [_nearest_integer(whole, gap) for whole in wholes]
+    else:
+        parts = [divmod(whole, gap) for whole in wholes]
+        codes = [code + int(u.numerator * gap < rest * u.denominator) for (code, rest), u in zip(parts, draws)]
+        for level in range(last - exponent):
+            if max(map(abs, codes)) <= top:
+                break
+            codes = [(code + (coin >> level & 1)) // 2 for code, coin in zip(codes, coins or [0] * len(codes))]
+            exponent += 1
+    codes = [min(max(code, -top), top) for code in codes]
+    return [code * power(exponent - fmt.word_length + 2) for code in codes], exponent
 
 
 def block_grid(exponent: int, fmt: Any) -> Grid:

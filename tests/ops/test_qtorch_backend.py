@@ -69,7 +69,9 @@ def test_nearest_fixed_point_is_ours(fmt, generator):
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize(("fmt", "dims"), [("bfp8", 1), ("bfp8-tensor", (0, 1)), ("bfp8-dim1", 0), ("bfp4", 1)])
+@pytest.mark.parametrize(
+    ("fmt", "dims"), [("bfp8-clamp", 1), ("bfp8-tensor-clamp", (0, 1)), ("bfp8-dim1-clamp", 0), ("bfp4-clamp", 1)]
+)
 def test_nearest_block_differs_at_ties_only(fmt, dims, generator):
     """QPyTorch adds 6 * 2^E in float32 to cut bits off: ties go up, and so does what that addition rounds to a tie.
 
@@ -103,12 +105,12 @@ def test_nearest_floating_point_differs_at_ties_only(fmt, generator):
     assert (theirs[different].abs() > ours[different].abs()).all()
 
 
-@pytest.mark.parametrize("fmt", ["fixed8.6", "bfp8", "e5m2"])
+@pytest.mark.parametrize("fmt", ["fixed8.6", "bfp8-clamp", "e5m2"])
 def test_stochastic_rounding_is_unbiased(fmt):
     """The same promise as of the other backends; draws come from QPyTorch's own generator."""
     x = torch.tensor([1.25, 0.3, -0.7, 0.011, -1.003, 1 / 64])
     draws = draws_for_means(0.02, len(x))
-    if fmt == "bfp8":
+    if fmt == "bfp8-clamp":
         width = 2.0**-6
     else:
         width = 2.0**-6 if fmt == "fixed8.6" else 2.0 ** (torch.frexp(x.double())[1] - 3)
@@ -119,7 +121,7 @@ def test_stochastic_rounding_is_unbiased(fmt):
 def test_symmetric_codes_of_blocks_are_theirs():
     """Both saturate +-1.9999 at code +-127, so that quantizing twice changes nothing."""
     x = torch.tensor([[1.9999, -1.9999]])
-    ours, theirs = both(x, "bfp8")
+    ours, theirs = both(x, "bfp8-clamp")
     assert torch.equal(ours, theirs)
     assert ours.tolist() == [[1.984375, -1.984375]]
 
@@ -140,13 +142,13 @@ def test_choosing_it_says_what_is_lost():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: quantize(x.double(), "bfp8", key=KEY, backend="qtorch"), "float32 only, got torch.float64"),
-        (lambda x: quantize(x.bfloat16(), "bfp8", key=KEY, backend="qtorch"), "float32 only, got torch.bfloat16"),
+        (lambda x: quantize(x.double(), "bfp8-clamp", key=KEY, backend="qtorch"), "float32 only, got torch.float64"),
+        (lambda x: quantize(x.bfloat16(), "bfp8-clamp", key=KEY, backend="qtorch"), "float32 only, got torch.bfloat16"),
         (lambda x: quantize(x, "fixed8.0", key=KEY, backend="qtorch"), "no fixed point with F < 1"),
         (lambda x: quantize(x, "mxint8", key=KEY, backend="qtorch"), "QPyTorch's blocks are whole dims"),
-        (lambda x: encode(x, "bfp8", backend="qtorch"), "QPyTorch has no encode"),
+        (lambda x: encode(x, "bfp8-clamp", backend="qtorch"), "QPyTorch has no encode"),
         (
-            lambda x: quantize_variance_corrected(x, 0.1, "bfp8", key=KEY, backend="qtorch"),
+            lambda x: quantize_variance_corrected(x, 0.1, "bfp8-clamp", key=KEY, backend="qtorch"),
             "QPyTorch has no quantize_v",
         ),
     ],
@@ -159,7 +161,7 @@ def test_what_it_cannot_do_is_refused(call, message):
 def test_zero_blocks_layouts_and_shapes():
     x = torch.zeros(2, 3, 4, 4)
     x[1] = torch.linspace(-1, 1, 48).view(3, 4, 4)
-    ours, theirs = both(x.contiguous(memory_format=torch.channels_last), "bfp8")
+    ours, theirs = both(x.contiguous(memory_format=torch.channels_last), "bfp8-clamp")
     assert theirs.shape == x.shape
     assert torch.equal(theirs[0], torch.zeros(3, 4, 4))
     assert math.isclose(float((ours - theirs).abs().max()), 0.0, abs_tol=2.0**-6)

@@ -23,8 +23,10 @@ from lightning_lpsgld.formats import (
     parse_format,
 )
 from lightning_lpsgld.ops import decode, encode, quantize, quantize_variance_corrected
-from lightning_lpsgld.ops.reference import code_limits, exponent_of, power_of_two
-from lightning_lpsgld.random import DrawKey, uniforms
+from lightning_lpsgld.ops.blocks import expand_blocks
+from lightning_lpsgld.ops.carry import carry_key
+from lightning_lpsgld.ops.reference import exponent_of, power_of_two
+from lightning_lpsgld.random import DrawKey, uniforms, words
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 FIXED = [FixedPoint(8, f) for f in range(9)] + [FixedPoint(8, 6, symmetric=True), FixedPoint(8, -2), FixedPoint(4, 2)]
@@ -37,6 +39,9 @@ BLOCKS = [
     BlockFloatingPoint(8, block_size=3),
     BlockFloatingPoint(8, exponent_bits=4),
     BlockFloatingPoint(4),
+    BlockFloatingPoint(2),
+    BlockFloatingPoint(8, top="clamp"),
+    BlockFloatingPoint(8, block_size=3, top="clamp"),
 ]
 MICRO = [MicroscalingFloat(4, 3, 4), MicroscalingFloat(5, 2, scaling="fit"), MicroscalingFloat(2, 1, 3)]
 ALL = FIXED + FLOATS + BLOCKS + MICRO
@@ -95,7 +100,15 @@ def block_exponents(fmt, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "fmt", [BlockFloatingPoint(8), BlockFloatingPoint(8, exponent_bits=4), BlockFloatingPoint(4)], **by_name
+    "fmt",
+    [
+        BlockFloatingPoint(8),
+        BlockFloatingPoint(8, exponent_bits=4),
+        BlockFloatingPoint(4),
+        BlockFloatingPoint(8, top="clamp"),
+        BlockFloatingPoint(8, exponent_bits=4, top="clamp"),
+    ],
+    **by_name,
 )
 def test_every_code_of_a_block_and_its_neighbours(fmt, dtype, backend):
     """One row a block: its anchor 2**E, then all codes at that exponent, midpoints and neighbours."""
@@ -105,11 +118,14 @@ def test_every_code_of_a_block_and_its_neighbours(fmt, dtype, backend):
         inside = around[around.abs().double() < 2 * anchor]
         x = torch.cat([torch.tensor([anchor], dtype=torch.float64).to(dtype), inside])[None]
         runs(backend, "quantize", x, fmt)
-        grid = oracle.block_grid(oracle.block_exponent(max(map(abs, fractions(x[0]))), fmt, dtype), fmt)
-        nearest = quantize(x, fmt, rounding="nearest", backend=backend)
-        assert_values(nearest[0], [oracle.nearest(v, grid) for v in fractions(x[0])], x[0])
-        stochastic = quantize(x, fmt, key=KEY, backend=backend)
-        assert_values(stochastic[0], expected_stochastic(x[0], grid, uniforms(x.shape, KEY)[0]), x[0])
+        below = x[:, x[0].abs().double() < 2 * anchor * (1 - 2.0 ** (1 - fmt.word_length))]
+        for case in (x, below):  # with and without what may pass the top
+            values, coins = fractions(case[0]), words(case.shape, carry_key(KEY))[0].tolist()
+            nearest = quantize(case, fmt, rounding="nearest", backend=backend)
+            assert_values(nearest[0], oracle.block_rounded(values, fmt, dtype, None)[0], case[0])
+            stochastic = quantize(case, fmt, key=KEY, backend=backend)
+            draws = fractions(uniforms(case.shape, KEY)[0])
+            assert_values(stochastic[0], oracle.block_rounded(values, fmt, dtype, draws, coins)[0], case[0])
 
 
 def rows_of_blocks(shape, fmt):
@@ -136,8 +152,7 @@ def test_blocks_of_every_shape(fmt, shape, backend, generator):
     expected, label = torch.zeros(shape), rows_of_blocks(shape, fmt)
     for block in label.unique():
         values = fractions(x[label == block])
-        grid = oracle.block_grid(oracle.block_exponent(max(map(abs, values)), fmt, x.dtype), fmt)
-        expected[label == block] = torch.tensor([float(oracle.nearest(v, grid)) for v in values])
+        expected[label == block] = torch.tensor([float(v) for v in oracle.block_rounded(values, fmt, x.dtype, None)[0]])
     assert torch.equal(quantize(x, fmt, rounding="nearest", backend=backend), expected)
 
 
@@ -259,7 +274,7 @@ def test_scalars_have_a_grid_of_their_own(fmt, backend):
     runs(backend, "quantize", x, fmt)
     value = Fraction(float(x))
     if isinstance(fmt, BlockFloatingPoint):
-        grid = oracle.block_grid(oracle.block_exponent(value, fmt, x.dtype), fmt)
+        grid = [oracle.block_rounded([value], fmt, x.dtype, None)[0][0]]
     elif isinstance(fmt, MicroscalingFloat):
         grid = oracle.run_grid(oracle.scale_exponent(value, fmt, x.dtype), fmt)
     else:
@@ -271,6 +286,14 @@ def test_scalars_have_a_grid_of_their_own(fmt, backend):
     assert quantize_variance_corrected(x, 0.0, fmt, key=KEY, backend=backend).shape == ()
 
 
+def ends_of_blocks(x, fmt):
+    """Smallest and largest value of each element's block; ``x`` lies on its grid, or rounds to nothing larger."""
+    exponents = expand_blocks(encode(x, fmt, backend="reference").exponents.long(), x.shape, fmt)
+    micro = isinstance(fmt, MicroscalingFloat)
+    top = fmt.element.max * power_of_two(exponents) if micro else fmt.code_max * power_of_two(exponents + 2 - fmt.bits)
+    return -top, top
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("fmt", ALL, **by_name)
 def test_nan_stays_and_infinities_saturate(fmt, dtype, backend):
@@ -278,7 +301,7 @@ def test_nan_stays_and_infinities_saturate(fmt, dtype, backend):
     x = torch.tensor([[1.0, math.nan, -math.inf, 0.25], [math.inf, 0.5, 0.0, -1.0], [0.0, 0.0, 2.0, 1.0]], dtype=dtype)
     runs(backend, "quantize", x, fmt)
     finite = torch.where(x.isfinite(), x, torch.zeros_like(x))
-    low, high = (fmt.min, fmt.max) if not isinstance(fmt, BlockFormat) else code_limits(finite, fmt)
+    low, high = (fmt.min, fmt.max) if not isinstance(fmt, BlockFormat) else ends_of_blocks(finite, fmt)
     for rounding in ("nearest", "stochastic"):
         got = quantize(x, fmt, rounding=rounding, key=KEY, backend=backend)
         plain = quantize(finite, fmt, rounding=rounding, key=KEY, backend=backend)
