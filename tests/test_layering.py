@@ -33,7 +33,8 @@ LEVELS = {
     "callbacks": 4,
     "serving": 4,
     "export": 4,
-    "cli": 5,
+    "report": 5,
+    "cli": 6,
 }
 #: From this level on ``lightning`` may be imported: below, everything works in a bare PyTorch loop.
 HOST_LEVEL = 4

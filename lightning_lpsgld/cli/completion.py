@@ -13,7 +13,7 @@ SUMMARY = "print the completion script of a shell"
 EXAMPLE = 'eval "$(lpsgld completion bash)"'
 
 _ACTIONS = ("ls", "info", "verify", "merge", "thin", "export")
-_OTHERS = ("plan", "bank", "export", "completion")
+_OTHERS = ("plan", "bank", "report", "export", "completion")
 _FUNCTION = """_lpsgld() {
     local word="${COMP_WORDS[COMP_CWORD]}" place="${COMP_WORDS[1]}"
     [ "$place" = bank ] && place="bank_${COMP_WORDS[2]}"
@@ -41,6 +41,7 @@ def _words() -> dict[str, list[str]]:
     for name, parser in trainer.parsers().items():
         words[name] = _options(parser)
     words["plan"] = sorted({*words["fit"], "--json"})
+    words["report"] = sorted({*words["predict"], "--inputs", "--metrics"})
     words["export"] = sorted({*words["predict"], "--inputs"})
     return words
 

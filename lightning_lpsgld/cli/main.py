@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lightning_lpsgld.cli import bank, completion, export, plan, trainer
+from lightning_lpsgld.cli import bank, completion, export, plan, report, trainer
 from lightning_lpsgld.cli.errors import CommandError, one_line
 
 __all__ = ["main"]
@@ -16,6 +16,7 @@ __all__ = ["main"]
 OTHERS: dict[str, tuple[str, str, Callable[[list[str]], int]]] = {
     "plan": (plan.SUMMARY, plan.EXAMPLE, plan.run),
     "bank": (bank.SUMMARY, bank.EXAMPLE, bank.run),
+    "report": (report.SUMMARY, report.EXAMPLE, report.run),
     "export": (export.SUMMARY, export.EXAMPLE, export.run),
     "completion": (completion.SUMMARY, completion.EXAMPLE, completion.run),
 }

@@ -237,6 +237,32 @@ def test_bad_exports(run_folder, lpsgld, args, said):
     assert said in errors[0]
 
 
+def test_report(run_folder, lpsgld):
+    code, out, _ = lpsgld("report", *RUN, "--ensemble.bank=bank", "--ensemble.output=page.html")
+    assert (code, out.splitlines()[-1]) == (0, "page.html")
+    page = (run_folder / "page.html").read_text()
+    assert "4 of 1 chain(s)" in page
+    assert page.count("<svg") >= 6
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ((), "ensemble.bank: is needed"),
+        (("--ensemble.bank=none",), "There is no sample bank at none"),
+        (("--ensemble.bank=bank", "--ensemble.output=a.pdf"), "ensemble.output: must end in .html"),
+        (("--ensemble.bank=bank", "--model.width=7"), "`net.0.weight` is (7, 3)"),
+        (("--ensemble.bank=bank", "--inputs=train"), "inputs: must be val or test"),
+        (("--ensemble.bank=bank", "--metrics=none.csv"), "none.csv"),
+    ],
+)
+def test_bad_reports(run_folder, lpsgld, args, said):
+    code, _, errors = lpsgld("report", *RUN, *args)
+    assert (code, len(errors)) == (2, 1)
+    assert said in errors[0]
+    assert not (run_folder / "report.html").exists()
+
+
 def test_bank_export(run_folder, lpsgld):
     from safetensors.torch import load_file
 
@@ -285,7 +311,9 @@ def test_a_malformed_manifest_is_one_line(run_folder, lpsgld):
 # ---------------------------------------------------------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "plan", "bank", "export", "completion"])
+@pytest.mark.parametrize(
+    "command", ["fit", "validate", "test", "predict", "plan", "bank", "report", "export", "completion"]
+)
 def test_help_has_an_example(folder, lpsgld, command):
     code, out, _ = lpsgld(command, "--help")
     assert code == 0
@@ -325,7 +353,7 @@ def test_completion_in_bash(lpsgld):
     assert lpsgld("completion", "fish")[0] == 2
     _, listed, _ = lpsgld("--help")
     assert all(f"  {command} " in listed for command in completed(script, ""))
-    assert len(completed(script, "")) == 8
+    assert len(completed(script, "")) == 9
 
 
 def test_as_a_process(folder):

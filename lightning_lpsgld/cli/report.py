@@ -1,0 +1,58 @@
+"""``lpsgld report``: one HTML page about a bank of samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_lpsgld.bank import SampleBank
+from lightning_lpsgld.cli.built import BuiltCLI, built, with_key
+from lightning_lpsgld.cli.errors import CommandError
+from lightning_lpsgld.cli.trainer import EnsembleOptions
+from lightning_lpsgld.report import gather, render
+
+__all__ = ["EXAMPLE", "SUMMARY", "ReportCLI", "run"]
+
+SUMMARY = "write one HTML page about the samples of a bank: scores, figures, traces, mistakes"
+EXAMPLE = "lpsgld report --config run.yaml --ensemble.bank bank --ensemble.output report.html"
+
+
+class ReportCLI(BuiltCLI):
+    """What ``lpsgld report`` parses."""
+
+    prog, summary, example = "lpsgld report", SUMMARY, EXAMPLE
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add where the data come from."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--inputs", type=str, default="test", help="score on: val or test data")
+        parser.add_argument("--metrics", type=str, default=None, help="metrics.csv of the run's CSVLogger")
+
+
+def run(args: list[str]) -> int:
+    """Write the page.
+
+    Args:
+        args: Arguments after ``lpsgld report``.
+    """
+    cli = built(ReportCLI, args)
+    options = cli._get(cli.config_init, "ensemble")
+    options = options if isinstance(options, EnsembleOptions) else EnsembleOptions(**options)
+    if options.bank is None:
+        raise CommandError(f"ensemble.bank: is needed, e.g. `{EXAMPLE}`.")
+    output = Path(options.output or "report.html")
+    if output.suffix != ".html":
+        raise CommandError(f"ensemble.output: must end in .html, got {options.output!r}.")
+    if cli.config["inputs"] not in ("val", "test"):
+        raise CommandError(f"inputs: must be val or test, got {cli.config['inputs']!r}.")
+    try:
+        bank = SampleBank.open(options.bank)
+        facts = gather(bank, cli.model, cli.loader(cli.config["inputs"]), metrics_csv=cli.config["metrics"])
+    except CommandError:
+        raise
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        raise with_key(error, cli.config) from error
+    output.write_text(render(facts, f"Samples at {options.bank}"), encoding="utf-8")
+    print(output)
+    return 0
