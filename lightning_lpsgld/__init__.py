@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lightning_lpsgld.bank import SampleBank
     from lightning_lpsgld.callbacks import EffectiveTemperature, EnsembleEvaluation, GradientShrinkage, SampleCollector
     from lightning_lpsgld.precision import LowPrecisionSGLD
-    from lightning_lpsgld.predictive import PosteriorEnsemble
+    from lightning_lpsgld.predictive import LocalLearningCoefficient, PosteriorEnsemble
 
 __all__ = [
     "BlockFloatingPoint",
@@ -24,6 +24,7 @@ __all__ = [
     "FixedPoint",
     "FloatingPoint",
     "GradientShrinkage",
+    "LocalLearningCoefficient",
     "LowPrecisionSGLD",
     "MicroscalingFloat",
     "PosteriorEnsemble",
@@ -40,6 +41,7 @@ _LAZY = {
     "EnsembleEvaluation": "callbacks",
     "GradientShrinkage": "callbacks",
     "SampleCollector": "callbacks",
+    "LocalLearningCoefficient": "predictive",
     "LowPrecisionSGLD": "precision",
     "PosteriorEnsemble": "predictive",
 }

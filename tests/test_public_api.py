@@ -10,7 +10,7 @@ import pytest
 NAMES = {
     "lightning_lpsgld": (
         "LowPrecisionSGLD SampleCollector EnsembleEvaluation EffectiveTemperature FixedPoint BlockFloatingPoint "
-        "FloatingPoint MicroscalingFloat SampleBank GradientShrinkage PosteriorEnsemble"
+        "FloatingPoint MicroscalingFloat SampleBank GradientShrinkage PosteriorEnsemble LocalLearningCoefficient"
     ),
     "lightning_lpsgld.random": "DrawKey",
     "lightning_lpsgld.ops": "quantize quantize_variance_corrected encode decode Encoded backend_report",
