@@ -320,3 +320,31 @@ def test_an_optimizer_of_which_nothing_is_sampled_stays_as_it_is(tmp_path):
     assert [type(optimizer) for optimizer in run.optimizers] == [torch.optim.AdamW, SGLD]
     assert on_grid(module.net[2].parameters())
     assert not on_grid(module.net[0].parameters())
+
+
+class Adapted(nn.Module):
+    """A frozen linear layer with low-rank adapters, built and named as peft does."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, base.out_features, bias=False)})
+        nn.init.zeros_(self.lora_B["default"].weight)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+def test_adapters_are_sampled_beside_a_trained_head_and_a_frozen_base(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(Adapted(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 3))
+    base = net[0].base_layer.weight.detach().clone()
+    module = Module(net, optimizer=lambda m: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 0.05))
+    plugin, collector = LowPrecisionSGLD(sampled=("*lora*",), seed=0), SampleCollector()
+    fit(tmp_path, module, plugin, callbacks=[collector])
+    assert (plugin.card.sampled, plugin.card.trained, plugin.card.frozen) == (28, 27, 56)
+    assert torch.equal(net[0].base_layer.weight, base)
+    assert on_grid([p for name, p in module.named_parameters() if "lora" in name])
+    assert not on_grid(net[2].parameters())
+    assert len(collector.bank) == 6
