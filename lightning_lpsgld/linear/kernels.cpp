@@ -192,7 +192,7 @@ TARGET("avx2,fma") void sums_int8_avx2(const int8_t* x, int64_t rows, int64_t d,
       const bool pair = i + 1 < rows;
       const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i * d + j));
       const __m128i b = pair ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + (i + 1) * d + j)) : _mm_setzero_si128();
-      const __m256i w = _mm256_set1_epi32((int32_t(pair ? q[i + 1] : 0) << 16) | (int32_t(q[i]) & 0xffff));
+      const __m256i w = _mm256_set1_epi32(int32_t(pair ? q[i + 1] : 0) * 65536 | (int32_t(q[i]) & 0xffff));
       low = _mm256_add_epi32(low, _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b)), w));
       high = _mm256_add_epi32(high, _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b)), w));
     }

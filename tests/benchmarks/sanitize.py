@@ -76,7 +76,8 @@ def environment(folder: Path, compiler: str, level: str) -> dict[str, str]:
 def run(folder: Path, compiler: str, level: str, arguments: list[str]) -> int:
     """Run the kernels' tests; pytest's exit status."""
     print(f"testing with LIGHTNING_LPSGLD_CPU={level}", flush=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS, *arguments]
+    # `--capture=sys`: findings go to the file descriptor, and pytest would take what it caught with it when it dies
+    command = [sys.executable, "-m", "pytest", "-qx", "--capture=sys", "-p", "no:cacheprovider", *TESTS, *arguments]
     return subprocess.run(command, cwd=folder, env=environment(folder, compiler, level)).returncode
 
 
