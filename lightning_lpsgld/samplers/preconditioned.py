@@ -249,6 +249,9 @@ class PreconditionedSGLD(GridSampler):
         super().check_group(group)
         require_number("beta", group["beta"], below=1.0)
         require_number("eps", group["eps"], above=0.0)
+        freeze = group.get("freeze_after")
+        if freeze is not None and (isinstance(freeze, bool) or not isinstance(freeze, int) or freeze < 1):
+            raise ValueError(f"`freeze_after` must be None or an int >= 1 (steps), got {freeze!r}.")
 
     # --------------------------------------------------------------------------------------------------------- facts
 

@@ -164,7 +164,7 @@ def test_options_win_over_the_other_optimizer():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"beta": 1.0}, r"`beta` must be in \[0, 1\)"),
+        ({"beta": 1.0}, "`beta` must be finite and >= 0 and < 1, got 1.0"),
         ({"eps": 0.0}, "`eps` must be finite and > 0"),
         ({"freeze_after": 0}, "`freeze_after` must be None or an int >= 1"),
         ({"freeze_after": True}, "got True"),
