@@ -225,7 +225,10 @@ def test_a_checkpoint_of_the_first_version_is_resumed(tmp_path, where):
     data = SyntheticData(n_train=8, copies=8, shuffle=False)
     trainer.fit(small_mlp(), datamodule=data, ckpt_path=tmp_path / "old" / f"run_{where}.ckpt")
     assert collector.bank.steps == list(range(4, 19, 2))
-    old = {s.step: s.tensors for s in SampleBank.open(VERSION_1 / "run")}
+    # Up to the checkpoint the samples are the old ones, bit for bit. Later ones are drawn anew, by today's rounding:
+    # version 1 held the largest weight of a block below powers of two.
+    old = {s.step: s.tensors for s in SampleBank.open(VERSION_1 / "run") if s.step <= 10}
+    assert sorted(old) == [4, 6, 8, 10]
     for sample in collector.bank:
         for name, tensor in old.get(sample.step, {}).items():
             assert torch.equal(sample.tensors[name], tensor), (sample.step, name)
