@@ -60,6 +60,8 @@ class PosteriorCard:
         frozen: Elements of the others.
         prior_mean: What the prior is centred at.
         adaptive: Whether a preconditioner scales the noise of each weight, so that its reach is not known beforehand.
+        data_note: How N was counted, where it is not the length of the data set.
+        likelihood: Which likelihood the loss is taken for, and what reweights it.
     """
 
     sampler: str
@@ -85,6 +87,8 @@ class PosteriorCard:
     trained: int = 0
     frozen: int = 0
     prior_mean: str = "zero"
+    data_note: str = ""
+    likelihood: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain Python values."""
@@ -95,7 +99,9 @@ class PosteriorCard:
         prior = "flat (no weight decay)" if variance is None else f"N({self._centre()}, {variance:.3g}) per weight"
         rows = {
             "sampler": self.sampler,
-            "target": f"p(theta | D)^(1/T), T = {self.temperature:g}, N = {self.num_data}",
+            "target": f"p(theta | D)^(1/T), T = {self.temperature:g}, N = {self.num_data}"
+            + (f" ({self.data_note})" if self.data_note else ""),
+            "likelihood": self.likelihood or "exp(-N loss): the loss is taken for the mean negative log likelihood",
             "prior": prior,
             "parameters": f"{self.sampled} sampled, {self.trained} trained by the module's own optimizers, "
             f"{self.frozen} frozen",
@@ -162,7 +168,13 @@ def _elements(module: Module, names: Sequence[str]) -> int:
 
 
 def describe_sampler(
-    sampler: LangevinOptimizer, run: RunDescription, module: Module, *, saturated: float, casts: int
+    sampler: LangevinOptimizer,
+    run: RunDescription,
+    module: Module,
+    *,
+    saturated: float,
+    casts: int,
+    likelihood: str = "",
 ) -> PosteriorCard:
     """Make the card of a sampler whose parameters are already on the grid.
 
@@ -172,6 +184,7 @@ def describe_sampler(
         module: Its parameters are counted.
         saturated: Share of initial weights outside the range of their format, counted before they were rounded.
         casts: Number of activation sites.
+        likelihood: Line about the likelihood that is assumed.
 
     Returns:
         The card.
@@ -214,4 +227,6 @@ def describe_sampler(
         trained=_elements(module, run.parts.trained),
         frozen=_elements(module, run.parts.frozen),
         prior_mean=sampler.prior_mean,
+        data_note=run.data_note if sampler.num_data == run.num_data else "of the sampler",
+        likelihood=likelihood,
     )

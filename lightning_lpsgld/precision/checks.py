@@ -9,17 +9,21 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch import callbacks as pl_callbacks
+from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_lpsgld.arguments import require_flag, require_int, require_number, require_seed
-from lightning_lpsgld.formats import NumberFormat, check_dtype
+from lightning_lpsgld.formats import FormatLike, check_dtype, parse_format
 from lightning_lpsgld.ops.dispatch import BACKENDS
 from lightning_lpsgld.precision.changes import ON_CHANGE
 from lightning_lpsgld.samplers import LangevinOptimizer
+from lightning_lpsgld.samplers.grid import GridSampler
 from lightning_lpsgld.samplers.step_size import checked_schedule
 
-__all__ = ["check_arguments", "names_or_types", "refuse_unsupported", "unwrapped"]
+__all__ = [
+    "check_arguments", "names_or_types", "refuse_averaging", "refuse_unsupported", "refuse_wide_formats", "unwrapped",
+]  # fmt: skip
 
 #: Callbacks that average ``parameters()``; WeightAveraging and its EMA came with Lightning 2.6.
 _AVERAGING = tuple(
@@ -49,6 +53,8 @@ def check_arguments(plugin: Any) -> None:
     stds = plugin.prior_std if isinstance(plugin.prior_std, Mapping) else {"": plugin.prior_std}
     for value in (value for value in stds.values() if value is not None):
         require_number("prior_std", value, above=0.0, owner=owner)
+    if plugin.loss_scale is not None:
+        require_number("loss_scale", plugin.loss_scale, above=0.0, owner=owner)
     _check_schedule(plugin.schedule, plugin.cycles, owner)
     _check_sampler(plugin.sampler)
 
@@ -111,18 +117,11 @@ def unwrapped(model: Module) -> pl.LightningModule:
     return inner
 
 
-def refuse_unsupported(
-    trainer: pl.Trainer,
-    module: pl.LightningModule,
-    optimizers: Sequence[Optimizer],
-    accumulator: str,
-    formats: Mapping[str, NumberFormat | None],
-) -> None:
-    """Raise if the run could only seem to work.
+def refuse_unsupported(trainer: pl.Trainer, module: pl.LightningModule, optimizers: Sequence[Optimizer]) -> None:
+    """Raise if the run could only seem to work, whatever samples.
 
     Raises:
-        RuntimeError: No optimizer, a strategy that bypasses the sampler, or a callback that averages rounded views.
-        ValueError: A format wider than the module's dtype.
+        RuntimeError: No optimizer, or a strategy that bypasses the sampler.
     """
     strategy = type(trainer.strategy).__name__
     if "DeepSpeed" in strategy or "FSDPStrategy" in strategy:
@@ -135,24 +134,47 @@ def refuse_unsupported(
             f"{type(module).__name__}.configure_optimizers returned no optimizer, so there is no step to replace. "
             "Return one, e.g. torch.optim.SGD(self.parameters(), lr=0.1)."
         )
+
+
+def refuse_averaging(trainer: pl.Trainer, samplers: Sequence[LangevinOptimizer]) -> None:
+    """Raise for a callback that averages ``parameters()`` where a sampler has them as rounded views of its sums.
+
+    Raises:
+        RuntimeError: Naming the callback.
+    """
+    views = any(
+        isinstance(sampler, GridSampler) and sampler.accumulation(param) == "full"
+        for sampler in samplers
+        for group in sampler.sampled_groups
+        for param in group["params"]
+    )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if accumulator == "full" and isinstance(callback, _AVERAGING):
+        if views and isinstance(callback, _AVERAGING):
             raise RuntimeError(
                 f"{type(callback).__name__} averages `parameters()`, which with accumulator='full' is only the rounded "
                 "view of the chain, and would overwrite it behind the accumulator's back. Use SampleCollector with "
                 "EnsembleEvaluation, or accumulator='low'."
             )
+
+
+def refuse_wide_formats(module: Module, params: Iterable[Tensor], formats: Mapping[str, FormatLike | None]) -> None:
+    """Raise for a format that the dtype of a parameter cannot hold.
+
+    Args:
+        module: Its parameters give their names.
+        params: Those that are to be rounded.
+        formats: Role -> format that its sampler will have.
+
+    Raises:
+        ValueError: Naming the role, the format and the parameter.
+    """
+    held = {id(p) for p in params}
     for name, param in module.named_parameters():
-        if param.requires_grad and param.is_floating_point():
-            _check_formats(name, param.dtype, formats)
-
-
-def _check_formats(name: str, dtype: object, formats: Mapping[str, NumberFormat | None]) -> None:
-    for role in ("weights", "gradients"):
-        fmt = formats[role]
-        if fmt is None:
+        if id(param) not in held or not param.requires_grad or not param.is_floating_point():
             continue
-        try:
-            check_dtype(fmt, dtype)  # type: ignore[arg-type]
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"LowPrecisionSGLD({role}={str(fmt)!r}) cannot hold {name}: {error}") from error
+        for role, fmt in formats.items():
+            try:
+                if fmt is not None:
+                    check_dtype(parse_format(fmt), param.dtype)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"LowPrecisionSGLD({role}={str(fmt)!r}) cannot hold {name}: {error}") from error

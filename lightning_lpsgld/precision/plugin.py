@@ -21,8 +21,9 @@ from lightning_lpsgld.formats import FormatLike, NumberFormat, parse_format
 from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.precision.card import PosteriorCard, describe_sampler
 from lightning_lpsgld.precision.changes import OnChange
-from lightning_lpsgld.precision.checks import check_arguments, names_or_types, unwrapped
+from lightning_lpsgld.precision.checks import check_arguments, names_or_types, refuse_averaging, unwrapped
 from lightning_lpsgld.precision.late_check import SettleBeforeSaving, settle_at_end
+from lightning_lpsgld.precision.likelihood import likelihood_of, scaled
 from lightning_lpsgld.precision.parts import frozen_modules
 from lightning_lpsgld.precision.presets import preset_options
 from lightning_lpsgld.precision.replicas import ReplicaGuard, compressed
@@ -31,13 +32,11 @@ from lightning_lpsgld.precision.run import RunDescription, describe_run
 from lightning_lpsgld.precision.seeds import run_seed
 from lightning_lpsgld.precision.takeover import round_parameters, take_over
 from lightning_lpsgld.precision.variance_reduction import variance_reduced_step
+from lightning_lpsgld.precision.watched import WatchedModule
 from lightning_lpsgld.precision.weights import load_weights, refuse_lazy
 from lightning_lpsgld.samplers import SGLD, LangevinOptimizer, StepSize, VarianceReduced
 
 __all__ = ["LowPrecisionSGLD"]
-
-#: Training steps after which a module with manual optimization must have stepped the sampler at least once.
-_PATIENCE = 64
 
 
 class LowPrecisionSGLD(Precision):
@@ -62,7 +61,7 @@ class LowPrecisionSGLD(Precision):
             T = 1 costs a short training of a deep net several points of error; the bare :class:`SGLD` optimizer keeps
             the textbook's 1. 0 is low-precision SGD. At 1e-3 rounding alone is often warmer than that: watch
             :class:`EffectiveTemperature`.
-        num_data: N, number of training examples; ``"auto"`` counts the train dataloader's data set.
+        num_data: N, number of training examples; ``"auto"`` counts those that training sees (samplers, cut epochs).
         seed: Seed of all draws, an int in [0, 2**64). ``None``: that of ``seed_everything``, else rank zero draws one
             and broadcasts it.
         exclude: Names (patterns of ``fnmatch``) or types of submodules left in full precision: their activations, and
@@ -98,6 +97,9 @@ class LowPrecisionSGLD(Precision):
         cast_frozen: Also round activations and errors of submodules nothing of which is trained.
         start_from: Checkpoint whose weights training begins with: of any Lightning run, or a plain ``state_dict``. Its
             optimizer state is not used. A run that is resumed with ``fit(ckpt_path=...)`` does not read it.
+        loss_scale: What the loss is to be divided by to be the mean negative log likelihood per example, e.g. the batch
+            size for a sum over the batch, or 2σ² for a mean squared error with noise of variance σ². ``None``: 1, and
+            if T > 0 a training step on a few examples, once as they are and once duplicated, must not find a sum.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -142,6 +144,7 @@ class LowPrecisionSGLD(Precision):
         prior_std: float | dict[str, float] | None = None,
         cast_frozen: bool = False,
         start_from: str | os.PathLike[str] | None = None,
+        loss_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.formats: dict[str, NumberFormat | None] = {
@@ -171,6 +174,7 @@ class LowPrecisionSGLD(Precision):
         self.prior_std = prior_std
         self.cast_frozen = cast_frozen
         self.start_from = start_from
+        self.loss_scale = loss_scale
         self.compression: GradientCompression | None = None
         check_arguments(self)
         self.run: RunDescription | None = None
@@ -182,7 +186,8 @@ class LowPrecisionSGLD(Precision):
         self._resume = Resume()
         self._run_seed: int | None = None
         self._casting_state: dict[str, Any] | None = None
-        self._unstepped = 0
+        self._watched = WatchedModule()
+        self._likelihood = ""
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> LowPrecisionSGLD:
@@ -215,6 +220,7 @@ class LowPrecisionSGLD(Precision):
 
     def convert_module(self, module: Module) -> Module:
         """Put activation and error quantizers into the module, in place, by hooks; its keys stay as they are."""
+        self._watched = WatchedModule(module)
         if self.formats["activations"] is None and self.formats["errors"] is None:
             return module
         if self.casting is not None:
@@ -245,28 +251,23 @@ class LowPrecisionSGLD(Precision):
         """Round activations (and catch functional ones) during a step; autocast where asked for."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(super().forward_context())
-            if self.compute == "bf16-mixed":
-                device = next(iter(self._devices()), "cpu")
-                stack.enter_context(torch.autocast(device, dtype=torch.bfloat16))
+            stack.enter_context(self._autocast())
             if self.casting is not None:
                 stack.enter_context(self.casting.forward_context())
             yield
 
-    def _devices(self) -> list[str]:
-        return [p.device.type for s in self.samplers for g in s.param_groups for p in g["params"][:1]]
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.compute != "bf16-mixed":
+            return contextlib.nullcontext()
+        return torch.autocast(self._watched.device_type, dtype=torch.bfloat16)
 
     @contextlib.contextmanager
     def train_step_context(self) -> Generator[None, None, None]:
         """As :meth:`forward_context`; also notices training that never steps the sampler."""
-        if self._unstepped >= _PATIENCE:
-            raise RuntimeError(
-                f"LowPrecisionSGLD: {self._unstepped} training steps ran, but the sampler was never stepped. With "
-                "manual optimization, step what `self.optimizers()` returns, not an optimizer kept elsewhere."
-            )
+        self._watched.refuse_unstepped()
         with self.forward_context():
             yield
-        stepped = not self.samplers or any(s.steps > 0 for s in self.samplers)
-        self._unstepped = 0 if stepped else self._unstepped + 1
+        self._watched.trained(self.samplers)
 
     # -------------------------------------------------------------------------------------------------- the optimizers
 
@@ -284,10 +285,11 @@ class LowPrecisionSGLD(Precision):
         self.run = run = describe_run(trainer, module, optimizers, self, self._resolve_seed(trainer))
         settings = run_settings(run, self)
         self._guard = ReplicaGuard(self.check_replicas, run, settings)
-        self._unstepped = 0 if run.automatic else -(run.accumulate - 1)
+        self._watched.restart()
         done = [sampler.steps for sampler in self.samplers] if trainer.global_step > 0 else []
         connected = take_over(optimizers, module, run, self.sampler, self._options(), self.prior_std)
         self.samplers = [optimizer for optimizer in connected if isinstance(optimizer, LangevinOptimizer)]
+        refuse_averaging(trainer, self.samplers)
         for sampler, steps in zip(self.samplers, done):  # a second `fit` goes on: no draw is made twice
             for group in sampler.sampled_groups:
                 group["step"] = steps
@@ -295,6 +297,9 @@ class LowPrecisionSGLD(Precision):
             self.compression = compressed(model, run.chain_seed, self.samplers[0])
         self._late_check.attach(module)
         share = round_parameters(self.samplers)
+        self._likelihood = likelihood_of(
+            trainer, module, self.samplers, run, self.loss_scale, self.casting, self._autocast
+        )
         self._describe(run, module, share)
         self._resume.begin(self.samplers, settings, scheduled=bool(lr_schedulers))
         if trainer.ckpt_path is None:
@@ -305,7 +310,9 @@ class LowPrecisionSGLD(Precision):
 
     def _describe(self, run: RunDescription, module: Module, share: float) -> PosteriorCard:
         casts = 0 if self.casting is None else len(self.casting.describe())
-        self.card = describe_sampler(self.samplers[0], run, module, saturated=share, casts=casts)
+        self.card = describe_sampler(
+            self.samplers[0], run, module, saturated=share, casts=casts, likelihood=self._likelihood
+        )
         return self.card
 
     def _options(self) -> dict[str, Any]:
@@ -339,6 +346,7 @@ class LowPrecisionSGLD(Precision):
                 after_closure=functools.partial(self._after_closure, model, optimizer),
             )
         else:
+            closure = scaled(closure, optimizer, model, self.loss_scale or 1.0)
             value = super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
         if self._guard is not None and isinstance(optimizer, LangevinOptimizer):
             self._guard.after_step(optimizer)

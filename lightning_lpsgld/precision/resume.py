@@ -38,7 +38,7 @@ def run_settings(run: RunDescription, plugin: Any) -> dict[str, Any]:
 
     Args:
         run: The run.
-        plugin: Its arguments ``sites``, ``compute`` and ``compress_gradients``.
+        plugin: Its arguments ``sites``, ``compute``, ``compress_gradients`` and ``loss_scale``.
     """
     sites = None if plugin.sites is None else tuple(s if isinstance(s, str) else s.__qualname__ for s in plugin.sites)
     return {
@@ -48,6 +48,7 @@ def run_settings(run: RunDescription, plugin: Any) -> dict[str, Any]:
         "exempt": run.parts.exempt,
         "compute": plugin.compute,
         "compress_gradients": plugin.compress_gradients,
+        "loss_scale": float(plugin.loss_scale or 1.0),
         "seed": run.seed,
     }
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_lpsgld.distributed import Topology, topology_of
 from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.precision.checks import refuse_unsupported
-from lightning_lpsgld.precision.num_data import forget_dataloader_when_resuming, training_examples
+from lightning_lpsgld.precision.num_data import Counted, forget_dataloader_when_resuming, training_examples
 from lightning_lpsgld.precision.parts import Parts, parts_of
 from lightning_lpsgld.samplers import CyclicalStepSize, StepSize
 
@@ -61,6 +61,8 @@ class RunDescription:
 
     Attributes:
         num_data: N.
+        data_note: How N was found, where it is not the length of the data set.
+        weighted_data: Whether examples are drawn with weights.
         seed: Seed of the run, the same on all ranks and chains.
         topology: This rank's chain, and the ranks that share it.
         replicated: Whether the ranks of a chain hold copies of the weights, which could come apart (DDP).
@@ -74,6 +76,8 @@ class RunDescription:
     """
 
     num_data: int
+    data_note: str
+    weighted_data: bool
     seed: int
     topology: Topology
     replicated: bool
@@ -107,13 +111,15 @@ def describe_run(
         RuntimeError: See :func:`.checks.refuse_unsupported`.
         ValueError: If N, or the number of steps that cycles need, cannot be known; or for a format that is too wide.
     """
-    refuse_unsupported(trainer, module, optimizers, settings.accumulator, settings.formats)
-    num_data = training_examples(trainer) if settings.num_data == "auto" else settings.num_data
+    refuse_unsupported(trainer, module, optimizers)
+    counted = training_examples(trainer) if settings.num_data == "auto" else Counted(settings.num_data, "as given")
     schedule = _schedule(trainer, settings)
     forget_dataloader_when_resuming(trainer)
     strategy: Any = trainer.strategy
     return RunDescription(
-        num_data=num_data,
+        num_data=counted.count,
+        data_note=counted.note,
+        weighted_data=counted.weighted,
         seed=seed,
         topology=topology_of(strategy, trainer.world_size),
         replicated=isinstance(strategy, DDPStrategy),

@@ -11,6 +11,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_lpsgld.precision.checks import refuse_wide_formats
 from lightning_lpsgld.precision.parts import prior_stds
 from lightning_lpsgld.precision.run import RunDescription
 from lightning_lpsgld.precision.variance_reduction import check_variance_reduced
@@ -48,6 +49,7 @@ def take_over(
     Raises:
         RuntimeError: If a sampler cannot run as the run would have it.
         TypeError: If an option asks for something that the sampler does not do.
+        ValueError: For a format that is wider than a parameter's dtype.
     """
     factory: Any = sampler
     rounded = run.formats["weights"] is not None or run.formats["gradients"] is not None
@@ -80,7 +82,7 @@ def take_over(
             made = inner
         else:
             seed = run.chain_seed if number == 0 else derive_seed(run.chain_seed, "optimizer", number)
-            made = _sampler_of(inner, factory, sampled, {"seed": seed, **asked})
+            made = _sampler_of(module, inner, factory, sampled, {"seed": seed, **asked})
         if isinstance(made, LangevinOptimizer):
             made.name_parameters(module.named_parameters())
         if isinstance(made, VarianceReduced):
@@ -91,12 +93,18 @@ def take_over(
 
 
 def _sampler_of(
-    optimizer: Optimizer, factory: Any, sampled: Mapping[Tensor, float | None], options: dict[str, Any]
+    module: pl.LightningModule,
+    optimizer: Optimizer,
+    factory: Any,
+    sampled: Mapping[Tensor, float | None],
+    options: dict[str, Any],
 ) -> Optimizer:
     held = [p for group in optimizer.param_groups for p in group["params"]]
     mine = [p for p in held if p in sampled]
     if not mine:
         return optimizer
+    formats = {"weights": options.get("weight_format"), "gradients": options.get("gradient_format")}
+    refuse_wide_formats(module, mine, formats)
     if len(mine) == len(held) and all(sampled[p] is None for p in mine):
         whole: LangevinOptimizer = factory.from_optimizer(optimizer, **options)
         return whole

@@ -22,7 +22,14 @@ from lightning_lpsgld.precision.progress import tracked
 from lightning_lpsgld.random import derive_seed
 from lightning_lpsgld.samplers import VarianceReduced
 
-__all__ = ["check_variance_reduced", "full_data_loader", "full_pass", "variance_reduced_step"]
+__all__ = [
+    "check_variance_reduced",
+    "full_data_loader",
+    "full_pass",
+    "silent",
+    "training_loss",
+    "variance_reduced_step",
+]
 
 
 def check_variance_reduced(sampler: VarianceReduced, module: pl.LightningModule, accumulate: int) -> None:
@@ -231,7 +238,7 @@ def full_pass(
     for number, batch in enumerate(tracked(bar, full_data_loader(trainer.train_dataloader), "Full gradient")):
         batch = trainer.strategy.batch_to_device(batch)
         with step_context():
-            loss = _loss(module, batch, number)
+            loss = training_loss(module, batch, number)
         if loss is None:
             continue
         size = extract_batch_size(batch)
@@ -251,7 +258,8 @@ def full_pass(
     return used[-2] / used[-1]
 
 
-def _loss(module: pl.LightningModule, batch: Any, number: int) -> Tensor | None:
+def training_loss(module: pl.LightningModule, batch: Any, number: int) -> Tensor | None:
+    """The loss of ``training_step`` on a batch, called as Lightning does; ``None`` where it skips the batch."""
     # By position and under Lightning's own rule: the second argument may have any name, or be missing.
     takes_number = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
     output = module.training_step(batch, number) if takes_number else module.training_step(batch)
