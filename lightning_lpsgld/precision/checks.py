@@ -13,13 +13,17 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_lpsgld.arguments import require_flag, require_int, require_number, require_seed
+from lightning_lpsgld.arithmetic import ARITHMETICS, refusal_of_format
 from lightning_lpsgld.formats import NumberFormat, check_dtype
 from lightning_lpsgld.ops.dispatch import BACKENDS
 from lightning_lpsgld.precision.changes import ON_CHANGE
 from lightning_lpsgld.samplers import LangevinOptimizer
 from lightning_lpsgld.samplers.step_size import checked_schedule
 
-__all__ = ["check_arguments", "names_or_types", "refuse_unsupported", "unwrapped"]
+__all__ = ["check_arguments", "names_or_types", "refuse_unstepped", "refuse_unsupported", "unwrapped"]
+
+#: Training steps after which a module with manual optimization must have stepped the sampler at least once.
+_PATIENCE = 64
 
 #: Callbacks that average ``parameters()``; WeightAveraging and its EMA came with Lightning 2.6.
 _AVERAGING = tuple(
@@ -61,11 +65,18 @@ def _check_choices(plugin: Any, owner: str) -> None:
         "prior_mean": (plugin.prior_mean, ("zero", "initial")),
         "compute": (plugin.compute, ("32-true", "bf16-mixed")),
         "on_change": (plugin.on_change, ON_CHANGE),
+        "arithmetic": (plugin.arithmetic, ARITHMETICS),
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:
             hint = " fp16 would need a GradScaler, which a sampler cannot use." * (name == "compute")
             raise ValueError(f"{owner}: `{name}` must be one of {allowed}, got {value!r}.{hint}")
+    refusal = refusal_of_format(plugin.formats["activations"])
+    if plugin.arithmetic == "integer" and refusal is not None:
+        raise ValueError(
+            f"{owner}: arithmetic='integer' multiplies codes of activations, but {refusal}. Use "
+            "activations='bfp8' or 'fixed8.6', or arithmetic='auto'."
+        )
 
 
 def _check_schedule(schedule: Any, cycles: Any, owner: str) -> None:
@@ -101,6 +112,19 @@ def names_or_types(name: str, value: Any) -> tuple[str | type[Module], ...]:
             f"LowPrecisionSGLD: `{name}` must hold names of submodules (patterns) or module types, got {value!r}."
         )
     return several
+
+
+def refuse_unstepped(steps: int) -> None:
+    """Training steps in a row without a step of any sampler.
+
+    Raises:
+        RuntimeError: If they are so many that the sampler cannot be in use.
+    """
+    if steps >= _PATIENCE:
+        raise RuntimeError(
+            f"LowPrecisionSGLD: {steps} training steps ran, but the sampler was never stepped. With "
+            "manual optimization, step what `self.optimizers()` returns, not an optimizer kept elsewhere."
+        )
 
 
 def unwrapped(model: Module) -> pl.LightningModule:

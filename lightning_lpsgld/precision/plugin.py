@@ -15,13 +15,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from lightning_lpsgld.arithmetic import Arithmetic
 from lightning_lpsgld.casting import ActivationCasting, find_sites
 from lightning_lpsgld.distributed import GradientCompression
 from lightning_lpsgld.formats import FormatLike, NumberFormat, parse_format
 from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.precision.card import PosteriorCard, describe_sampler
 from lightning_lpsgld.precision.changes import OnChange
-from lightning_lpsgld.precision.checks import check_arguments, names_or_types, unwrapped
+from lightning_lpsgld.precision.checks import check_arguments, names_or_types, refuse_unstepped, unwrapped
+from lightning_lpsgld.precision.integers import IntegerForward
 from lightning_lpsgld.precision.late_check import SettleBeforeSaving, settle_at_end
 from lightning_lpsgld.precision.parts import frozen_modules
 from lightning_lpsgld.precision.presets import preset_options
@@ -35,9 +37,6 @@ from lightning_lpsgld.precision.weights import load_weights, refuse_lazy
 from lightning_lpsgld.samplers import SGLD, LangevinOptimizer, StepSize, VarianceReduced
 
 __all__ = ["LowPrecisionSGLD"]
-
-#: Training steps after which a module with manual optimization must have stepped the sampler at least once.
-_PATIENCE = 64
 
 
 class LowPrecisionSGLD(Precision):
@@ -85,6 +84,9 @@ class LowPrecisionSGLD(Precision):
             another temperature, weight decay, learning rate, seed, number of examples, schedule, format or sampler:
             ``"refuse"`` it, naming all; go on with those of the ``"checkpoint"``; or begin a ``"new"`` chain at its
             weights, whose samples get a label of their own. What an LR scheduler changes is no difference.
+        arithmetic: How layers multiply in the forward pass: ``"simulated"``: floats; ``"auto"``: codes, layer by layer,
+            where that is exact and faster here; ``"integer"``: codes in all but the first layer, or an error that names
+            the layer. Backward is in floats. See :attr:`layer_report`.
         compress_gradients: Under DDP, average gradients in 8 bits, unbiased, with a quarter of the traffic; see
             :class:`~lightning_lpsgld.distributed.GradientCompression`.
         sampled: What is sampled and rounded: patterns of ``fnmatch`` for names of parameters or of the modules that
@@ -142,6 +144,7 @@ class LowPrecisionSGLD(Precision):
         prior_std: float | dict[str, float] | None = None,
         cast_frozen: bool = False,
         start_from: str | os.PathLike[str] | None = None,
+        arithmetic: Arithmetic = "simulated",
     ) -> None:
         super().__init__()
         self.formats: dict[str, NumberFormat | None] = {
@@ -171,6 +174,7 @@ class LowPrecisionSGLD(Precision):
         self.prior_std = prior_std
         self.cast_frozen = cast_frozen
         self.start_from = start_from
+        self.arithmetic: Arithmetic = arithmetic
         self.compression: GradientCompression | None = None
         check_arguments(self)
         self.run: RunDescription | None = None
@@ -180,6 +184,7 @@ class LowPrecisionSGLD(Precision):
         self.samplers: list[LangevinOptimizer] = []
         self.casting: ActivationCasting | None = None
         self._resume = Resume()
+        self._integers = IntegerForward(arithmetic)
         self._run_seed: int | None = None
         self._casting_state: dict[str, Any] | None = None
         self._unstepped = 0
@@ -218,6 +223,7 @@ class LowPrecisionSGLD(Precision):
         if self.formats["activations"] is None and self.formats["errors"] is None:
             return module
         if self.casting is not None:
+            self._integers.close()
             self.casting.remove()
             self.casting = None
         frozen = [] if self.cast_frozen else frozen_modules(module)
@@ -238,7 +244,13 @@ class LowPrecisionSGLD(Precision):
         self.casting.attach()
         if self._casting_state is not None:
             self.casting.load_state_dict(self._casting_state)
+        self._integers.open(module)
         return module
+
+    @property
+    def layer_report(self) -> dict[str, str]:
+        """Layer -> ``"integer"``, or why its last product was simulated; empty with ``arithmetic="simulated"``."""
+        return self._integers.report()
 
     @contextlib.contextmanager
     def forward_context(self) -> Generator[None, None, None]:
@@ -249,6 +261,7 @@ class LowPrecisionSGLD(Precision):
                 device = next(iter(self._devices()), "cpu")
                 stack.enter_context(torch.autocast(device, dtype=torch.bfloat16))
             if self.casting is not None:
+                stack.enter_context(self._integers.running())
                 stack.enter_context(self.casting.forward_context())
             yield
 
@@ -258,11 +271,7 @@ class LowPrecisionSGLD(Precision):
     @contextlib.contextmanager
     def train_step_context(self) -> Generator[None, None, None]:
         """As :meth:`forward_context`; also notices training that never steps the sampler."""
-        if self._unstepped >= _PATIENCE:
-            raise RuntimeError(
-                f"LowPrecisionSGLD: {self._unstepped} training steps ran, but the sampler was never stepped. With "
-                "manual optimization, step what `self.optimizers()` returns, not an optimizer kept elsewhere."
-            )
+        refuse_unstepped(self._unstepped)
         with self.forward_context():
             yield
         stepped = not self.samplers or any(s.steps > 0 for s in self.samplers)
@@ -384,6 +393,7 @@ class LowPrecisionSGLD(Precision):
         self._resume.end()
         if self.casting is not None:
             self._casting_state = self.casting.state_dict()
+            self._integers.close()
             self.casting.remove()
             self.casting = None
         super().teardown()
