@@ -24,6 +24,7 @@ LEVELS = {
     "analysis": 2,
     "linear": 2,
     "casting": 2,
+    "arithmetic": 2,
     "distributed": 2,
     "samplers": 2,
     "bank": 2,

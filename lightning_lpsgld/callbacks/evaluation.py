@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torchmetrics import MetricCollection
 
+from lightning_lpsgld.arithmetic import Arithmetic, check_choice, summary
 from lightning_lpsgld.bank import BankError, SampleBank
 from lightning_lpsgld.callbacks.collector import SampleCollector
 from lightning_lpsgld.callbacks.passes import (
@@ -33,7 +34,6 @@ from lightning_lpsgld.predictive import (
     PosteriorPredictive,
     Regression,
     RunningPredictive,
-    SampleResult,
     SampleSource,
     Task,
     TaskName,
@@ -41,6 +41,7 @@ from lightning_lpsgld.predictive import (
     bayesian_model_average,
     default_metrics,
     diversity_verdict,
+    layer_arithmetic,
     regression_metrics,
 )
 
@@ -97,6 +98,10 @@ class EnsembleEvaluation(Callback):
             ``"multilabel"``, ``"regression"``, or a task with arguments of its own, such as
             :class:`~lightning_lpsgld.predictive.Regression`. ``"auto"``: what the first batch looks like.
         ignore_index: Target of points that do not count; ``None``: -100 for classes, nothing for numbers.
+        arithmetic: How layers multiply, of samples and of the network as it is now: ``"auto"``: codes, layer by layer,
+            where integer products are exact and faster; ``"integer"``: codes in every linear and convolution layer but
+            the first, or an error that names the layer; ``"simulated"``: floats (as far as the plugin's own
+            ``arithmetic`` leaves it). See :attr:`layers`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -127,7 +132,9 @@ class EnsembleEvaluation(Callback):
         max_samples: int | None = None,
         task: TaskName | Task = "auto",
         ignore_index: int | None = None,
+        arithmetic: Arithmetic = "auto",
     ) -> None:
+        check_choice("EnsembleEvaluation", arithmetic)
         self.stages = (stages,) if isinstance(stages, str) else tuple(stages)
         if not self.stages or not set(self.stages) <= {"validate", "test"}:
             raise ValueError(f"EnsembleEvaluation: `stages` must be among ('validate', 'test'), got {self.stages}.")
@@ -149,6 +156,9 @@ class EnsembleEvaluation(Callback):
         self.max_samples = max_samples
         self.task, self.ignore_index = task, ignore_index
         self._reader()  # refuses an unknown task
+        self.arithmetic: Arithmetic = arithmetic
+        #: Layer -> ``"integer"``, or why it was simulated; of the last evaluation, empty where all was simulated.
+        self.layers: dict[str, str] = {}
         #: One dict per dataloader and number of samples: ``dataloader_idx``, ``index``, ``size``, ``step``, ``chain``,
         #: and the scores as ``sample/...`` and ``ensemble/...``; of the last evaluation.
         self.curve: list[dict[str, Any]] = []
@@ -201,13 +211,18 @@ class EnsembleEvaluation(Callback):
             return
         self.curve, self.scores, self.reliability, self.verdicts = [], {}, [], []
         loaders = stage_loaders(trainer)
-        with untouched_random_state():  # dataloaders draw seeds: training must not depend on whether it is watched
+        integers = layer_arithmetic(pl_module, self.arithmetic)
+        # dataloaders draw seeds: training must not depend on whether it is watched
+        with untouched_random_state(), integers as layers:
             for number, (loader, limit) in enumerate(loaders):
                 suffix = f"/dataloader_idx_{number}" if len(loaders) > 1 else ""
                 scores = self._evaluate_loader(
                     trainer, pl_module, bank, self._watch(trainer, number, loader, limit), number
                 )
                 self.scores.update({name + suffix: value for name, value in scores.items()})
+        self.layers = {} if layers is None else layers.report()
+        if self.layers and trainer.state.fn != "fit":
+            rank_zero_info(f"EnsembleEvaluation: {summary(self.layers)}.")
         self._log(trainer, pl_module)
 
     def _evaluate_loader(
@@ -239,7 +254,7 @@ class EnsembleEvaluation(Callback):
     def _ensemble_scores(self, result: EnsembleResult, bank: Selection, number: int) -> Scores:
         if isinstance(result.predictive, PosteriorPredictive):
             self.reliability.append(_reliability(result.predictive, self.num_bins))
-        self.curve += [_point(r, k, bank, number) for k, r in enumerate(result.history, start=1)]
+        self.curve += [bank.point(r, k, number) for k, r in enumerate(result.history, start=1)]
         single = {name: _mean([r.sample[name] for r in result.history]) for name in result.scores}
         ensemble = result.scores | result.further_scores(self.num_bins)
         ensemble |= {"ambiguity": result.ambiguity, "size": float(len(bank))}
@@ -269,6 +284,7 @@ class EnsembleEvaluation(Callback):
             predictive=running,
             device=module.device,
             task=reader,
+            arithmetic="simulated",  # decided around all passes, in `_evaluate`
         )
 
     def _current(self, average: Any, step: int) -> tuple[Scores, EnsembleResult | None]:
@@ -376,15 +392,3 @@ def _reliability(predictive: PosteriorPredictive, num_bins: int) -> ReliabilityB
 
 def _mean(values: list[float]) -> float:
     return math.fsum(values) / len(values)
-
-
-def _point(result: SampleResult, size: int, bank: Selection, loader_index: int) -> dict[str, Any]:
-    point: dict[str, Any] = {
-        "dataloader_idx": loader_index,
-        "index": bank.indices[result.index],
-        "size": size,
-        "step": result.info.step,
-        "chain": result.info.chain,
-    }
-    point |= {f"sample/{name}": value for name, value in result.sample.items()}
-    return point | {f"ensemble/{name}": value for name, value in result.ensemble.items()}

@@ -38,6 +38,18 @@ class Selection:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def point(self, result: SampleResult, size: int, loader_index: int) -> dict[str, Any]:
+        """Scores of a sample, and of the ensemble of the first ``size``, as a row of a curve."""
+        point: dict[str, Any] = {
+            "dataloader_idx": loader_index,
+            "index": self.indices[result.index],
+            "size": size,
+            "step": result.info.step,
+            "chain": result.info.chain,
+        }
+        point |= {f"sample/{name}": value for name, value in result.sample.items()}
+        return point | {f"ensemble/{name}": value for name, value in result.ensemble.items()}
+
     def load_into(self, module: torch.nn.Module, index: int) -> None:
         """Write sample ``index`` of the selection into a module."""
         self.bank.load_into(module, self.indices[index])

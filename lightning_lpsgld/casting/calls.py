@@ -52,6 +52,7 @@ class ForwardCall:
         learning: Whether the places of the network's output are still to be found.
         replay: Whether this repeats an earlier call, during backward.
         reached: How often each site was reached.
+        inputs: Where in memory its arguments lie, if anyone asks for codes.
     """
 
     owner: str
@@ -63,6 +64,7 @@ class ForwardCall:
     learning: bool = False
     replay: bool = False
     reached: dict[str, int] = field(default_factory=dict)
+    inputs: frozenset[int] = frozenset()
 
     @property
     def draws(self) -> CallDraws:

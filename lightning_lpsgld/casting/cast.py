@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 
 import torch
@@ -19,6 +20,10 @@ from lightning_lpsgld.random import DrawKey, Role, stream_id
 __all__ = ["Caster", "is_castable"]
 
 
+#: How often the codes of a site are made before anyone has taken them.
+_OFFERS = 2
+
+
 def is_castable(x: Tensor) -> bool:
     """Whether there is anything to round in ``x``."""
     return x.is_floating_point() and not x.is_nested and not x.is_sparse and x.numel() > 0
@@ -34,15 +39,38 @@ class Caster:
 
     Attributes:
         book: Codes of the cast tensors that are alive.
-        carrying: Whether casts go by way of codes, which ``book`` then has.
+        carrying: Whether all casts go by way of codes, which ``book`` then has.
+        asked: How many have asked for codes; then the casts whose codes are taken carry them, and each at first.
+        taken: Sites whose codes were taken.
     """
 
     def __init__(self, activations: NumberFormat | None, errors: NumberFormat | None, backend: BackendName) -> None:
         self.activations, self.errors, self.backend = activations, errors, backend
         self.book = CodeBook()
         self.carrying = False
+        self.asked = 0
+        self.taken: set[str] = set()
+        self._offered: Counter[str] = Counter()
 
-    def round(self, x: Tensor, draws: CallDraws, index: int, signs: ReluSigns | None = None) -> Tensor:
+    def ask(self) -> None:
+        """Let casts carry codes, until :meth:`unask`."""
+        self.asked += 1
+
+    def unask(self) -> None:
+        """Take back one :meth:`ask`."""
+        self.asked -= 1
+        if self.asked == 0:
+            self.taken.clear()
+            self._offered.clear()
+            self.book.clear()
+
+    def _carries(self, site: str) -> bool:
+        if self.carrying or not self.asked:
+            return self.carrying
+        self._offered[site] += 1
+        return site in self.taken or self._offered[site] <= _OFFERS
+
+    def round(self, x: Tensor, draws: CallDraws, index: int, site: str = "", signs: ReluSigns | None = None) -> Tensor:
         """Cast number ``index`` of a call; ``signs`` belongs to the ReLU that gave ``x``."""
         error: Rounder | None = None
         if self.errors is not None and x.requires_grad and torch.is_grad_enabled():
@@ -50,14 +78,15 @@ class Caster:
         if self.activations is None:
             return cast_with(x, None, error)
         key = draws.activation_key(index) if draws.rounding == "stochastic" else None
-        if self.carrying:
-            return self._through_codes(x, draws.rounding, key, error, signs)
+        if self._carries(site):
+            return self._through_codes(x, draws.rounding, key, error, site, signs)
         activation = partial(quantize, fmt=self.activations, rounding=draws.rounding, key=key, backend=self.backend)
         return cast_with(x, activation, error)
 
     def _through_codes(
-        self, x: Tensor, rounding: Rounding, key: DrawKey | None, error: Rounder | None, signs: ReluSigns | None
-    ) -> Tensor:
+        self, x: Tensor, rounding: Rounding, key: DrawKey | None, error: Rounder | None, site: str,
+        signs: ReluSigns | None,
+    ) -> Tensor:  # fmt: skip
         """The same values by way of codes, which are registered."""
         made: list[Encoded | None] = []
 
@@ -69,6 +98,7 @@ class Caster:
         out = cast_with(x, activation, error)
         if made[0] is not None:
             codes = self.book.register(out, made[0])
+            codes.site = site
             if signs is not None:
                 signs.attach(codes, x.detach())
         return out

@@ -33,12 +33,13 @@ class Codes:
         flagged: Whether that is so.
         dtype: Of the tensor.
         tag: By which the tensor is recognised.
+        site: Where it was cast.
     """
 
-    __slots__ = ("_alive", "dtype", "encoded", "flagged", "tag")
+    __slots__ = ("_alive", "dtype", "encoded", "flagged", "site", "tag")
 
     def __init__(self, encoded: Encoded, out: Tensor) -> None:
-        self.encoded, self.dtype, self.tag = encoded, out.dtype, StorageTag(out)
+        self.encoded, self.dtype, self.tag, self.site = encoded, out.dtype, StorageTag(out), ""
         self.flagged = False
         self._alive: weakref.ref[Tensor] | None = None
 
@@ -47,6 +48,19 @@ class Codes:
         """The codes, without flags."""
         encoded = self.encoded
         return Encoded(encoded.codes.clamp(min=0), encoded.exponents, encoded.format) if self.flagged else encoded
+
+    def aligned(self, x: Tensor) -> Encoded | None:
+        """Codes in the shape of ``x``, the tensor or a view of it; ``None`` if the view mixes blocks."""
+        if self.tag.is_whole(x):
+            return self.plain
+        exponents, shift = self.encoded.exponents, x.storage_offset() - self.tag.offset
+        shared = exponents is None or exponents.ndim == 0
+        samples = x.ndim > 0 and (x.shape[0], x.stride(0)) == (self.tag.size[0], self.tag.stride[0])
+        codes = self.plain.codes
+        if not (shared or (samples and 0 <= shift < x.stride(0))) or codes.stride() != self.tag.stride or shift < 0:
+            return None
+        view = codes.as_strided(x.size(), x.stride(), codes.storage_offset() + shift)
+        return Encoded(view, exponents, self.encoded.format)
 
     def flag_zeros(self, raw: Tensor) -> None:
         """Send code 0 to -1 where ``raw`` is zero; the result of a ReLU has no negative codes of its own."""
@@ -93,7 +107,8 @@ class CodeBook:
         """Let ``x``, which holds the same values as the cast ``out``, carry the codes too."""
         codes = self._records.get(storage_pointer(out))
         if codes is not None and codes.tag.holds(out) and x.shape == out.shape and x.dtype == out.dtype:
-            self.register(x, codes.encoded).flagged = codes.flagged
+            twin = self.register(x, codes.encoded)
+            twin.flagged, twin.site = codes.flagged, codes.site
 
     def of(self, x: Tensor) -> Codes | None:
         """Codes of a cast tensor, or of the one that ``x`` is a view of (compare ``tag``); ``None`` if there are none.

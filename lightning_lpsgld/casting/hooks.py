@@ -14,7 +14,7 @@ from lightning_lpsgld.casting.calls import Scope
 from lightning_lpsgld.casting.functions import ACTIVATION_FUNCTIONS
 from lightning_lpsgld.casting.session import Session
 
-__all__ = ["EnterHook", "FunctionalMode", "LeaveHook", "add_hooks", "remove_hooks"]
+__all__ = ["EnterHook", "FunctionalMode", "LeaveHook", "add_hooks", "remove_hooks", "sessions_on"]
 
 
 class _Hook:
@@ -42,6 +42,12 @@ class LeaveHook(_Hook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Called by torch with the result of ``forward``, ``None`` if it raised."""
         return self.session.leave(self.name, self.scope, module, output)
+
+
+def sessions_on(root: nn.Module) -> list[Session]:
+    """The sessions whose hooks are on any submodule, in order."""
+    hooks: list[Any] = [hook for module in root.modules() for hook in module._forward_hooks.values()]
+    return list(dict.fromkeys(hook.session for hook in hooks if isinstance(hook, _Hook)))
 
 
 def add_hooks(module: nn.Module, session: Session, name: str, scope: Scope) -> None:

@@ -158,6 +158,10 @@ class OpenEnds:
         """Note that ``x`` was left uncast, and how it would be cast."""
         self._ends[storage_pointer(x)] = OpenEnd(StorageTag(x), cast)
 
+    def note(self, x: Tensor, value: Tensor) -> None:
+        """Note that ``x`` was left uncast although ``value``, its cast, is known."""
+        self.add(x, lambda: value)
+
     def find(self, x: Any) -> OpenEnd | None:
         """The end that ``x`` is, or is a view of."""
         if not self._ends or not is_tensor(x):

@@ -51,6 +51,7 @@ from lightning_lpsgld.casting.functions import SOFTMAX_FUNCTIONS, ActivationFunc
 from lightning_lpsgld.casting.graphs import GraphSide, is_running
 from lightning_lpsgld.casting.outputs import Held, OpenEnds, OutputTracker, Place, replace_tensors, tensors_in
 from lightning_lpsgld.casting.saved import ReluSigns, SavedCodes, saved_tensor_hooks
+from lightning_lpsgld.casting.storage import storage_pointer
 
 __all__ = ["Session"]
 
@@ -201,9 +202,12 @@ class Session:
             return None
         if not self.in_context:
             calls.entries.clear()
+            self.caster.book.clear()
         training = self._training(module)
         calls.call = calls.last = self._new_call(name, training, self.counter.open(training))
         calls.call.learning = (name, training) not in self.tracker.learned
+        if self.caster.asked:
+            calls.call.inputs = frozenset(storage_pointer(x) for x in tensors_in((args, kwargs)))
         if calls.call.learning and self.in_context and not calls.runs(""):
             warn_if_bypassed(self.root(), module)
         self.muted = True
@@ -262,13 +266,10 @@ class Session:
         if torch.compiler.is_compiling():
             self.graphs.note(call, self.functional_sites, self.packing)
         elif call.learning and output is not None:  # None: forward raised, so nothing was learned
-            output = self.tracker.finish(call.owner, call.training, output, self._note_end)
+            output = self.tracker.finish(call.owner, call.training, output, self.ends.note)
             self.graphs.expected[call.owner, call.training] = call.reached
         self.calls.call = None
         return output
-
-    def _note_end(self, uncast: Tensor, out: Tensor) -> None:
-        self.ends.add(uncast, lambda: out)
 
     # ---------------------------------------------------------------------------------------------------------- casts
 
@@ -295,7 +296,7 @@ class Session:
             return raw
         if tracing:
             return self.caster.node(raw, call.key, call.rounding, index)
-        out = self.caster.round(raw, call.draws, index, made.signs)
+        out = self.caster.round(raw, call.draws, index, site, made.signs)
         if call.learning:
             self.tracker.advance()
             self._hold(out, made, place)
@@ -347,7 +348,7 @@ class Session:
         # on a copy, because a ReLU keeps its result for backward and must not find it overwritten.
         out = self._cast(site, self._run(function, x.clone()))
         x.copy_(out)
-        if self.caster.carrying:
+        if self.caster.carrying or self.caster.asked:
             self.caster.book.alias(out, x)
         return x
 

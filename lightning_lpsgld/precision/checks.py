@@ -14,6 +14,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_lpsgld.arguments import require_flag, require_int, require_number, require_seed
+from lightning_lpsgld.arithmetic import ARITHMETICS, refusal_of_format
 from lightning_lpsgld.formats import FormatLike, check_dtype, parse_format
 from lightning_lpsgld.ops.dispatch import BACKENDS
 from lightning_lpsgld.precision.changes import ON_CHANGE
@@ -67,11 +68,18 @@ def _check_choices(plugin: Any, owner: str) -> None:
         "prior_mean": (plugin.prior_mean, ("zero", "initial")),
         "compute": (plugin.compute, ("32-true", "bf16-mixed")),
         "on_change": (plugin.on_change, ON_CHANGE),
+        "arithmetic": (plugin.arithmetic, ARITHMETICS),
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:
             hint = " fp16 would need a GradScaler, which a sampler cannot use." * (name == "compute")
             raise ValueError(f"{owner}: `{name}` must be one of {allowed}, got {value!r}.{hint}")
+    refusal = refusal_of_format(plugin.formats["activations"])
+    if plugin.arithmetic == "integer" and refusal is not None:
+        raise ValueError(
+            f"{owner}: arithmetic='integer' multiplies codes of activations, but {refusal}. Use "
+            "activations='bfp8' or 'fixed8.6', or arithmetic='auto'."
+        )
 
 
 def _check_schedule(schedule: Any, cycles: Any, owner: str) -> None:

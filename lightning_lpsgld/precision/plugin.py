@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from lightning_lpsgld.arithmetic import Arithmetic
 from lightning_lpsgld.casting import ActivationCasting, find_sites
 from lightning_lpsgld.distributed import GradientCompression
 from lightning_lpsgld.formats import FormatLike, NumberFormat, parse_format
@@ -22,6 +23,7 @@ from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.precision.card import PosteriorCard, describe_sampler
 from lightning_lpsgld.precision.changes import OnChange
 from lightning_lpsgld.precision.checks import check_arguments, names_or_types, refuse_averaging, unwrapped
+from lightning_lpsgld.precision.integers import IntegerForward
 from lightning_lpsgld.precision.late_check import SettleBeforeSaving, settle_at_end
 from lightning_lpsgld.precision.likelihood import likelihood_of, scaled
 from lightning_lpsgld.precision.parts import frozen_modules
@@ -78,12 +80,14 @@ class LowPrecisionSGLD(Precision):
             bit-identical. ``"full"``: as PyTorch does.
         compute: Dtype of the forward pass: ``"32-true"`` or ``"bf16-mixed"`` (autocast).
         check_replicas: Under DDP, compare a checksum of all weights over the ranks every that many steps (and seeds and
-            weights before the first), and stop a run whose replicas have forked; 0: never
-            (settings are compared all the same).
+            weights before the first), and stop a run whose replicas have forked; 0: never, settings all the same.
         on_change: What a fit does that resumes a checkpoint (``ckpt_path``) of a run with other settings, such as
             another temperature, weight decay, learning rate, seed, number of examples, schedule, format or sampler:
             ``"refuse"`` it, naming all; go on with those of the ``"checkpoint"``; or begin a ``"new"`` chain at its
             weights, whose samples get a label of their own. What an LR scheduler changes is no difference.
+        arithmetic: How layers multiply in the forward pass: ``"simulated"``: floats; ``"auto"``: codes, layer by layer,
+            where that is exact and faster here; ``"integer"``: codes in all but the first layer, or an error that names
+            the layer. Backward is in floats. See :attr:`layer_report`.
         compress_gradients: Under DDP, average gradients in 8 bits, unbiased, with a quarter of the traffic; see
             :class:`~lightning_lpsgld.distributed.GradientCompression`.
         sampled: What is sampled and rounded: patterns of ``fnmatch`` for names of parameters or of the modules that
@@ -145,14 +149,13 @@ class LowPrecisionSGLD(Precision):
         cast_frozen: bool = False,
         start_from: str | os.PathLike[str] | None = None,
         loss_scale: float | None = None,
+        arithmetic: Arithmetic = "simulated",
     ) -> None:
         super().__init__()
+        formats = {"weights": weights, "gradients": gradients, "activations": activations, "errors": errors}
         self.formats: dict[str, NumberFormat | None] = {
-            role: None if fmt is None else parse_format(fmt)
-            for role, fmt in {
-                "weights": weights, "gradients": gradients, "activations": activations, "errors": errors,
-            }.items()
-        }  # fmt: skip
+            role: None if fmt is None else parse_format(fmt) for role, fmt in formats.items()
+        }
         self.accumulator = accumulator
         self.variance_corrected = variance_corrected
         self.temperature = temperature
@@ -175,6 +178,7 @@ class LowPrecisionSGLD(Precision):
         self.cast_frozen = cast_frozen
         self.start_from = start_from
         self.loss_scale = loss_scale
+        self.arithmetic: Arithmetic = arithmetic
         self.compression: GradientCompression | None = None
         check_arguments(self)
         self.run: RunDescription | None = None
@@ -184,6 +188,7 @@ class LowPrecisionSGLD(Precision):
         self.samplers: list[LangevinOptimizer] = []
         self.casting: ActivationCasting | None = None
         self._resume = Resume()
+        self._integers = IntegerForward(arithmetic)
         self._run_seed: int | None = None
         self._casting_state: dict[str, Any] | None = None
         self._watched = WatchedModule()
@@ -224,6 +229,7 @@ class LowPrecisionSGLD(Precision):
         if self.formats["activations"] is None and self.formats["errors"] is None:
             return module
         if self.casting is not None:
+            self._integers.close()
             self.casting.remove()
             self.casting = None
         frozen = [] if self.cast_frozen else frozen_modules(module)
@@ -244,7 +250,13 @@ class LowPrecisionSGLD(Precision):
         self.casting.attach()
         if self._casting_state is not None:
             self.casting.load_state_dict(self._casting_state)
+        self._integers.open(module)
         return module
+
+    @property
+    def layer_report(self) -> dict[str, str]:
+        """Layer -> ``"integer"``, or why its last product was simulated; empty with ``arithmetic="simulated"``."""
+        return self._integers.report()
 
     @contextlib.contextmanager
     def forward_context(self) -> Generator[None, None, None]:
@@ -253,6 +265,7 @@ class LowPrecisionSGLD(Precision):
             stack.enter_context(super().forward_context())
             stack.enter_context(self._autocast())
             if self.casting is not None:
+                stack.enter_context(self._integers.running())
                 stack.enter_context(self.casting.forward_context())
             yield
 
@@ -297,9 +310,8 @@ class LowPrecisionSGLD(Precision):
             self.compression = compressed(model, run.chain_seed, self.samplers[0])
         self._late_check.attach(module)
         share = round_parameters(self.samplers)
-        self._likelihood = likelihood_of(
-            trainer, module, self.samplers, run, self.loss_scale, self.casting, self._autocast
-        )
+        watched = (trainer, module, self.samplers, run, self.loss_scale)
+        self._likelihood = likelihood_of(*watched, self.casting, self._autocast)
         self._describe(run, module, share)
         self._resume.begin(self.samplers, settings, scheduled=bool(lr_schedulers))
         if trainer.ckpt_path is None:
@@ -310,20 +322,14 @@ class LowPrecisionSGLD(Precision):
 
     def _describe(self, run: RunDescription, module: Module, share: float) -> PosteriorCard:
         casts = 0 if self.casting is None else len(self.casting.describe())
-        self.card = describe_sampler(
-            self.samplers[0], run, module, saturated=share, casts=casts, likelihood=self._likelihood
-        )
+        facts: Any = {"saturated": share, "casts": casts, "likelihood": self._likelihood}
+        self.card = describe_sampler(self.samplers[0], run, module, **facts)
         return self.card
 
     def _options(self) -> dict[str, Any]:
         """What is asked of every sampler; the rest follows from the run."""
-        return {
-            "temperature": self.temperature,
-            "accumulator": self.accumulator,
-            "variance_corrected": self.variance_corrected,
-            "backend": self.backend,
-            "prior_mean": self.prior_mean,
-        }
+        names = ("temperature", "accumulator", "variance_corrected", "backend", "prior_mean")
+        return {name: getattr(self, name) for name in names}
 
     def _resolve_seed(self, trainer: pl.Trainer | None) -> int:
         if self._run_seed is None:
@@ -337,14 +343,11 @@ class LowPrecisionSGLD(Precision):
         if self._guard is not None and isinstance(optimizer, LangevinOptimizer):
             self._guard.before_step(optimizer)
         if isinstance(optimizer, VarianceReduced):
+            after = functools.partial(self._after_closure, model, optimizer)
             value = variance_reduced_step(
-                optimizer,
-                model,
-                closure,
-                casting=self.casting,
-                step_context=self.train_step_context,
-                after_closure=functools.partial(self._after_closure, model, optimizer),
-            )
+                optimizer, model, closure,
+                casting=self.casting, step_context=self.train_step_context, after_closure=after,
+            )  # fmt: skip
         else:
             closure = scaled(closure, optimizer, model, self.loss_scale or 1.0)
             value = super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
@@ -357,12 +360,8 @@ class LowPrecisionSGLD(Precision):
     def state_dict(self) -> dict[str, Any]:
         """Seed and counters of the draws; the optimizer's state is saved by Lightning."""
         casting = self._casting_state if self.casting is None else self.casting.state_dict()
-        return {
-            "seed": self._run_seed,
-            "casting": casting,
-            "card": None if self.card is None else self.card.as_dict(),
-            "settings": self._resume.settings,
-        }
+        card = None if self.card is None else self.card.as_dict()
+        return {"seed": self._run_seed, "casting": casting, "card": card, "settings": self._resume.settings}
 
     @property
     def begins_new_chain(self) -> bool:
@@ -392,6 +391,7 @@ class LowPrecisionSGLD(Precision):
         self._resume.end()
         if self.casting is not None:
             self._casting_state = self.casting.state_dict()
+            self._integers.close()
             self.casting.remove()
             self.casting = None
         super().teardown()

@@ -11,6 +11,7 @@ from lightning_lpsgld.predictive.batch_norm import refresh_batch_norm
 from lightning_lpsgld.predictive.batches import default_inputs, default_logits, default_targets
 from lightning_lpsgld.predictive.conformal import class_scores, conformal_quantile, interval_scores, prediction_sets
 from lightning_lpsgld.predictive.ensemble import PosteriorPredictive, probabilities_of
+from lightning_lpsgld.predictive.integers import layer_arithmetic
 from lightning_lpsgld.predictive.learning_coefficient import LearningCoefficient, LocalLearningCoefficient
 from lightning_lpsgld.predictive.mixtures import MixturePredictive
 from lightning_lpsgld.predictive.outputs import GaussianOutput, read_output
@@ -59,6 +60,7 @@ __all__ = [
     "diversity_verdict",
     "further_scores",
     "interval_scores",
+    "layer_arithmetic",
     "prediction_sets",
     "probabilities_of",
     "read_output",

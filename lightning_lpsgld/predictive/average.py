@@ -10,9 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lightning_lpsgld.arithmetic import Arithmetic
 from lightning_lpsgld.bank import SampleInfo
 from lightning_lpsgld.predictive.batch_norm import refresh_batch_norm as refresh
 from lightning_lpsgld.predictive.batches import default_logits, default_targets, device_of, to_device
+from lightning_lpsgld.predictive.integers import layer_arithmetic
 from lightning_lpsgld.predictive.reading import TaskName, TaskReader
 from lightning_lpsgld.predictive.running import ChangedBatchesError, RunningPredictive
 from lightning_lpsgld.predictive.scoring import Metrics, Scorer, default_metrics, further_scores, regression_metrics
@@ -116,6 +118,7 @@ def bayesian_model_average(
     device: torch.device | str | None = None,
     task: TaskName | Task | TaskReader = "auto",
     ignore_index: int | None = None,
+    arithmetic: Arithmetic = "auto",
 ) -> EnsembleResult:
     r"""Average the predictions of all samples of a bank, one sample in memory at a time.
 
@@ -149,6 +152,8 @@ def bayesian_model_average(
             arguments such as :class:`~.tasks.Regression`; ``"auto"``: what the first batch looks like, see
             :func:`~.tasks.decide_task`. Pixels and tokens are points like others: results are flat.
         ignore_index: Target of what does not count; ``None``: -100.
+        arithmetic: How layers multiply where an :class:`~lightning_lpsgld.casting.ActivationCasting` is on the module:
+            see :func:`~lightning_lpsgld.predictive.layer_arithmetic`.
 
     Returns:
         Sums per test point and scores of every sample and of the growing ensemble.
@@ -158,6 +163,7 @@ def bayesian_model_average(
             task.
         NonFinitePredictionError: If a sample predicts NaN or infinite values.
         BankError: If the module is not the one that was sampled, or a file is damaged.
+        ArithmeticRefusal: With ``arithmetic="integer"``, naming a layer that cannot run in integers.
 
     Note:
         There is no generator form on purpose: an exception in the consumer's loop would keep the generator, and the
@@ -179,7 +185,7 @@ def bayesian_model_average(
     target = device_of(module) if device is None else device
     reader = task if isinstance(task, TaskReader) else TaskReader(task, ignore_index)
     average = _Average(reader, predictive, metrics)
-    with torch.no_grad(), swapped_weights(module):
+    with torch.no_grad(), swapped_weights(module), layer_arithmetic(module, arithmetic):
         for index, info in enumerate(bank.infos):
             bank.load_into(module, index)
             module.eval()

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from image_classification import resnet18
 
-from lightning_lpsgld import LowPrecisionSGLD, SampleBank
+from lightning_lpsgld import EnsembleEvaluation, LowPrecisionSGLD, SampleBank
 from lightning_lpsgld.ops import backend_report, quantize
 from lightning_lpsgld.random import DrawKey
 from lightning_lpsgld.samplers import SGLD
@@ -189,17 +189,85 @@ def training_bars(rounds: int = 3) -> None:
         "fp32": lambda: None,
         "bfp8": lambda: LowPrecisionSGLD(seed=0),
         "codes": lambda: LowPrecisionSGLD(seed=0, saved_activations="codes"),
+        "integers": lambda: LowPrecisionSGLD(seed=0, arithmetic="auto"),
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, make in runs.items():
             times[name] += training_seconds(make())
     middle = {name: statistics.median(values) for name, values in times.items()}
-    for name, bar in (("bfp8", 1.15), ("codes", 1.4)):
-        ratio = middle[name] / middle["fp32"]
-        what = "8 bits everywhere" if name == "bfp8" else "the same, saved_activations='codes'"
+    words = {
+        "bfp8": "8 bits everywhere",
+        "codes": "the same, saved_activations='codes'",
+        "integers": "the same, arithmetic='auto'",
+    }
+    for name, bar in (("bfp8", 1.15), ("codes", 1.4), ("integers", 1.05)):
+        ratio, what = middle[name] / middle["fp32"], words[name]
         detail = f"{1e3 * middle[name]:.0f} ms / {1e3 * middle['fp32']:.0f} ms"
         report(f"training step, ResNet-18, batch 64, {what} / fp32", ratio, f"<= {bar}", ratio <= bar, detail)
+
+
+class Evaluated(Images):
+    """The same with logits, for the ensemble."""
+
+    def forward(self, x):
+        """Logits."""
+        return self.net(x)
+
+    def test_step(self, batch, batch_idx):
+        """Nothing: the time is the ensemble's."""
+
+
+def evaluation_seconds(module: Evaluated, bank: SampleBank, loader: DataLoader, arithmetic: str) -> float:
+    """Seconds that ``trainer.test`` takes with an ensemble of the samples in a bank, all metrics on."""
+    trainer = L.Trainer(
+        plugins=[LowPrecisionSGLD(seed=0)], callbacks=[EnsembleEvaluation(bank, arithmetic=arithmetic)], logger=False,
+        accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    began = time.perf_counter()
+    trainer.test(module, loader, verbose=False)
+    return time.perf_counter() - began
+
+
+def ensemble_bars(rounds: int = 3, samples: int = 3, batches: int = 2) -> None:
+    """What one more sample of an ensemble costs in ``EnsembleEvaluation``, against a plain fp32 forward pass."""
+    torch.manual_seed(0)
+    module, banks = Evaluated(), {1: SampleBank(), 1 + samples: SampleBank()}
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(quantize(p, "bfp8", rounding="nearest"))
+    formats = {name: "bfp8" for name, _ in module.named_parameters()}
+    for bank, step in ((bank, step) for size, bank in banks.items() for step in range(size)):
+        bank.add(module, step=step, formats=formats)
+    data = TensorDataset(torch.randn(64 * batches, 3, 32, 32), torch.randint(0, 10, (64 * batches,)))
+    loader, plain = DataLoader(data, 64), resnet18(3, 10).eval()
+    times: dict[str, list[float]] = {name: [] for name in ("fp32", "simulated", "auto")}
+
+    def forward() -> None:
+        with torch.no_grad():
+            for batch in loader:
+                plain(batch[0])
+
+    for _ in range(rounds + 1):
+        began = time.perf_counter()
+        forward()
+        times["fp32"].append(time.perf_counter() - began)
+        for name in ("simulated", "auto"):
+            few, many = (evaluation_seconds(module, bank, loader, name) for bank in banks.values())
+            times[name].append((many - few) / samples)
+    middle = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first round fills caches
+    for name, bar in (("simulated", None), ("auto", ensemble_bar())):
+        ratio = middle[name] / middle["fp32"]
+        detail = f"{1e3 * middle[name] / batches:.0f} ms / {1e3 * middle['fp32'] / batches:.0f} ms a batch"
+        what = f"ensemble pass per sample, ResNet-18, batch 64, arithmetic='{name}' / plain fp32 forward"
+        report(what, ratio, "none" if bar is None else f"<= {bar}", bar is None or ratio <= bar, detail)
+
+
+def ensemble_bar() -> float:
+    """The bar of this kind of machine."""
+    if torch.cpu._is_amx_tile_supported():
+        return 0.30
+    return 0.50 if torch.cpu._is_vnni_supported() else 1.0
 
 
 def kept_bytes(net: nn.Module, x: torch.Tensor, y: torch.Tensor, context) -> tuple[int, list[torch.Tensor]]:
@@ -277,6 +345,7 @@ GROUPS = {
     "quantize": quantize_bars,
     "beyond": beyond_bars,
     "training": training_bars,
+    "ensemble": ensemble_bars,
     "memory": memory_bars,
     "import": import_bars,
 }

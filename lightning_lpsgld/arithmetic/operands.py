@@ -1,0 +1,77 @@
+"""From tensors to operands: integer codes and scales of a weight's rows and of an activation, where they are exact."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_lpsgld.arithmetic.products import PackedWeight
+from lightning_lpsgld.formats import BlockFloatingPoint, FixedPoint, NumberFormat
+from lightning_lpsgld.ops import Encoded, decode, encode
+from lightning_lpsgld.ops.exponents import power_of_two
+
+__all__ = ["WeightCodes", "activation_scales", "refusal_of_format"]
+
+_ROWS = BlockFloatingPoint(8)
+
+
+def refusal_of_format(fmt: NumberFormat | None) -> str | None:
+    """Why activations of a format cannot be multiplied as integers; ``None`` if they can."""
+    if fmt is None:
+        return "activations are not rounded"
+    if isinstance(fmt, FixedPoint) and fmt.bits <= 8:
+        return None
+    if isinstance(fmt, BlockFloatingPoint) and fmt.bits <= 8 and fmt.block_size is None and fmt.block_dim in (None, 0):
+        return None
+    if isinstance(fmt, (FixedPoint, BlockFloatingPoint)) and fmt.bits > 8:
+        return f"codes of {fmt} have more than 8 bits"
+    if isinstance(fmt, BlockFloatingPoint):
+        return f"blocks of {fmt} do not span a whole sample"
+    return f"codes of {fmt} are not integers"
+
+
+def activation_scales(encoded: Encoded, ndim: int) -> Tensor | float:
+    """Gap of an activation: a power of two, or one per sample, shaped to multiply a tensor of ``ndim`` dims."""
+    fmt = encoded.format
+    if isinstance(fmt, FixedPoint):
+        return float(fmt.gap)
+    assert isinstance(fmt, BlockFloatingPoint)
+    assert encoded.exponents is not None
+    gaps = power_of_two(encoded.exponents.long() + (2 - fmt.word_length)).float()
+    return gaps if gaps.ndim == 0 else gaps.view(-1, *[1] * (ndim - 1))
+
+
+class WeightCodes:
+    """Packed weights, kept as long as a weight does not change.
+
+    A weight has codes if every row is integers of at most 8 bits times a power of two; that is looked up in its values,
+    whatever format they were rounded to, once per change: once per posterior sample, not once per batch.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[int, int, PackedWeight | None]] = {}
+
+    def of(self, weight: Tensor, *, keep: bool) -> PackedWeight | None:
+        """Codes of a weight, shape ``(out, ...)``, kept for the next call if asked; ``None`` if it has none."""
+        if not keep:
+            return _rows_of(weight.detach())
+        version = 0 if weight.is_inference() else weight._version
+        known = self._known.get(id(weight))
+        if known is None or known[:2] != (version, weight.data_ptr()):
+            known = self._known[id(weight)] = (version, weight.data_ptr(), _rows_of(weight.detach()))
+        return known[2]
+
+    def clear(self) -> None:
+        """Let go of all."""
+        self._known.clear()
+
+
+def _rows_of(weight: Tensor) -> PackedWeight | None:
+    if weight.numel() == 0 or weight.dtype != torch.float32 or not bool(weight.isfinite().all()):
+        return None
+    dense = weight.contiguous()
+    encoded = encode(dense, _ROWS, rounding="nearest")
+    if not torch.equal(decode(encoded), dense):
+        return None
+    assert encoded.exponents is not None
+    return PackedWeight(encoded.codes, power_of_two(encoded.exponents.long() + (2 - _ROWS.word_length)).float())
