@@ -41,8 +41,8 @@ class _Views(nn.Module):
 
 
 NETWORKS = {
-    # 16 channels: oneDNN's backward of a strided 1 x 1 convolution writes past its workspace where a channels-last input
-    # has fewer channels than a vector block (oneDNN issue 6035), and ends the process, with or without this package.
+    # 16 channels: oneDNN's backward of a strided 1 x 1 convolution writes past its workspace where a channels-last
+    # input has fewer channels than a vector block (oneDNN issue 6035), and ends the process, with or without us.
     "resnet": (lambda: SmallResNet(16), (2, 3, 32, 32)),
     "mobilenet": (
         lambda: torchvision.models.mobilenet_v3_small(num_classes=3, dropout=0.0, width_mult=0.25),
