@@ -16,6 +16,9 @@ from lightning_lpsgld.samplers import SGLD
 
 __all__ = ["LearningCoefficient", "LocalLearningCoefficient"]
 
+#: Options of the sampler that follow from the arguments.
+_DECIDED = frozenset({"lr", "num_data", "temperature", "weight_decay", "prior_mean", "seed"})
+
 
 @dataclass(frozen=True)
 class LearningCoefficient:
@@ -52,7 +55,7 @@ class LocalLearningCoefficient:
 
     by SGLD of step :math:`\epsilon`, :math:`w \leftarrow w - \tfrac\epsilon2(n\beta\nabla L + \gamma(w - w^*)) +
     \mathcal N(0, \epsilon)`, which is the samplers' step with ``lr`` :math:`= \epsilon n\beta/2`, temperature over
-    ``num_data`` :math:`= 1/(n\beta)` and weight decay :math:`\gamma/(n\beta)` towards the initial weights. L is the
+    ``num_data`` :math:`= 1/(n\beta)` and weight decay :math:`\gamma/(n\beta)` with ``prior_mean="initial"``. L is the
     mean loss (a negative log likelihood per example); each draw's loss and that of :math:`w^*` are taken on the same
     batch. A regular model of d parameters has d/2, a degenerate one less.
 
@@ -71,16 +74,23 @@ class LocalLearningCoefficient:
             fine as the distribution is wide.
 
     Raises:
+        TypeError: If ``options`` hold what follows from the arguments.
         ValueError: If an argument is out of range.
+
+    Note:
+        devinterp's ``SGLD(lr=step, nbeta=nbeta, localization=gamma)`` makes the same step, and its coefficient is the
+        same difference of means with the initial loss averaged over batches of its own; taking both losses on one batch
+        leaves the expectation and removes the noise of the batch. Its default of ``nbeta`` is m / ln m with the *batch*
+        size m, the one here n / ln n.
 
     Example:
         >>> import torch
-        >>> module = torch.nn.Linear(1, 1, bias=False)
+        >>> module = torch.nn.Linear(1, 50, bias=False)
         >>> _ = torch.nn.init.zeros_(module.weight)
-        >>> batch = (torch.ones(8, 1), torch.zeros(8, 1))
-        >>> estimate = LocalLearningCoefficient(2000, gamma=1.0, nbeta=100.0, step=2e-3, chains=4, burn_in=200)
-        >>> found = estimate(module, lambda m, b: 0.5 * (m(b[0]) - b[1]).square().mean(), [batch])
-        >>> 0.4 < found.value < 0.6
+        >>> batch = (torch.ones(8, 1), torch.zeros(8, 50))
+        >>> estimate = LocalLearningCoefficient(200, gamma=1.0, nbeta=100.0, step=2e-3, chains=2, burn_in=50)
+        >>> found = estimate(module, lambda m, b: 0.5 * (m(b[0]) - b[1]).square().sum(1).mean(), [batch])
+        >>> 22.5 < found.value < 27.5  # 50 parameters, all of which count
         True
 
     Reference:
@@ -108,6 +118,11 @@ class LocalLearningCoefficient:
         for name, size in sizes.items():
             if not 0.0 <= size < math.inf or (size == 0.0 and name != "gamma"):
                 raise ValueError(f"LocalLearningCoefficient: `{name}` must be positive and finite, got {size!r}.")
+        if decided := sorted(_DECIDED & options.keys()):
+            raise TypeError(
+                f"LocalLearningCoefficient: `{decided[0]}` of the sampler follows from `step`, `nbeta`, `gamma` and "
+                "`seed`; leave it out."
+            )
         self.num_draws, self.gamma, self.nbeta, self.step = num_draws, gamma, nbeta, step
         self.burn_in, self.every, self.chains, self.seed = burn_in, every, chains, seed
         self.options = options
@@ -170,12 +185,14 @@ class LocalLearningCoefficient:
         params: list[Tensor] = [param for param in module.parameters() if param.requires_grad]
         initial = [param.detach().clone() for param in params]
         optimizer = SGLD(
-            params, self.step * nbeta / 2, num_data=1, temperature=1.0 / nbeta, seed=seed, **self.options
+            params, self.step * nbeta / 2, num_data=1, temperature=1.0 / nbeta, weight_decay=self.gamma / nbeta,
+            prior_mean="initial", seed=seed, **self.options,
         )  # fmt: skip
+        optimizer.round_parameters_()  # takes the initial weights up for the centre of the pull, before it rounds them
         device, found = device_of(module), []
         for number in range(1, self.burn_in + self.num_draws * self.every + 1):
             batch = to_device(next(batches), device)
-            _localized_gradient(module, loss, batch, params, initial, self.gamma / nbeta)
+            _take_gradient(module, loss, batch, params)
             optimizer.step()
             if number > self.burn_in and (number - self.burn_in) % self.every == 0:
                 found.append(_excess(module, loss, batch, params, initial))
@@ -192,21 +209,16 @@ def _forever(batches: Iterable[Any]) -> Iterator[Any]:
             raise ValueError("LocalLearningCoefficient: there is no batch; pass some that can be iterated repeatedly.")
 
 
-def _localized_gradient(
-    module: nn.Module,
-    loss: Callable[[nn.Module, Any], Tensor],
-    batch: Any,
-    params: list[Tensor],
-    initial: list[Tensor],
-    pull: float,
+def _take_gradient(
+    module: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch: Any, params: list[Tensor]
 ) -> None:
-    """Gradient of the loss plus the pull to the initial weights, into ``grad``."""
+    """Gradient of the loss; zeros where it depends on none of a parameter, which is pulled and shaken all the same."""
     for param in params:
         param.grad = None
     loss(module, batch).backward()
-    for param, start in zip(params, initial):
-        gradient = torch.zeros_like(param) if param.grad is None else param.grad
-        param.grad = gradient + pull * (param.detach() - start)
+    for param in params:
+        if param.grad is None:
+            param.grad = torch.zeros_like(param)
 
 
 @torch.no_grad()

@@ -97,10 +97,28 @@ def test_a_singular_model_has_less(potential):
     assert abs(found - exact) <= bound
 
 
-def test_a_step_is_that_of_the_definition():
-    """w - eps/2 (nbeta grad L + gamma (w - w0)) + N(0, eps): drift with the noise of a run at zero drift taken off."""
-    nbeta, gamma, step = 50.0, 7.0, 1e-3
-    seen, module = [], Copies(quadratic, 3, 500)
+def formula(weight, gradient, initial, nbeta, gamma, step):
+    """Drift of devinterp's SGLD, written out: dw = nbeta grad + localization (w - w0); w -= lr / 2 dw."""
+    return weight - 0.5 * step * (nbeta * gradient + gamma * (weight - initial))
+
+
+def package(weight, gradient, initial, nbeta, gamma, step):
+    """The same by the package itself, its noise turned off."""
+    optim = pytest.importorskip("devinterp.optim.sgld")
+    param = nn.Parameter(initial.clone())
+    opt = optim.SGLD([param], lr=step, noise_level=0.0, localization=gamma, nbeta=nbeta)
+    param.data.copy_(weight)
+    param.grad = gradient
+    opt.step()
+    return param.detach()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Warning")
+@pytest.mark.parametrize("drift", [formula, package])
+def test_chain_and_estimate_are_devinterps(drift):
+    """A chain by devinterp's step with the very noise of ours: its states, and nbeta (mean loss - initial loss)."""
+    nbeta, gamma, step, draws = 50.0, 7.0, 1e-3, 6
+    curvature, seen, module = torch.tensor([1.0, 0.5, 2.0]), [], Copies(quadratic, 3, 500)
     with torch.no_grad():
         module.w.fill_(0.5)
 
@@ -108,21 +126,51 @@ def test_a_step_is_that_of_the_definition():
         seen.append(m.w.detach().clone())
         return m(batch)
 
-    LocalLearningCoefficient(2, gamma, nbeta, step=step, burn_in=0, chains=1, seed=3)(module, loss, [None])
-    at = [seen[0], seen[3]]  # calls: gradient, draw, initial; gradient ...
+    found = LocalLearningCoefficient(draws, gamma, nbeta, step=step, burn_in=0, chains=1, seed=3)(module, loss, [None])
+    states = [seen[0], *seen[1::3]]  # calls: gradient, draw, initial; gradient ...
     still = nn.Parameter(torch.zeros(500, 3))
     plain = SGLD([still], step * nbeta / 2, num_data=1, temperature=1 / nbeta, seed=3)
-    for number in range(2):
+    mine = initial = states[0]
+    losses = []
+    for number in range(draws):
         before = still.detach().clone()
         still.grad = torch.zeros_like(still)
         plain.step()
         noise = still.detach() - before
-        gradient = at[number] * torch.tensor([1.0, 0.5, 2.0])
-        expected = at[number] - step / 2 * (nbeta * gradient + gamma * (at[number] - 0.5)) + noise
-        after = seen[1 + 3 * number]
-        torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-6)
         assert noise.double().var().item() == pytest.approx(step, rel=6 * math.sqrt(2 / 1500))
-    assert torch.equal(seen[2], at[0])
+        mine = drift(mine, mine * curvature, initial, nbeta, gamma, step) + noise
+        torch.testing.assert_close(states[number + 1], mine, rtol=1e-5, atol=1e-6)
+        losses.append(quadratic(mine).sum().item())
+    estimate = nbeta * (sum(losses) / draws - quadratic(initial).sum().item())
+    assert found.value == pytest.approx(estimate, rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulator": "full"}, {"variance_corrected": False}])
+def test_the_pull_is_that_of_weight_decay_to_the_initial_weights(options):
+    """In 8 bits, bit for bit: the chain is SGLD's with prior_mean="initial", whatever else it is given."""
+    torch.manual_seed(0)
+    nbeta, gamma, step = 50.0, 7.0, 1e-3
+    formats = {"weight_format": "bfp8", "gradient_format": "bfp8", **options}
+    module, seen = Copies(quadratic, 3, 40), []
+    nn.init.normal_(module.w)
+    param = nn.Parameter(module.w.detach().clone())
+
+    def loss(m, batch):
+        seen.append(m.w.detach().clone())
+        return m(batch)
+
+    LocalLearningCoefficient(5, gamma, nbeta, step=step, burn_in=0, chains=1, seed=3, **formats)(module, loss, [None])
+    opt = SGLD(
+        [param], step * nbeta / 2, num_data=1, temperature=1 / nbeta, weight_decay=gamma / nbeta, prior_mean="initial",
+        seed=3, **formats,
+    )  # fmt: skip
+    opt.round_parameters_()
+    for number in range(5):
+        assert torch.equal(seen[3 * number], param.detach())
+        param.grad = param.detach() * torch.tensor([1.0, 0.5, 2.0])
+        opt.step()
+        assert torch.equal(seen[3 * number + 1], param.detach())
+        assert torch.equal(seen[3 * number + 2], module.w.detach()), "the loss at w* is of the unrounded weights"
 
 
 def test_the_module_is_as_before_and_chains_differ():
@@ -155,6 +203,11 @@ def test_the_module_is_as_before_and_chains_differ():
 def test_wrong_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         LocalLearningCoefficient(**options)
+
+
+def test_what_follows_from_the_arguments_is_not_taken_twice():
+    with pytest.raises(TypeError, match="`weight_decay` of the sampler follows from `step`"):
+        LocalLearningCoefficient(weight_decay=0.1)
 
 
 def test_what_is_missing_is_named():
