@@ -175,6 +175,7 @@ def describe_sampler(
     saturated: float,
     casts: int,
     likelihood: str = "",
+    prior_file: str | None = None,
 ) -> PosteriorCard:
     """Make the card of a sampler whose parameters are already on the grid.
 
@@ -185,6 +186,7 @@ def describe_sampler(
         saturated: Share of initial weights outside the range of their format, counted before they were rounded.
         casts: Number of activation sites.
         likelihood: Line about the likelihood that is assumed.
+        prior_file: File whose weights the prior is centred at, if it is neither zero nor the initial weights.
 
     Returns:
         The card.
@@ -226,7 +228,7 @@ def describe_sampler(
         sampled=_elements(module, run.parts.sampled),
         trained=_elements(module, run.parts.trained),
         frozen=_elements(module, run.parts.frozen),
-        prior_mean=sampler.prior_mean,
+        prior_mean=sampler.prior_mean if prior_file is None else f"weights of {prior_file}",
         data_note=run.data_note if sampler.num_data == run.num_data else "of the sampler",
         likelihood=likelihood,
     )

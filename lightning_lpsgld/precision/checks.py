@@ -18,6 +18,7 @@ from lightning_lpsgld.arithmetic import ARITHMETICS, refusal_of_format
 from lightning_lpsgld.formats import FormatLike, check_dtype, parse_format
 from lightning_lpsgld.ops.dispatch import BACKENDS
 from lightning_lpsgld.precision.changes import ON_CHANGE
+from lightning_lpsgld.precision.prior import names_a_file
 from lightning_lpsgld.samplers import LangevinOptimizer
 from lightning_lpsgld.samplers.grid import GridSampler
 from lightning_lpsgld.samplers.step_size import checked_schedule
@@ -30,6 +31,12 @@ __all__ = [
 _AVERAGING = tuple(
     vars(pl_callbacks)[name] for name in ("StochasticWeightAveraging", "WeightAveraging") if name in vars(pl_callbacks)
 )
+
+
+_HINTS = {
+    "compute": " fp16 would need a GradScaler, which a sampler cannot use.",
+    "prior_mean": " A file of weights is named with its suffix, e.g. 'runs/last.ckpt'.",
+}
 
 
 def check_arguments(plugin: Any) -> None:
@@ -65,14 +72,14 @@ def _check_choices(plugin: Any, owner: str) -> None:
         "accumulator": (plugin.accumulator, ("low", "full")),
         "backend": (plugin.backend, ("auto", *BACKENDS)),
         "saved_activations": (plugin.saved_activations, ("full", "codes")),
-        "prior_mean": (plugin.prior_mean, ("zero", "initial")),
+        **({} if names_a_file(plugin.prior_mean) else {"prior_mean": (plugin.prior_mean, ("zero", "initial"))}),
         "compute": (plugin.compute, ("32-true", "bf16-mixed")),
         "on_change": (plugin.on_change, ON_CHANGE),
         "arithmetic": (plugin.arithmetic, ARITHMETICS),
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:
-            hint = " fp16 would need a GradScaler, which a sampler cannot use." * (name == "compute")
+            hint = _HINTS.get(name, "")
             raise ValueError(f"{owner}: `{name}` must be one of {allowed}, got {value!r}.{hint}")
     refusal = refusal_of_format(plugin.formats["activations"])
     if plugin.arithmetic == "integer" and refusal is not None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_lpsgld.casting import matching_modules
 
-__all__ = ["ParameterRule", "Parts", "frozen_modules", "matching_parameters", "parts_of", "prior_stds"]
+__all__ = ["ParameterRule", "Parts", "frozen_modules", "matching_parameters", "parts_of"]
 
 #: A pattern of ``fnmatch`` for the name of a parameter or of a module that holds it, or a type of modules.
 ParameterRule = str | type[Module]
@@ -121,22 +120,6 @@ def parts_of(
         chosen=chosen,
         exempt=tuple(name for name, p in named.items() if id(p) in excluded),
     )
-
-
-def prior_stds(module: Module, prior_std: float | Mapping[str, float] | None) -> dict[Tensor, float]:
-    """Standard deviation of the prior of every parameter that one is given for; the first pattern that matches counts.
-
-    Raises:
-        ValueError: If a pattern matches nothing.
-    """
-    if prior_std is None:
-        return {}
-    patterns = prior_std if isinstance(prior_std, Mapping) else {"*": prior_std}
-    found: dict[Tensor, float] = {}
-    for pattern, value in patterns.items():
-        for name in matching_parameters(module, [pattern], "prior_std"):
-            found.setdefault(module.get_parameter(name), float(value))
-    return found
 
 
 def frozen_modules(module: Module) -> list[str]:

@@ -28,6 +28,7 @@ from lightning_lpsgld.precision.late_check import SettleBeforeSaving, settle_at_
 from lightning_lpsgld.precision.likelihood import likelihood_of, scaled
 from lightning_lpsgld.precision.parts import frozen_modules
 from lightning_lpsgld.precision.presets import preset_options
+from lightning_lpsgld.precision.prior import Prior, PriorMean
 from lightning_lpsgld.precision.replicas import ReplicaGuard, compressed
 from lightning_lpsgld.precision.resume import Resume, run_settings
 from lightning_lpsgld.precision.run import RunDescription, describe_run
@@ -93,8 +94,8 @@ class LowPrecisionSGLD(Precision):
         sampled: What is sampled and rounded: patterns of ``fnmatch`` for names of parameters or of the modules that
             hold them, and types of modules, e.g. ``("head.*", nn.LayerNorm, "*lora*")``. The other trainable parameters
             stay with the user's own optimizer, its state and its schedulers. ``None``: all.
-        prior_mean: Where weight decay pulls to: ``"zero"``, or ``"initial"``, the weights that training begins with
-            (L2-SP, Bayesian fine-tuning); saved with the optimizer's state.
+        prior_mean: Where weight decay pulls to: ``"zero"``, ``"initial"``, the weights that training begins with
+            (L2-SP, Bayesian fine-tuning), or the file of a checkpoint; saved with the optimizer's state.
         prior_std: Standard deviation s of the Gaussian prior of each sampled weight at T = 1, another way to say weight
             decay 1/(N s^2), instead of the optimizer's. By name: ``{"head.*": 1.0, "*": 0.1}``, the first pattern that
             matches counts; parameters that none matches keep their group's weight decay.
@@ -144,7 +145,7 @@ class LowPrecisionSGLD(Precision):
         compress_gradients: bool = False,
         on_change: OnChange = "refuse",
         sampled: Sequence[str | type[Module]] | None = None,
-        prior_mean: Literal["zero", "initial"] = "zero",
+        prior_mean: PriorMean = "zero",
         prior_std: float | dict[str, float] | None = None,
         cast_frozen: bool = False,
         start_from: str | os.PathLike[str] | None = None,
@@ -300,7 +301,8 @@ class LowPrecisionSGLD(Precision):
         self._guard = ReplicaGuard(self.check_replicas, run, settings)
         self._watched.restart()
         done = [sampler.steps for sampler in self.samplers] if trainer.global_step > 0 else []
-        connected = take_over(optimizers, module, run, self.sampler, self._options(), self.prior_std)
+        prior = Prior(self.prior_mean, self.prior_std, required=trainer.ckpt_path is None or self.on_change == "new")
+        connected = take_over(optimizers, module, run, self.sampler, self._options(), prior)
         self.samplers = [optimizer for optimizer in connected if isinstance(optimizer, LangevinOptimizer)]
         refuse_averaging(trainer, self.samplers)
         for sampler, steps in zip(self.samplers, done):  # a second `fit` goes on: no draw is made twice
@@ -323,12 +325,12 @@ class LowPrecisionSGLD(Precision):
     def _describe(self, run: RunDescription, module: Module, share: float) -> PosteriorCard:
         casts = 0 if self.casting is None else len(self.casting.describe())
         facts: Any = {"saturated": share, "casts": casts, "likelihood": self._likelihood}
-        self.card = describe_sampler(self.samplers[0], run, module, **facts)
+        self.card = describe_sampler(self.samplers[0], run, module, prior_file=Prior(self.prior_mean).file, **facts)
         return self.card
 
     def _options(self) -> dict[str, Any]:
         """What is asked of every sampler; the rest follows from the run."""
-        names = ("temperature", "accumulator", "variance_corrected", "backend", "prior_mean")
+        names = ("temperature", "accumulator", "variance_corrected", "backend")
         return {name: getattr(self, name) for name in names}
 
     def _resolve_seed(self, trainer: pl.Trainer | None) -> int:

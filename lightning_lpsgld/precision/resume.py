@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_lpsgld.precision.changes import Change, OnChange, changes_between, listed, settle_changes
+from lightning_lpsgld.precision.prior import Prior
 from lightning_lpsgld.precision.run import RunDescription
 from lightning_lpsgld.samplers import LangevinOptimizer
 
@@ -38,13 +39,14 @@ def run_settings(run: RunDescription, plugin: Any) -> dict[str, Any]:
 
     Args:
         run: The run.
-        plugin: Its arguments ``sites``, ``compute``, ``compress_gradients`` and ``loss_scale``.
+        plugin: Its arguments ``sites``, ``prior_mean``, ``compute``, ``compress_gradients`` and ``loss_scale``.
     """
     sites = None if plugin.sites is None else tuple(s if isinstance(s, str) else s.__qualname__ for s in plugin.sites)
     return {
         **{role: None if run.formats[role] is None else str(run.formats[role]) for role in ("activations", "errors")},
         "sites": sites,
         "sampled": run.parts.sampled,
+        "prior_centre": Prior(plugin.prior_mean).centre,
         "exempt": run.parts.exempt,
         "compute": plugin.compute,
         "compress_gradients": plugin.compress_gradients,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_lpsgld.precision.checks import refuse_wide_formats
-from lightning_lpsgld.precision.parts import prior_stds
+from lightning_lpsgld.precision.prior import Prior
 from lightning_lpsgld.precision.run import RunDescription
 from lightning_lpsgld.precision.variance_reduction import check_variance_reduced
 from lightning_lpsgld.random import derive_seed
@@ -28,7 +28,7 @@ def take_over(
     run: RunDescription,
     sampler: Callable[..., LangevinOptimizer],
     options: Mapping[str, Any],
-    prior_std: float | Mapping[str, float] | None = None,
+    prior: Prior,
 ) -> list[Optimizer]:
     """Make a sampler of every optimizer that holds something to sample.
 
@@ -41,7 +41,7 @@ def take_over(
         run: The run.
         sampler: Class of the samplers, or a partial of one, whose keywords win.
         options: What is asked of a sampler beside what follows from the run.
-        prior_std: Of all parameters, or of those whose names match a pattern; instead of their weight decay.
+        prior: What is asked of it beside the optimizers' weight decay.
 
     Returns:
         A sampler for each optimizer, or the optimizer itself where nothing of it is sampled.
@@ -59,23 +59,22 @@ def take_over(
         "gradient_format": run.formats["gradients"],
         "schedule": run.schedule,
         "full_precision": [module.get_parameter(name) for name in run.parts.exempt if rounded],
+        "prior_mean": prior.mode,
         **options,
     }
     if isinstance(factory, functools.partial):
         factory, asked = factory.func, {**asked, **factory.keywords}
-    stds = prior_stds(module, prior_std)
-    chosen: list[Tensor] = [module.get_parameter(name) for name in run.parts.chosen]
-    sampled = {p: 1.0 / (run.num_data * stds[p] ** 2) if p in stds else None for p in chosen}
+    sampled = prior.decays(module, run.parts.chosen, run.num_data)
     connected: list[Optimizer] = []
     for number, optimizer in enumerate(optimizers):
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         made: Optimizer
         if isinstance(inner, LangevinOptimizer):
-            if run.parts.trained or prior_std is not None:
+            if run.parts.trained or prior.asks:
                 raise RuntimeError(
                     f"{type(module).__name__}.configure_optimizers returned a {type(inner).__name__}, which samples "
-                    "what it was given; `sampled` and `prior_std` choose from a torch optimizer. Return one, or give "
-                    "the sampler its parameters and weight decay yourself."
+                    "what it was given; `sampled`, `prior_mean` and `prior_std` say how samplers are made of a torch "
+                    "optimizer. Return one, or give the sampler its parameters, weight decay and `prior_mean` yourself."
                 )
             for group in inner.param_groups:
                 group["seed"] = run.topology.seed_of(group["seed"])
@@ -89,6 +88,7 @@ def take_over(
             _refuse_mixed_chains(made, run)
             check_variance_reduced(made, module, run.accumulate)
         connected.append(made)
+    prior.take_up(connected, module, run.parts.chosen)
     return connected
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
-__all__ = ["load_weights", "refuse_lazy"]
+__all__ = ["load_weights", "read_parameters", "refuse_lazy"]
 
 #: Where files keep a ``state_dict`` beside other things.
 _ENTRIES = ("state_dict", "model_state_dict", "model")
@@ -33,10 +33,8 @@ def load_weights(module: Module, path: str | os.PathLike[str]) -> str:
         FileNotFoundError: If there is no file.
         ValueError: If its tensors are not the module's; the message names some that are missing or unexpected.
     """
-    content = _read(path)
-    entry = next((name for name in _ENTRIES if isinstance(content.get(name), Mapping)), None)
-    found = content if entry is None else content[entry]
-    weights = {_unwrapped(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    content = _read(path, "start_from")
+    weights = _tensors(content)
     wanted = module.state_dict()
     prefixes = ["", *(f"{name}." for name, _ in module.named_children())]
     prefix = next((p for p in prefixes if {p + name for name in weights} == set(wanted)), "")
@@ -55,7 +53,51 @@ def load_weights(module: Module, path: str | os.PathLike[str]) -> str:
     return f"weights of {os.fspath(path)}{steps}{dropped}"
 
 
-def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+def read_parameters(
+    module: Module, names: Sequence[str], path: str | os.PathLike[str], argument: str
+) -> dict[str, Tensor]:
+    """Tensors of a checkpoint for some parameters of a module; what else it holds does not matter.
+
+    Args:
+        module: The module; not changed.
+        names: Of its parameters.
+        path: As for :func:`load_weights`.
+        argument: Name of the argument that gave the path, for messages.
+
+    Returns:
+        Name -> tensor, in the parameter's dtype and on its device.
+
+    Raises:
+        FileNotFoundError: If there is no file.
+        ValueError: If one is missing, of another shape, or not finite.
+    """
+    weights = _tensors(_read(path, argument))
+    prefixes = ["", *(f"{name}." for name, _ in module.named_children())]
+    prefix = max(prefixes, key=lambda p: sum(name.startswith(p) and name[len(p) :] in weights for name in names))
+    found, wrong = {}, []
+    for name in names:
+        param, value = module.get_parameter(name), weights.get(name[len(prefix) :])
+        fits = name.startswith(prefix) and value is not None and value.shape == param.shape
+        if fits and value is not None and bool(value.isfinite().all()):
+            found[name] = value.detach().to(param.device, param.dtype, copy=True)
+        else:
+            wrong.append(name)
+    if wrong:
+        raise ValueError(
+            f"{argument}={os.fspath(path)!r} has no finite tensor of the right shape for {_some(wrong)} of "
+            f"{type(module).__name__}. Give a checkpoint of this module, or sample less (`sampled`)."
+        )
+    return found
+
+
+def _tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of what a file held, by the module's names, wrappers' prefixes removed."""
+    entry = next((name for name in _ENTRIES if isinstance(content.get(name), Mapping)), None)
+    found = content if entry is None else content[entry]
+    return {_unwrapped(name): value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def _read(path: str | os.PathLike[str], argument: str) -> Mapping[str, Any]:
     if Path(path).suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -66,11 +108,11 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
         raise
     except Exception as error:
         raise ValueError(
-            f"start_from={os.fspath(path)!r} cannot be read as plain weights: {error} If you trust the file, load it "
+            f"{argument}={os.fspath(path)!r} cannot be read as plain weights: {error} If you trust the file, load it "
             "with torch.load(weights_only=False) and save its `state_dict` alone."
         ) from error
     if not isinstance(content, Mapping):
-        raise ValueError(f"start_from={os.fspath(path)!r} holds a {type(content).__name__}, not a `state_dict`.")
+        raise ValueError(f"{argument}={os.fspath(path)!r} holds a {type(content).__name__}, not a `state_dict`.")
     return content
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -75,6 +75,7 @@ class GridSampler(LangevinOptimizer):
         self.backend = backend
         self.full_precision = set(full_precision)
         self._frozen: set[Tensor] = set()
+        self._means: dict[Tensor, Tensor] = {}  # of the prior, until they are taken up
         self._placed = False
         self.saturated: list[tuple[list[Tensor], Tensor]] = []
         self.measured: list[StepStatistics] = []
@@ -155,14 +156,53 @@ class GridSampler(LangevinOptimizer):
     # --------------------------------------------------------------------------------------------------------- prior
 
     def prior_mean_of(self, param: Tensor) -> Tensor | None:
-        """What weight decay pulls a parameter to, in its shape; ``None``: zero. Taken up at the first call."""
+        """What weight decay pulls a parameter to, in its shape; ``None``: zero. Taken up at the first call.
+
+        Raises:
+            TypeError: For sharded parameters.
+        """
         if self.prior_mean == "zero":
             return None
+        if isinstance(param, DTensor):
+            raise TypeError(
+                f"{type(self).__name__}: prior_mean='initial' does not take sharded parameters, and "
+                f"{self.name_of(param)} is a DTensor. Use DDPStrategy."
+            )
         state = self.state[param]
         if "prior_mean" not in state:
-            state["prior_mean"] = param.detach().clone(memory_format=torch.preserve_format)
+            told = self._means.pop(param, None)
+            state["prior_mean"] = param.detach().clone(memory_format=torch.preserve_format) if told is None else told
         mean: Tensor = state["prior_mean"]
         return mean
+
+    def centre_prior(self, means: Mapping[Tensor, Tensor]) -> None:
+        """Let weight decay pull to given values, in place of the initial weights.
+
+        Args:
+            means: Parameter -> mean, in its shape; copied. Those of other samplers' parameters are passed over, those
+                of parameters that may join later are kept for them.
+
+        Raises:
+            ValueError: If the sampler pulls to zero, or a shape is not the parameter's.
+
+        Example:
+            >>> weight = torch.nn.Parameter(torch.zeros(3))
+            >>> from lightning_lpsgld.samplers import SGLD
+            >>> opt = SGLD([weight], lr=0.1, num_data=100, weight_decay=1e-3, prior_mean="initial")
+            >>> opt.centre_prior({weight: torch.ones(3)})
+            >>> opt.prior_mean_of(weight)
+            tensor([1., 1., 1.])
+        """
+        if self.prior_mean == "zero":
+            raise ValueError(f"{type(self).__name__}: `centre_prior` needs prior_mean='initial', got 'zero'.")
+        for param, mean in means.items():
+            if mean.shape != param.shape:
+                raise ValueError(
+                    f"{type(self).__name__}: the prior's mean of {self.name_of(param)} must have its shape "
+                    f"{tuple(param.shape)}, got {tuple(mean.shape)}."
+                )
+            self._means[param] = mean.detach().to(param.device, param.dtype, copy=True)
+            self.state.get(param, {}).pop("prior_mean", None)
 
     def drift_of(self, group: dict[str, Any], param: Tensor, grad: Tensor, *, round_gradient: bool = True) -> Tensor:
         r"""Rounded gradient and the pull to the prior's mean, :math:`Q_G(g) + q\lambda(\theta - \mu)`.
@@ -181,11 +221,6 @@ class GridSampler(LangevinOptimizer):
         """
         mean = self.prior_mean_of(param)
         assert mean is not None
-        if isinstance(param, DTensor):
-            raise TypeError(
-                f"{type(self).__name__}: prior_mean='initial' does not take sharded parameters, and "
-                f"{self.name_of(param)} is a DTensor. Use DDPStrategy."
-            )
         theta = self._accumulator(param) if self.accumulation(param) == "full" else param
         pull = (theta - mean) * (float(group["weight_decay"]) * self.shrinkage_of(param))
         grad = self.rounded_gradient(group, param, grad) if round_gradient else grad

@@ -5,12 +5,13 @@ import re
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from safetensors.torch import save_file
 from test_compatibility import Module, fit, loader, on_grid, trainer
 from torch import nn
 
 from lightning_lpsgld import LowPrecisionSGLD
+from lightning_lpsgld.precision.changes import ChangedSettingsError
 from lightning_lpsgld.samplers import SGLD
 
 UNROUNDED = {"weights": None, "gradients": None, "activations": None, "errors": None}
@@ -102,6 +103,104 @@ def test_the_prior_is_about_the_weights_loaded_and_a_resumed_run_keeps_it(tmp_pa
         assert torch.equal(again.prior_mean_of(param), weights[name])
 
 
+def centred(path, **options):
+    return LowPrecisionSGLD(prior_mean=path, prior_std=0.1, **{"temperature": 1.0, "seed": 0, **options})
+
+
+def run_centred(tmp_path, path, max_steps=6, ckpt=None, callbacks=(), module=None, **options):
+    torch.manual_seed(0)
+    module = module or Module(optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+    plugin = centred(path, **options)
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    made = trainer(tmp_path, plugin, max_epochs=-1, max_steps=max_steps, callbacks=[saver, *callbacks],
+                   enable_checkpointing=True)  # fmt: skip
+    made.fit(module, loader(), ckpt_path=ckpt)
+    return module, made.optimizers[0], plugin
+
+
+def test_the_prior_is_about_the_weights_of_a_file(tmp_path, trained):
+    """Training begins elsewhere; by the drift of the prior alone the chain goes to the file's weights."""
+    path, weights = trained
+    start = {name: value.clone() for name, value in Module().state_dict().items()}
+    module, sampler, plugin = run_centred(tmp_path, path)
+    for name, param in module.named_parameters():
+        assert torch.equal(sampler.prior_mean_of(param), weights[name])
+        assert not torch.equal(weights[name], start[name])
+    assert "N(weights of plain.ckpt, 0.01) per weight" in str(plugin.card)
+
+    class NoLikelihood(Module):
+        def training_step(self, batch, batch_idx):
+            return 0.0 * super().training_step(batch, batch_idx)
+
+    still = NoLikelihood(optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.2))
+    run_centred(
+        tmp_path, path, 60, module=still, temperature=0.0, **UNROUNDED
+    )  # a step leaves 1 - 0.2 / (48 * 0.01) of the distance
+    for name, param in still.named_parameters():
+        torch.testing.assert_close(param.detach(), weights[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_of_the_weights_themselves_is_the_initial_mean(tmp_path):
+    torch.manual_seed(0)
+    torch.save(Module().state_dict(), tmp_path / "same.pt")
+    chains = []
+    for mean in ("initial", tmp_path / "same.pt"):
+        torch.manual_seed(0)
+        chains.append(run_centred(tmp_path, mean)[0])
+    assert all(torch.equal(a, b) for a, b in zip(chains[0].parameters(), chains[1].parameters()))
+
+
+def test_a_resumed_run_keeps_the_means_of_a_file_that_is_gone(tmp_path, trained):
+    path, weights = trained
+    whole, _, _ = run_centred(tmp_path, path)
+    path.unlink()
+    with pytest.warns(UserWarning, match="is not there any more. The resumed run keeps the means"):
+        resumed, again, plugin = run_centred(tmp_path, path, ckpt=tmp_path / "step=3.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
+    assert all(torch.equal(again.prior_mean_of(p), weights[name]) for name, p in resumed.named_parameters())
+    assert "weights of plain.ckpt" in str(plugin.card)
+    with pytest.raises(ChangedSettingsError, match=r"prior_centre: 'plain\.ckpt' in the checkpoint, 'initial' now"):
+        run_centred(tmp_path, "initial", ckpt=tmp_path / "step=3.ckpt")
+    with pytest.raises(FileNotFoundError):
+        run_centred(tmp_path, path)
+
+
+def test_parameters_that_join_are_pulled_to_their_tensors_of_the_file(tmp_path, trained):
+    path, weights = trained
+
+    class Thaw(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                pl_module.net[0].requires_grad_(True)
+                trainer.optimizers[0].add_param_group({"params": list(pl_module.net[0].parameters()), "lr": 0.1})
+
+    module = Module(optimizer=lambda m: torch.optim.SGD(m.net[2].parameters(), lr=0.1))
+    module.net[0].requires_grad_(False)
+    _, sampler, _ = run_centred(tmp_path, path, callbacks=[Thaw()], module=module)
+    assert all(torch.equal(sampler.prior_mean_of(p), weights[name]) for name, p in module.named_parameters())
+
+
+def test_a_part_needs_only_its_own_tensors_of_the_file(tmp_path, trained):
+    _, weights = trained
+    part = {name: value for name, value in weights.items() if name.startswith("net.2.")}
+    torch.save({**part, "other": torch.zeros(3)}, tmp_path / "part.pt")
+    module, sampler, _ = run_centred(tmp_path, tmp_path / "part.pt", sampled=("net.2",))
+    assert all(
+        torch.equal(sampler.prior_mean_of(p), weights[f"net.2.{n}"]) for n, p in module.net[2].named_parameters()
+    )
+    with pytest.raises(ValueError, match=r"has no finite tensor of the right shape for net\.0\.weight"):
+        run_centred(tmp_path, tmp_path / "part.pt")
+    torch.save({**weights, "net.0.bias": torch.full((8,), float("nan"))}, tmp_path / "nan.pt")
+    with pytest.raises(ValueError, match=r"no finite tensor of the right shape for net\.0\.bias of Module"):
+        run_centred(tmp_path, tmp_path / "nan.pt")
+
+
+def test_a_sampler_of_the_modules_own_says_its_prior_itself(tmp_path):
+    module = Module(optimizer=lambda m: SGLD(m.parameters(), 0.1, num_data=48))
+    with pytest.raises(RuntimeError, match="`prior_mean` and `prior_std` say how samplers are made"):
+        fit(tmp_path, module, LowPrecisionSGLD(prior_mean="initial"))
+
+
 def test_prior_std_is_another_way_to_say_weight_decay(tmp_path):
     """λ = 1/(N s²) by name, the first pattern that matches; what none matches keeps its group's."""
 
@@ -135,7 +234,7 @@ def test_one_prior_std_gives_the_chain_of_that_weight_decay(tmp_path):
     [
         ({"prior_std": 0.0}, "`prior_std` must be finite and > 0, got 0.0"),
         ({"prior_std": {"*": float("inf")}}, "`prior_std` must be finite and > 0"),
-        ({"prior_mean": "centre"}, "`prior_mean` must be one of"),
+        ({"prior_mean": "centre"}, "`prior_mean` must be one of.*A file of weights is named with its suffix"),
     ],
 )
 def test_priors_that_are_none_are_refused_at_once(options, message):

@@ -146,3 +146,32 @@ def test_statistics_are_of_the_step_about_the_mean():
 def test_what_the_mean_cannot_be_is_refused():
     with pytest.raises(ValueError, match="`prior_mean` must be 'zero' or 'initial', got 'centre'"):
         make(SGLD, weight(), prior_mean="centre")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mean_that_is_told_is_that_of_weights_that_began_there(mode):
+    """Bit for bit the chain whose initial weights these were, moved to where this one begins."""
+    start, mean, chains = weight(0.5), weight().detach(), []
+    for told in (True, False):
+        param = torch.nn.Parameter((start if told else weight()).detach().clone())
+        opt = make(SGLD, param, prior_mean="initial", seed=3, temperature=0.5, **MODES[mode])
+        if told:
+            opt.centre_prior({param: mean})
+        else:
+            assert torch.equal(opt.prior_mean_of(param), mean)
+            with torch.no_grad():
+                param.copy_(start)
+        opt.round_parameters_()
+        for step in range(4):
+            param.grad = torch.full_like(param, 0.1 * step)
+            opt.step()
+        chains.append(param.detach().clone())
+    assert torch.equal(*chains)
+
+
+def test_means_that_do_not_fit_are_refused():
+    param = weight()
+    with pytest.raises(ValueError, match=r"must have its shape \(4, 6\), got \(3,\)"):
+        make(SGLD, param, prior_mean="initial").centre_prior({param: torch.zeros(3)})
+    with pytest.raises(ValueError, match="`centre_prior` needs prior_mean='initial', got 'zero'"):
+        make(SGLD, param).centre_prior({param: torch.zeros(4, 6)})
