@@ -38,6 +38,7 @@ class Role(IntEnum):
     COMMUNICATION = 6
     SAMPLE = 7
     PROBE = 8
+    VIEW = 9
 
 
 def stream_id(role: Role, index: int) -> int:

@@ -29,8 +29,11 @@ FORMATS: dict[str, dict[str, Any]] = {
 _LOW: dict[str, Any] = {"accumulator": "low"}
 _FULL: dict[str, Any] = {"accumulator": "full"}
 _CYCLES: dict[str, Any] = {"cycles": 4}
+#: Accumulators of 16 bits by the format of the weights: the same range, 256 times as fine.
+_SIXTEEN = {"fixed8": "fixed16.14", "bfp8": "bfp16"}
 
-#: Method -> arguments of the plugin, beside formats, temperature and seed. Of ``sgd...`` the temperature is 0.
+#: Method -> arguments of the plugin, beside formats, temperature and seed. Of ``sgd...`` the temperature is 0. An
+#: accumulator of 16 bits is that of the row's format.
 METHODS: dict[str, dict[str, Any]] = {
     "sgd": {},
     "sgld": {},
@@ -40,8 +43,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "naive-sgldlp-l": {**_LOW, "variance_corrected": False},
     "vc-sgldlp-l": _LOW,
     "sgldlp-f": _FULL,
+    "vc-sgldlp-16": {"accumulator": "16 bits"},
     "vc-csgldlp-l": {**_LOW, **_CYCLES},
     "csgldlp-f": {**_FULL, **_CYCLES},
+    "vc-csgldlp-16": {"accumulator": "16 bits", **_CYCLES},
     "sghmc": {"sampler": "sghmc"},
     "naive-sghmclp-l": {"sampler": "sghmc", **_LOW, "variance_corrected": False},
     "vc-sghmclp-l": {"sampler": "sghmc", **_LOW},
@@ -52,7 +57,7 @@ _FLOAT_METHODS = ("sgd", "sgld", "csgld", "sghmc")
 #: Temperatures of the methods that have one; the others run once.
 _TEMPERATURES = (1e-3, 1e-2, 1.0)
 #: Methods that are run at every temperature.
-_TEMPERED = ("sgld", "naive-sgldlp-l", "vc-sgldlp-l", "sgldlp-f")
+_TEMPERED = ("sgld", "naive-sgldlp-l", "vc-sgldlp-l", "vc-sgldlp-16", "sgldlp-f")
 #: SGHMC with a time step of 0.1 and this friction is, to leading order, SGD with learning rate 0.01 and momentum 0.9.
 _FRICTION, _TIME_STEP = 1.0, 0.1
 
@@ -99,6 +104,8 @@ def rows_of(size: int, seeds: int, data: str = "fashion-mnist") -> list[Row]:
 def make_plugin(row: Row) -> LowPrecisionSGLD:
     """The plugin of a row."""
     options, formats = dict(METHODS[row.method]), FORMATS[row.format]
+    if options.get("accumulator") == "16 bits":
+        options["accumulator"] = _SIXTEEN[row.format]
     if options.get("sampler") == "sghmc":
         velocity = formats["weights"] if options.get("accumulator") == "low" else None
         options["sampler"] = functools.partial(SGHMC, friction=_FRICTION, velocity_format=velocity)

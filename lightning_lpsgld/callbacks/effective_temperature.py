@@ -210,18 +210,18 @@ def _cases(trainer: pl.Trainer, layers: Mapping[str, LayerNoise]) -> list[Case]:
                 if layer is None or param.grad is None or mode not in ("vc", "naive"):
                     continue
                 q = sampler.shrinkage_of(param)
-                mean = _mean_of_step(param, layer.lr / q, float(group["weight_decay"]) * q)
+                theta = sampler.accumulator_of(param).detach()
+                mean = _mean_of_step(theta, param.grad, layer.lr / q, float(group["weight_decay"]) * q)
                 cases.append(Case(mean, param.numel(), layer.lr, sampler.num_data, mode == "vc"))
     return cases
 
 
-def _mean_of_step(param: Tensor, lr: float, weight_decay: float) -> Tensor:
-    """θ - η(g + λθ) of the first rows of a parameter, on the CPU.
+def _mean_of_step(theta: Tensor, grad: Tensor, lr: float, weight_decay: float) -> Tensor:
+    """θ - η(g + λθ) of the first rows of a parameter (or of its accumulator), on the CPU.
 
     The gradient is not rounded: on a coarse grid of its own it would, for round numbers of lr, land on exactly the grid
     that is being tried, and advice would not survive another lr.
     """
-    assert param.grad is not None
-    rows = max(1, _TRIAL_ELEMENTS * max(1, len(param)) // max(1, param.numel())) if param.ndim else None
-    theta, grad = (t[:rows].cpu() if rows is not None else t.cpu() for t in (param.detach(), param.grad))
+    rows = max(1, _TRIAL_ELEMENTS * max(1, len(theta)) // max(1, theta.numel())) if theta.ndim else None
+    theta, grad = (t[:rows].cpu() if rows is not None else t.cpu() for t in (theta, grad))
     return descend(theta, grad.to(theta.dtype), lr=lr, weight_decay=weight_decay)

@@ -3,6 +3,7 @@
 Nothing here touches a tensor's values; :mod:`lightning_lpsgld.ops` rounds, this says onto which grid.
 """
 
+from lightning_lpsgld.formats.accumulators import Accumulator, parse_accumulator
 from lightning_lpsgld.formats.kinds import BlockFormat, FormatLike, NumberFormat
 from lightning_lpsgld.formats.limits import (
     block_exponent_range,
@@ -16,6 +17,7 @@ from lightning_lpsgld.formats.numbers import BlockFloatingPoint, FixedPoint, Flo
 from lightning_lpsgld.formats.parsing import parse_format, to_qtorch
 
 __all__ = [
+    "Accumulator",
     "BlockFloatingPoint",
     "BlockFormat",
     "FixedPoint",
@@ -26,6 +28,7 @@ __all__ = [
     "block_exponent_range",
     "check_dtype",
     "code_dtype",
+    "parse_accumulator",
     "parse_format",
     "scale_exponent_range",
     "to_qtorch",

@@ -23,6 +23,7 @@ _ALIASES: dict[str, NumberFormat] = {
     "fp16": FloatingPoint(5, 10),
     "mxint8": BlockFloatingPoint(8, block_size=32),
     "mxint8-clamp": BlockFloatingPoint(8, block_size=32, top="clamp"),
+    "mxint16": BlockFloatingPoint(16, block_size=32),
     "mxfp4": MicroscalingFloat(2, 1),
 }
 

@@ -558,7 +558,8 @@ EXPORT void lpsgld_step(const Step *step, StepTensor *tensors, int count, int th
   VarianceTable table;
   job.format = step->weight, job.gradient = step->gradient;
   job.mode = Mode(step->mode), job.gradient_mode = step->has_gradient_format ? STOCHASTIC : NONE;
-  job.sink = VALUES, job.dtype = F32, job.descend = true, job.counting = true;
+  job.sink = VALUES, job.dtype = F32, job.counting = true;
+  job.descend = count == 0 || tensors[0].grad;  // without gradients the weights are rounded from their sums, which stay
   job.lr = step->lr, job.weight_decay = step->weight_decay, job.noise = step->noise;
   if (job.mode == VC) table.fill(job, step->variance);
   std::vector<Task> tasks(static_cast<size_t>(count));

@@ -333,24 +333,26 @@ def _aligned(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _describe(
-    row: StepTensor, param: Tensor, layout: tuple[int, int], spec: StepSpec, key: DrawKey, index: int
+    row: StepTensor, param: Tensor, layout: tuple[int, int], spec: StepSpec, key: DrawKey, index: int, role: Role
 ) -> None:
     row.numel, row.channels, row.pixels = param.numel(), *layout
     row.weight_inner = _inner(param.shape, spec.weight_format)
     row.gradient_inner = _inner(param.shape, spec.gradient_format)
-    row.weight_key = _key(key, stream_id(Role.WEIGHT, index))
+    row.weight_key = _key(key, stream_id(role, index))
     row.gradient_key = _key(key, stream_id(Role.GRADIENT, index))
 
 
 def langevin_step_(
     params: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    grads: Sequence[Tensor] | None,
     accumulators: Sequence[Tensor] | None,
     spec: StepSpec,
     keys: Sequence[DrawKey],
     indices: Sequence[int],
 ) -> Tensor:
     """One step of all tensors in one call; see :func:`lightning_lpsgld.samplers.updates.langevin_steps_`.
+
+    Without gradients nothing is moved: the weights are rounded from the accumulators, by draws of their own.
 
     Everything before a rounding is float32, operation for operation as in the composed step (noise: float32 normals,
     a few units in the last place from the reference's). Tensors in row-major or channels-last order are updated where
@@ -362,15 +364,18 @@ def langevin_step_(
     rows = (StepTensor * len(params))()
     alive: list[Tensor] = []  # what the kernel reads and writes, until it is done
     copies: list[tuple[Tensor, Tensor]] = []  # tensor in another memory order, its copy that the kernel updates
-    for i, (param, grad, key, index) in enumerate(zip(params, grads, keys, indices)):
+    for i, (param, key, index) in enumerate(zip(params, keys, indices)):
         row = rows[i]
         layout = _layout(param, spec.weight_format, spec.gradient_format)
         if layout is None or param.is_neg():
             work, layout = param.detach().resolve_neg().contiguous(), (0, 0)
         else:
             work = param
-        grad = _aligned(grad, work)
-        alive += (work, grad)
+        alive.append(work)
+        if grads is not None:
+            grad = _aligned(grads[i], work)
+            row.grad = grad.data_ptr()
+            alive.append(grad)
         if work is not param:
             copies.append((param, work))
         if accumulators is not None:
@@ -379,8 +384,8 @@ def langevin_step_(
             alive.append(accumulator)
             if accumulator is not accumulators[i]:
                 copies.append((accumulators[i], accumulator))
-        row.param, row.grad = work.data_ptr(), grad.data_ptr()
-        _describe(row, param, layout, spec, key, index)
+        row.param = work.data_ptr()
+        _describe(row, param, layout, spec, key, index, Role.VIEW if grads is None else Role.WEIGHT)
     load()[0].lpsgld_step(ctypes.byref(_native_step(spec)), rows, len(params), torch.get_num_threads())
     for changed in (*params, *(accumulators or ())):
         _written(changed)

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_lpsgld.formats import MicroscalingFloat, NumberFormat
 from lightning_lpsgld.ops.microscaling import element_of
 
-__all__ = ["BACKENDS", "BackendName", "backend_report", "choose", "choose_step", "unavailable"]
+__all__ = ["BACKENDS", "BackendName", "backend_report", "choose", "choose_step", "choose_views", "unavailable"]
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,9 @@ _SCALED: dict[str, tuple[str, ...]] = {
     "cpu": ("quantize", "quantize_variance_corrected", "encode", "decode"),
     "triton": ("quantize", "encode", "decode"),  # Q^vc would wait for the device, to learn which scales there are
 }
+
+#: Backends whose fused step also rounds weights from their sums, without moving them.
+_VIEWS = ("cpu",)
 
 
 @cache
@@ -129,3 +132,13 @@ def choose_step(backend: str, tensors: Sequence[Tensor], *formats: NumberFormat)
             raise RuntimeError(f"backend={backend!r} cannot run the fused step here: {reason} Use backend='auto'.")
         _say_once(f"The fused step on {tensors[0].device.type} does not use backend {name!r}: {reason}")
     return None
+
+
+def choose_views(backend: str, tensors: Sequence[Tensor], fmt: NumberFormat) -> ModuleType | None:
+    """Module whose ``langevin_step_`` rounds all ``tensors`` from their sums, or ``None``: then the composed ops run.
+
+    Raises:
+        RuntimeError: As :func:`choose_step`.
+    """
+    fused = choose_step(backend, tensors, fmt)
+    return fused if any(fused is _module(name) for name in _VIEWS) else None

@@ -148,12 +148,12 @@ def _reach(sampler: GridSampler) -> tuple[float | None, float | None]:
     for group in sampler.sampled_groups:
         v = sampler.noise_variance(group)
         for param in group["params"]:
-            fmt = sampler.format_of(param)
+            fmt = sampler.sum_format_of(param)
             count += local_part(param).numel()
             if fmt is None or sampler.accumulation(param) not in ("vc", "naive", "lattice"):
                 always += local_part(param).numel()
                 continue
-            plan = variance_plan(local_part(param.detach()), v, fmt)
+            plan = variance_plan(local_part(sampler.accumulator_of(param).detach()), v, fmt)
             always += float(plan.high.sum())
             gap = power_of_two(plan.gap_exponents).expand(plan.high.shape)[~plan.high]
             if gap.numel() and isinstance(sampler, SGLD):

@@ -48,6 +48,11 @@ def check_arguments(plugin: Any) -> None:
     """
     owner = "LowPrecisionSGLD"
     _check_choices(plugin, owner)
+    if plugin.formats["weights"] is None and not isinstance(plugin.accumulator, str):
+        raise ValueError(
+            f"{owner}: `accumulator` is {plugin.accumulator}, and `weights`, its rounded view, is None. Give a "
+            f"format of the weights, or leave `accumulator` at 'low' and take weights={str(plugin.accumulator)!r}."
+        )
     for name in ("variance_corrected", "compress_gradients", "cast_frozen"):
         require_flag(name, getattr(plugin, name), owner=owner)
     if require_number("temperature", plugin.temperature, above=-math.inf, owner=owner) < 0:
@@ -69,7 +74,6 @@ def check_arguments(plugin: Any) -> None:
 
 def _check_choices(plugin: Any, owner: str) -> None:
     choices = {
-        "accumulator": (plugin.accumulator, ("low", "full")),
         "backend": (plugin.backend, ("auto", *BACKENDS)),
         "saved_activations": (plugin.saved_activations, ("full", "codes")),
         **({} if names_a_file(plugin.prior_mean) else {"prior_mean": (plugin.prior_mean, ("zero", "initial"))}),
@@ -158,7 +162,7 @@ def refuse_averaging(trainer: pl.Trainer, samplers: Sequence[LangevinOptimizer])
         RuntimeError: Naming the callback.
     """
     views = any(
-        isinstance(sampler, GridSampler) and sampler.accumulation(param) == "full"
+        isinstance(sampler, GridSampler) and sampler.keeps_sum(param)
         for sampler in samplers
         for group in sampler.sampled_groups
         for param in group["params"]
@@ -166,8 +170,8 @@ def refuse_averaging(trainer: pl.Trainer, samplers: Sequence[LangevinOptimizer])
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if views and isinstance(callback, _AVERAGING):
             raise RuntimeError(
-                f"{type(callback).__name__} averages `parameters()`, which with accumulator='full' is only the rounded "
-                "view of the chain, and would overwrite it behind the accumulator's back. Use SampleCollector with "
+                f"{type(callback).__name__} averages `parameters()`, which with an accumulator other than 'low' is only the "
+                "rounded view of the chain, and would overwrite it behind the accumulator's back. Use SampleCollector with "
                 "EnsembleEvaluation, or accumulator='low'."
             )
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lightning_lpsgld.arithmetic import Arithmetic
 from lightning_lpsgld.casting import ActivationCasting, find_sites
 from lightning_lpsgld.distributed import GradientCompression
-from lightning_lpsgld.formats import FormatLike, NumberFormat, parse_format
+from lightning_lpsgld.formats import FormatLike, NumberFormat, parse_accumulator, parse_format
 from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.precision.card import PosteriorCard, describe_sampler
 from lightning_lpsgld.precision.changes import OnChange
@@ -58,8 +58,9 @@ class LowPrecisionSGLD(Precision):
         activations: Format of the activations; where quantizers sit is set by ``sites`` and ``exclude``.
         errors: Format of the errors.
         accumulator: ``"low"``: the weights themselves stay on the grid (SGLDLP-L). ``"full"``: steps are summed in
-            float32 beside the rounded weights (SGLDLP-F).
-        variance_corrected: With a low accumulator, round with the variance-corrected quantizer Q^vc.
+            float32 beside the rounded weights (SGLDLP-F). A format, e.g. ``"bfp16"`` or ``"fixed16.14"``: on that
+            grid beside them; two bytes a weight then carry temperatures that one byte does not.
+        variance_corrected: With an accumulator on a grid, round with the variance-corrected quantizer Q^vc.
         temperature: T >= 0; the target is :math:`p(\theta \mid D)^{1/T}`. The default is the papers' 1e-3, because
             T = 1 costs a short training of a deep net several points of error; the bare :class:`SGLD` optimizer keeps
             the textbook's 1. 0 is low-precision SGD. At 1e-3 rounding alone is often warmer than that: watch
@@ -128,7 +129,7 @@ class LowPrecisionSGLD(Precision):
         gradients: FormatLike | None = "bfp8",
         activations: FormatLike | None = "bfp8",
         errors: FormatLike | None = "bfp8",
-        accumulator: Literal["low", "full"] = "low",
+        accumulator: FormatLike = "low",
         variance_corrected: bool = True,
         temperature: float = 1e-3,
         num_data: int | Literal["auto"] = "auto",
@@ -157,7 +158,7 @@ class LowPrecisionSGLD(Precision):
         self.formats: dict[str, NumberFormat | None] = {
             role: None if fmt is None else parse_format(fmt) for role, fmt in formats.items()
         }
-        self.accumulator = accumulator
+        self.accumulator = parse_accumulator(accumulator, owner="LowPrecisionSGLD")
         self.variance_corrected = variance_corrected
         self.temperature = temperature
         self.num_data = num_data

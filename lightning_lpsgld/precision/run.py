@@ -14,7 +14,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_lpsgld.distributed import Topology, topology_of
-from lightning_lpsgld.formats import NumberFormat
+from lightning_lpsgld.formats import Accumulator, NumberFormat
 from lightning_lpsgld.precision.checks import refuse_unsupported
 from lightning_lpsgld.precision.num_data import Counted, forget_dataloader_when_resuming, training_examples
 from lightning_lpsgld.precision.parts import Parts, parts_of
@@ -31,7 +31,7 @@ class RunSettings(Protocol):
         """Role -> format."""
 
     @property
-    def accumulator(self) -> str:
+    def accumulator(self) -> Accumulator:
         """Where steps are summed."""
 
     @property

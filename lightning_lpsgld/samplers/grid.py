@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,15 +13,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_lpsgld.arguments import require_choice, require_flag, require_number, require_seed
-from lightning_lpsgld.formats import FormatLike, NumberFormat, check_dtype, parse_format
+from lightning_lpsgld.formats import FormatLike, NumberFormat, check_dtype, parse_accumulator, parse_format
 from lightning_lpsgld.ops import quantize
 from lightning_lpsgld.ops.dispatch import BACKENDS, BackendName
 from lightning_lpsgld.ops.spec import Accumulation
 from lightning_lpsgld.random import DrawKey, Role, stream_id
 from lightning_lpsgld.samplers.base import LangevinOptimizer, log
+from lightning_lpsgld.samplers.coded_state import coded, decoded
 from lightning_lpsgld.samplers.first_rounding import frozen_off_grid, round_to_nearest_
-from lightning_lpsgld.samplers.shards import first_index, local_part
-from lightning_lpsgld.samplers.statistics import Measured, StepStatistics
+from lightning_lpsgld.samplers.shards import apply_to_whole_blocks_, first_index, local_part, sharded_views_
+from lightning_lpsgld.samplers.statistics import Measured, StepStatistics, rounding_variance, same_rows
 from lightning_lpsgld.samplers.step_size import StepSize
 
 __all__ = ["GridSampler"]
@@ -54,7 +57,7 @@ class GridSampler(LangevinOptimizer):
         weight_decay: float = 0.0,
         weight_format: FormatLike | None = None,
         gradient_format: FormatLike | None = None,
-        accumulator: Literal["full", "low"] = "low",
+        accumulator: FormatLike = "low",
         variance_corrected: bool = True,
         seed: int = 0,
         backend: BackendName = "auto",
@@ -63,13 +66,18 @@ class GridSampler(LangevinOptimizer):
         check_finite: bool = True,
         prior_mean: Literal["zero", "initial"] = "zero",
     ) -> None:
-        require_choice("accumulator", accumulator, ("full", "low"))
         require_choice("prior_mean", prior_mean, ("zero", "initial"))
         require_choice("backend", backend, ("auto", *BACKENDS))
         require_flag("variance_corrected", variance_corrected)
         self.weight_format: NumberFormat | None = None if weight_format is None else parse_format(weight_format)
         self.gradient_format: NumberFormat | None = None if gradient_format is None else parse_format(gradient_format)
-        self.accumulator = accumulator
+        self.accumulator = parse_accumulator(accumulator)
+        self.accumulator_format = None if isinstance(self.accumulator, str) else self.accumulator
+        if self.accumulator_format is not None and self.weight_format is None:
+            raise ValueError(
+                f"`accumulator` is {self.accumulator_format}, and the weights, its rounded view, have no format. Give "
+                f"`weight_format`, or leave `accumulator` at 'low' and take weight_format='{self.accumulator_format}'."
+            )
         self.prior_mean = prior_mean
         self.variance_corrected = variance_corrected
         self.backend = backend
@@ -85,9 +93,7 @@ class GridSampler(LangevinOptimizer):
         defaults.update(group_options)
         super().__init__(params, defaults, num_data=num_data, schedule=schedule, check_finite=check_finite)
         for param in set(self._indices) - self.full_precision:
-            for fmt in (self.weight_format, self.gradient_format):
-                if fmt is not None:
-                    check_dtype(fmt, param.dtype)
+            self._check_dtypes(param)
 
     # --------------------------------------------------------------------------------------------------------- facts
 
@@ -98,6 +104,21 @@ class GridSampler(LangevinOptimizer):
         if self.accumulator == "full":
             return "full"
         return "vc" if self.variance_corrected else "naive"
+
+    def keeps_sum(self, param: Tensor) -> bool:
+        """Whether the steps of a parameter are summed beside it, so that it is only the rounded view of that sum."""
+        return self.accumulator != "low" and self.format_of(param) is not None
+
+    def _grid_of(self, accumulation: Accumulation) -> NumberFormat | None:
+        """Grid onto which a step that is summed in this way rounds: that of the sum where it has one."""
+        if accumulation == "float":
+            return None
+        return self.weight_format if accumulation == "full" else self.accumulator_format or self.weight_format
+
+    def sum_format_of(self, param: Tensor) -> NumberFormat | None:
+        """Grid on which the steps of a parameter are summed, ``None`` where they are in full precision."""
+        fmt = self.format_of(param)
+        return fmt if fmt is None or self.accumulator == "low" else self.accumulator_format
 
     def format_of(self, param: Tensor) -> NumberFormat | None:
         """Grid on which a parameter lies, ``None`` where it is not rounded.
@@ -116,7 +137,9 @@ class GridSampler(LangevinOptimizer):
     @property
     def formats(self) -> dict[str, str]:
         """Role of each rounded quantity and its format, for display."""
-        pairs = {"weights": self.weight_format, "gradients": self.gradient_format}
+        pairs = {
+            "weights": self.weight_format, "accumulators": self.accumulator_format, "gradients": self.gradient_format,
+        }  # fmt: skip
         return {role: str(fmt) for role, fmt in pairs.items() if fmt is not None}
 
     # -------------------------------------------------------------------------------------------------- compensation
@@ -221,7 +244,7 @@ class GridSampler(LangevinOptimizer):
         """
         mean = self.prior_mean_of(param)
         assert mean is not None
-        theta = self._accumulator(param) if self.accumulation(param) == "full" else param
+        theta = self.accumulator_of(param)
         pull = (theta - mean) * (float(group["weight_decay"]) * self.shrinkage_of(param))
         grad = self.rounded_gradient(group, param, grad) if round_gradient else grad
         return (grad.to(pull.dtype) + pull).to(grad.dtype)
@@ -232,7 +255,8 @@ class GridSampler(LangevinOptimizer):
     def round_parameters_(self) -> None:
         """Bring the parameters onto the grid before the first step, by rounding to nearest; idempotent.
 
-        With a full accumulator the unrounded values become the accumulators. Without this call the first forward pass
+        With a full accumulator the unrounded values become the accumulators, with one on a grid the values nearest to
+        them there. Without this call the first forward pass
         sees unrounded weights, as in the published code. Frozen weights (``requires_grad=False``) are left as they are.
         Tensors of which nothing is left but zeros are named in a warning of the log. Parameters of a group that is
         added later are brought onto the grid when it is.
@@ -248,9 +272,8 @@ class GridSampler(LangevinOptimizer):
             return
         params = [param for param in params if param not in self.full_precision]
         self._frozen |= frozen_off_grid(params, self.weight_format)
-        if self.accumulator == "full":
-            for param in (p for p in params if p.requires_grad):
-                self._accumulator(param)
+        for param in (p for p in params if p.requires_grad):
+            self.accumulator_of(param)
         round_to_nearest_(params, self.weight_format, self.name_of)
 
     @torch.no_grad()
@@ -266,9 +289,8 @@ class GridSampler(LangevinOptimizer):
             return
         joined = [param for param in self._indices if param not in before]
         for param in joined:
-            for fmt in (self.format_of(param), self.gradient_format_of(param)):
-                if fmt is not None:
-                    check_dtype(fmt, param.dtype)
+            if param not in self.full_precision:
+                self._check_dtypes(param)
         self._say_joined(joined)
         self._place(joined)
 
@@ -280,13 +302,38 @@ class GridSampler(LangevinOptimizer):
                 len(params), self.name_of(params[0]), type(self).__name__, self.steps,
             )  # fmt: skip
 
-    def _accumulator(self, param: Tensor) -> Tensor:
+    def _check_dtypes(self, param: Tensor) -> None:
+        for fmt in (self.weight_format, self.gradient_format):
+            if fmt is not None:
+                check_dtype(fmt, param.dtype)
+        if self.accumulator_format is not None:
+            check_dtype(self.accumulator_format, torch.promote_types(param.dtype, torch.float32))
+
+    @torch.no_grad()
+    def accumulator_of(self, param: Tensor) -> Tensor:
+        """The sum of a parameter's steps: the parameter itself, or what is kept beside it, float32 or wider.
+
+        A tensor of the state, not a copy; begun at the parameter's value when it is first asked for.
+        """
+        if not self.keeps_sum(param):
+            return param
         state = self.state[param]
         if "accumulator" not in state:
             wide = torch.promote_types(param.dtype, torch.float32)
-            state["accumulator"] = param.detach().to(wide, copy=True, memory_format=torch.preserve_format)
+            total = param.detach().to(wide, copy=True, memory_format=torch.preserve_format)
+            if self.accumulator_format is not None:
+                fmt = self.accumulator_format
+                apply_to_whole_blocks_(total, fmt, partial(quantize, fmt=fmt, rounding="nearest"))
+            state["accumulator"] = total
         accumulator: Tensor = state["accumulator"]
         return accumulator
+
+    def _look(self, group: dict[str, Any], params: list[Tensor]) -> Tensor:
+        """Round parameters from their sums, where those are on a grid; counts what lies outside the weights' range."""
+        assert self.weight_format is not None
+        sums, keys = [self.accumulator_of(p) for p in params], [self._draw_key(group, p) for p in params]
+        indices = [self.index_of(p) for p in params]
+        return sharded_views_(params, sums, self.weight_format, keys, indices, self.backend)
 
     def _draw_key(self, group: dict[str, Any], param: Tensor) -> DrawKey:
         return self.key(group)
@@ -323,6 +370,18 @@ class GridSampler(LangevinOptimizer):
         self._measure_next = None
         return loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """As :meth:`LangevinOptimizer.state_dict`; accumulators on a grid are saved as codes."""
+        saved = super().state_dict()
+        if self.accumulator_format is None:
+            return saved
+        params = [param for group in self.param_groups for param in group["params"]]
+        return coded(saved, [self.sum_format_of(param) for param in params])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As :meth:`LangevinOptimizer.load_state_dict`."""
+        super().load_state_dict(decoded(state_dict))
+
     # ---------------------------------------------------------------------------------------------------- statistics
 
     def measure(self, max_elements: int = 2**16) -> None:
@@ -347,6 +406,14 @@ class GridSampler(LangevinOptimizer):
     def _noise_per_temperature(self, group: dict[str, Any]) -> float:
         """What T = 1 would ask for: of a weight's variance per step."""
         return 2.0 * self.step_size(group) / self.num_data
+
+    def _seen(self, found: StepStatistics, param: Tensor, what: Measured) -> StepStatistics:
+        """Statistics of a sum's step, with the variance of the weight around that sum."""
+        if self.accumulator_format is None or not self.keeps_sum(param):
+            return found
+        assert self.weight_format is not None
+        (total,) = same_rows([local_part(self.accumulator_of(param))], [self.weight_format], what.max_elements)
+        return replace(found, view_rounding=float(rounding_variance(total, self.weight_format).mean()))
 
     @abstractmethod
     def _statistics(self, group: dict[str, Any], param: Tensor, grad: Tensor, what: Measured) -> StepStatistics:

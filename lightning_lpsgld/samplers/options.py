@@ -48,13 +48,15 @@ class GridOptions(SamplerOptions, total=False):
     Args:
         weight_format: Grid of the weights, e.g. ``"bfp8"`` or a format object; ``None``: not rounded.
         accumulator: ``"low"``: the weight itself stays on the grid. ``"full"``: steps are summed in a float32
-            accumulator (in the state), and the weight is its stochastic rounding.
+            accumulator (in the state), and the weight is its stochastic rounding. A format, e.g. ``"bfp16"``: they are
+            summed on that grid, under Q^vc unless ``variance_corrected=False``, and the weight is the stochastic
+            rounding of the sum; see ``docs/accumulators.md``.
         prior_mean: Where weight decay pulls to: ``"zero"``, or ``"initial"``, the weights as they are at the first step
             or when they are brought onto the grid, before they are rounded. They are kept in the state.
     """
 
     weight_format: FormatLike | None
-    accumulator: Literal["full", "low"]
+    accumulator: FormatLike
     prior_mean: Literal["zero", "initial"]
 
 

@@ -178,7 +178,7 @@ class PreconditionedSGLD(GridSampler):
 
     State (all in ``state_dict``): per group ``step``, ``seed``, ``temperature``, ``lr``, ``weight_decay``, ``beta``,
     ``eps``, ``freeze_after``; per parameter ``second_moment`` (float32: four bytes a weight, not rounded), ``weight``
-    (a float), ``accumulator`` (only with ``accumulator="full"``), ``shrinkage`` (only where :meth:`compensate` set it).
+    (a float), ``accumulator`` (unless ``"low"``), ``shrinkage`` (only where :meth:`compensate` set it).
 
     Raises:
         ValueError: If an argument is out of range, or a format is wider than a parameter's dtype.
@@ -262,7 +262,8 @@ class PreconditionedSGLD(GridSampler):
             return "pSGLD (weights not rounded)"
         if self.accumulator == "full":
             return "pSGLDLP-F (full-precision accumulator)"
-        return ("VC " if self.variance_corrected else "naive ") + "pSGLDLP-L (low-precision accumulator)"
+        width = "low-precision" if self.accumulator == "low" else str(self.accumulator)
+        return ("VC " if self.variance_corrected else "naive ") + f"pSGLDLP-L ({width} accumulator)"
 
     def noise_variance(self, group: Any) -> float:
         r"""Variance :math:`v = 2\eta T/N` where the preconditioner is 1; a weight gets v·G."""
@@ -299,7 +300,7 @@ class PreconditionedSGLD(GridSampler):
             beta=beta,
             eps=float(group["eps"]),
             weight=weight,
-            weight_format=self.format_of(param),
+            weight_format=self._grid_of(self.accumulation(param)),
             gradient_format=self.gradient_format_of(param),
             accumulation=self.accumulation(param),
             shrinkage=self.shrinkage_of(param),
@@ -317,13 +318,12 @@ class PreconditionedSGLD(GridSampler):
             if self.prior_mean != "zero":
                 grad = self.drift_of(group, param, grad)
                 spec = replace(spec, weight_decay=0.0, gradient_format=None)
-            accumulator = self._accumulator(param) if spec.accumulation == "full" else None
-            counts.append(
-                preconditioned_step_(
-                    param, second_moment, accumulator, grad, spec, self._draw_key(group, param), self.index_of(param),
-                    self.backend,
-                )
+            total, full = self.accumulator_of(param), spec.accumulation == "full"
+            count = preconditioned_step_(
+                param if full else total, second_moment, total if full else None, grad, spec,
+                self._draw_key(group, param), self.index_of(param), self.backend,
             )  # fmt: skip
+            counts.append(count + self._look(group, [param])[0] if self.keeps_sum(param) and not full else count)
         self.saturated.append((params, torch.stack(counts)))
 
     def _statistics(self, group: dict[str, Any], param: Tensor, grad: Tensor, what: Measured) -> StepStatistics:
@@ -331,7 +331,7 @@ class PreconditionedSGLD(GridSampler):
         beta = self._beta(group, param)
         second_moment, weight = self._second_moment(param, beta)
         spec = self._spec(group, param, beta, weight)
-        theta = (self._accumulator(param) if spec.accumulation == "full" else param).to(second_moment.dtype)
+        theta = self.accumulator_of(param).to(second_moment.dtype)
         formats = (spec.weight_format, spec.gradient_format)
         drift = grad if self.prior_mean == "zero" else self.drift_of(group, param, grad)
         tensors = (theta, grad, drift, second_moment)
@@ -346,7 +346,7 @@ class PreconditionedSGLD(GridSampler):
         mean, variance, scale = _moments(theta, second_moment.clone(), grad, spec)
         found = describe(theta, mean, variance, spec.weight_format, spec.accumulation, what)
         return replace(
-            found,
+            self._seen(found, param, what),
             numel=param.numel(),
             gradient_rounding=float((rounding * (spec.lr / spec.shrinkage * scale.double()) ** 2).mean()),
             effective_temperature=what.temperature(found.achieved, float(scale.double().mean())),

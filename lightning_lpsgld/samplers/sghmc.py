@@ -52,7 +52,7 @@ class SGHMC(GridSampler):
         num_data: N, number of training examples.
         friction: γ > 0, per unit of time; the velocity is forgotten after a time 1/γ.
         inverse_mass: u > 0.
-        velocity_format: Grid of the velocities, with a low accumulator; ``None``: float32.
+        velocity_format: Grid of the velocities, unless the accumulator is full; ``None``: float32.
         rescale_velocity: A fixed-point velocity is stored as v = S·(value on the grid), with one scale S per tensor,
             chosen at every step as the smallest power of two at which neither mean nor noise leaves the range. A power
             of two keeps the arithmetic exact and lets S change without rounding error; without it |v| is often below
@@ -67,7 +67,7 @@ class SGHMC(GridSampler):
 
     State (all in ``state_dict``): per group ``step``, ``seed``, ``temperature``, ``lr``, ``weight_decay``,
     ``friction``, ``inverse_mass``; per parameter ``velocity`` (float32, weight units per time, on its grid; starts at
-    0), ``velocity_scale`` (0-d, only where rescaled), ``accumulator`` (only with ``accumulator="full"``), ``shrinkage``
+    0), ``velocity_scale`` (0-d, only where rescaled), ``accumulator`` (unless ``"low"``), ``shrinkage``
     (only where :meth:`compensate` set it).
 
     Raises:
@@ -155,7 +155,8 @@ class SGHMC(GridSampler):
             name = "SGHMCLP-F (full-precision accumulators)"
         else:
             kind, velocity = "VC" if self.variance_corrected else "naive", self.velocity_format or "not rounded"
-            name = f"{kind} SGHMCLP-L (velocity {velocity})"
+            width = "" if self.accumulator == "low" else f"{self.accumulator} accumulator, "
+            name = f"{kind} SGHMCLP-L ({width}velocity {velocity})"
         return name if self.drift == "corrected" else f"{name}, drift as printed"
 
     @property
@@ -194,7 +195,7 @@ class SGHMC(GridSampler):
         return UnderdampedSpec(
             flow=replace(flow, kick=flow.kick / shrinkage, shift=flow.shift / shrinkage),
             weight_decay=float(group["weight_decay"]) * shrinkage,
-            weight_format=self.format_of(param),
+            weight_format=self._grid_of(accumulation),
             velocity_format=self.velocity_format,
             gradient_format=self.gradient_format_of(param),
             accumulation=accumulation,
@@ -207,14 +208,16 @@ class SGHMC(GridSampler):
         counts = []
         for param, grad in zip(params, grads):
             spec = self._spec(group, param)
-            accumulator = self._accumulator(param) if spec.accumulation == "full" else None
+            total, full = self.accumulator_of(param), spec.accumulation == "full"
             if self.prior_mean != "zero":
                 grad = self.drift_of(group, param, grad)
                 spec = replace(spec, weight_decay=0.0, gradient_format=None)
             count, scale = underdamped_step_(
-                param, self.velocity_of(param), accumulator, grad, spec, self._draw_key(group, param),
-                self.index_of(param), self.backend,
+                param if full else total, self.velocity_of(param), total if full else None, grad, spec,
+                self._draw_key(group, param), self.index_of(param), self.backend,
             )  # fmt: skip
+            if self.keeps_sum(param) and not full:
+                count = count + self._look(group, [param])[0]
             if scale is not None:
                 self.state[param]["velocity_scale"] = scale
             counts.append(count)
@@ -225,12 +228,12 @@ class SGHMC(GridSampler):
         velocity = state.get("velocity")
         if velocity is None:
             velocity = torch.zeros_like(param, dtype=torch.promote_types(param.dtype, torch.float32))
-        theta = self._accumulator(param) if self.accumulation(param) == "full" else param
+        theta = self.accumulator_of(param)
         at_one = exact_flow(self.step_size(group), float(group["friction"]), float(group["inverse_mass"]))
         theta, spec, at_one = theta.to(velocity.dtype), self._spec(group, param), at_one.heated(1.0 / self.num_data)
-        found = underdamped_statistics(theta, velocity, grad, spec, what, at_one)
+        found = self._seen(underdamped_statistics(theta, velocity, grad, spec, what, at_one), param, what)
         if self.prior_mean == "zero":
             return found
         about, drift = replace(spec, weight_decay=0.0, gradient_format=None), self.drift_of(group, param, grad)
-        pulled = underdamped_statistics(theta, velocity, drift, about, what, at_one)
+        pulled = self._seen(underdamped_statistics(theta, velocity, drift, about, what, at_one), param, what)
         return replace(pulled, gradient_rounding=found.gradient_rounding)

@@ -38,6 +38,7 @@ class SGLD(GridSampler):
     SGDLP-L                ``weight_format=..., accumulator="low", temperature=0``
     naive SGLDLP-L         ``weight_format=..., accumulator="low", variance_corrected=False``
     VC SGLDLP-L            ``weight_format=..., accumulator="low"`` (``variance_corrected=True``)
+    between -L and -F      ``weight_format="bfp8", accumulator="bfp16"``: -L on a grid of 16 bits, seen as 8
     lattice                ``weight_format=..., variant="lattice"``: not of the paper
     =====================  =============================================================================
 
@@ -61,7 +62,7 @@ class SGLD(GridSampler):
         options: See :class:`~lightning_lpsgld.samplers.options.GridOptions`.
 
     State (all in ``state_dict``): per group ``step``, ``seed``, ``temperature``, ``lr``, ``weight_decay``; per
-    parameter ``accumulator`` (only with ``accumulator="full"``), ``shrinkage`` (only where :meth:`compensate` set it).
+    parameter ``accumulator`` (unless ``"low"``), ``shrinkage`` (only where :meth:`compensate` set it).
 
     Raises:
         ValueError: If an argument is out of range, ``weight_format`` is wider than a parameter's dtype, or
@@ -124,10 +125,10 @@ class SGLD(GridSampler):
 
     def _check_lattice(self, temperature: float) -> None:
         uneven = isinstance(self.weight_format, (FloatingPoint, MicroscalingFloat))
-        if self.weight_format is None or uneven or self.accumulator == "full":
+        if self.weight_format is None or uneven or self.accumulator != "low":
             raise ValueError(
                 "`variant='lattice'` walks on the grid of the weights: it needs a fixed-point or block `weight_format` "
-                f"and accumulator='low', got {self.weight_format} and {self.accumulator!r}."
+                f"and accumulator='low', got {self.weight_format} and {str(self.accumulator)!r}."
             )
         if temperature == 0:
             raise ValueError(
@@ -153,8 +154,9 @@ class SGLD(GridSampler):
         if self.accumulator == "full":
             return f"{kind}LP-F (full-precision accumulator)"
         if kind == "SGD":
-            return "SGDLP-L"
-        return ("VC " if self.variance_corrected else "naive ") + "SGLDLP-L (low-precision accumulator)"
+            return "SGDLP-L" + ("" if self.accumulator == "low" else f" ({self.accumulator} accumulator)")
+        width = "low-precision" if self.accumulator == "low" else str(self.accumulator)
+        return ("VC " if self.variance_corrected else "naive ") + f"SGLDLP-L ({width} accumulator)"
 
     def spec(
         self,
@@ -169,7 +171,7 @@ class SGLD(GridSampler):
             lr=self.step_size(group) / shrinkage,
             weight_decay=float(group["weight_decay"]) * shrinkage,
             noise_variance=self.noise_variance(group),
-            weight_format=None if accumulation == "float" else self.weight_format,
+            weight_format=self._grid_of(accumulation),
             gradient_format=None if exempt else self.gradient_format,
             accumulation=accumulation,
             rates=self.rates,
@@ -198,7 +200,8 @@ class SGLD(GridSampler):
         self._measure(group, params, grads)
         for (accumulation, shrinkage, _), chosen in modes.items():
             some = [params[i] for i in chosen]
-            accumulators = [self._accumulator(p) for p in some] if accumulation == "full" else None
+            sums = [self.accumulator_of(p) for p in some]
+            accumulators = sums if accumulation == "full" else None
             keys = [self._draw_key(group, p) for p in some]
             indices = [self.index_of(p) for p in some]
             spec = self.spec(group, accumulation, shrinkage, self._noise_told(some[0]))
@@ -206,20 +209,25 @@ class SGLD(GridSampler):
             if self.prior_mean != "zero":
                 drifts = [self.drift_of(group, p, g) for p, g in zip(some, drifts)]
                 spec = replace(spec, weight_decay=0.0, gradient_format=None)
-            counts = sharded_steps_(some, drifts, accumulators, spec, keys, indices, backend=self.backend)
+            moved = some if accumulation == "full" else sums
+            counts = sharded_steps_(moved, drifts, accumulators, spec, keys, indices, backend=self.backend)
+            if accumulators is None and self.keeps_sum(some[0]):
+                counts = counts + self._look(group, some)
             self.saturated.append((some, counts))
 
     def _statistics(self, group: dict[str, Any], param: Tensor, grad: Tensor, what: Measured) -> StepStatistics:
         accumulation = self.accumulation(param)
-        theta = self._accumulator(param) if accumulation == "full" else param
+        theta = self.accumulator_of(param)
         spec = self.spec(group, accumulation, self.shrinkage_of(param), self._noise_told(param))
         found = step_statistics(local_part(theta), local_part(grad), spec, what)  # of sharded ones, this rank's part
+        found = self._seen(found, param, what)
         if self.prior_mean == "zero":
             return found
         about = replace(spec, weight_decay=0.0, gradient_format=None)
         drift = self.drift_of(group, param, grad)
         # What rounding the gradient adds is that of the gradient alone, before the pull.
-        return replace(step_statistics(theta, drift, about, what), gradient_rounding=found.gradient_rounding)
+        pulled = self._seen(step_statistics(theta, drift, about, what), param, what)
+        return replace(pulled, gradient_rounding=found.gradient_rounding)
 
 
 def _check_gradient_std(gradient_std: GradientStd, variant: str, rates: str) -> None:

@@ -15,9 +15,9 @@ from lightning_lpsgld.ops import StepSpec
 from lightning_lpsgld.ops.blocks import crosses_rows
 from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.random import DrawKey
-from lightning_lpsgld.samplers.updates import langevin_steps_
+from lightning_lpsgld.samplers.updates import langevin_steps_, views_
 
-__all__ = ["all_finite", "apply_to_whole_blocks_", "local_part", "sharded_steps_"]
+__all__ = ["all_finite", "apply_to_whole_blocks_", "local_part", "sharded_steps_", "sharded_views_"]
 
 
 def local_part(x: Tensor) -> Tensor:
@@ -107,8 +107,9 @@ def sharded_steps_(
     back: list[tuple[Tensor, DTensor]] = []
     places: list[int] = []
     rest: Sequence[Tensor | None] = [None] * len(params) if accumulators is None else accumulators
+    formats = [spec.weight_format, spec.gradient_format]
     for i, (param, grad, total, key) in enumerate(zip(params, grads, rest, keys)):
-        tensors, offset = _working_set(param, grad, total, spec, back)
+        tensors, offset = _working_set(param, grad, total, formats, back)
         if tensors[0].numel():
             places.append(i)
             work.append((*tensors, key.at(offset=key.offset + offset), indices[i]))
@@ -123,12 +124,16 @@ def sharded_steps_(
 
 
 def _working_set(
-    param: Tensor, grad: Tensor, total: Tensor | None, spec: StepSpec, back: list[tuple[Tensor, DTensor]]
+    param: Tensor,
+    grad: Tensor,
+    total: Tensor | None,
+    formats: Sequence[NumberFormat | None],
+    back: list[tuple[Tensor, DTensor]],
 ) -> tuple[tuple[Tensor, Tensor, Tensor | None], int]:
     """Plain tensors to move in place of ``param``, and the index of their first element."""
     if not isinstance(param, DTensor):
         return (param, grad, total), 0
-    offset = _offset(param, [spec.weight_format, spec.gradient_format])
+    offset = _offset(param, formats)
     if offset is not None:
         own = None if total is None else local_part(total)
         return (param.to_local(), local_part(_placed_like(grad, param)), own), offset
@@ -137,6 +142,29 @@ def _working_set(
     if isinstance(total, DTensor) and whole_total is not None:
         back.append((whole_total, total))
     return (whole, _gathered(grad), whole_total), 0
+
+
+def sharded_views_(
+    params: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    fmt: NumberFormat,
+    keys: Sequence[DrawKey],
+    indices: Sequence[int],
+    backend: BackendName = "auto",
+) -> Tensor:
+    """As :func:`.updates.views_`, for tensors of which some may be sharded, sums as their weights; shards as above."""
+    if not any(isinstance(p, DTensor) for p in params):
+        return views_(params, sums, fmt, keys, indices, backend)
+    counts = torch.zeros(len(params), dtype=torch.int64, device=local_part(params[0]).device)
+    for i, (param, total, key) in enumerate(zip(params, sums, keys)):
+        back: list[tuple[Tensor, DTensor]] = []
+        (own, its_sum, _), offset = _working_set(param, total, None, [fmt], back)
+        if own.numel():
+            key = key.at(offset=key.offset + offset)
+            counts[i] = views_([own], [its_sum], fmt, [key], [indices[i]], backend)[0]
+        for whole, target in back:
+            _write_back(whole, target)
+    return counts
 
 
 def all_finite(flags: Tensor, params: Sequence[Tensor]) -> Tensor:

@@ -12,7 +12,8 @@ variance-corrected quantizer.
 ``"lattice"``    θ ← walk(θ, −η(Q_G(g) + λθ), v)                     (:mod:`lightning_lpsgld.ops.lattice`)
 ===============  ==========================================================================
 
-With v = 0 these are SGD, SGDLP-F and SGDLP-L.
+With v = 0 these are SGD, SGDLP-F and SGDLP-L. Where the sum is kept on a grid A beside the weight, between the two,
+a takes the place of θ in ``"naive"`` and ``"vc"`` with Q_A, and :func:`views_` then sets θ ← Q_W(a).
 
 Reference: Zhang, Wilson & De Sa, 2022, arXiv:2206.09909, equations 2 to 4 and algorithm 1.
 """
@@ -26,12 +27,12 @@ from torch import Tensor
 
 from lightning_lpsgld.formats import BlockFormat, NumberFormat
 from lightning_lpsgld.ops import StepSpec, quantize, quantize_variance_corrected
-from lightning_lpsgld.ops.dispatch import BackendName, choose_step
+from lightning_lpsgld.ops.dispatch import BackendName, choose_step, choose_views
 from lightning_lpsgld.ops.lattice import lattice_step
 from lightning_lpsgld.ops.reference import code_limits
 from lightning_lpsgld.random import DrawKey, Role, normals, stream_id
 
-__all__ = ["descend", "langevin_step_", "langevin_steps_", "noisy", "saturated"]
+__all__ = ["descend", "langevin_step_", "langevin_steps_", "noisy", "saturated", "views_"]
 
 
 def descend(theta: Tensor, grad: Tensor, *, lr: float, weight_decay: float) -> Tensor:
@@ -147,3 +148,37 @@ def langevin_steps_(
             for param, grad, accumulator, key, index in zip(params, grads, rest, keys, indices)
         ]
     )
+
+
+def views_(
+    params: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    fmt: NumberFormat,
+    keys: Sequence[DrawKey],
+    indices: Sequence[int],
+    backend: BackendName = "auto",
+) -> Tensor:
+    """Set weights to the stochastic rounding of the sums that are kept beside them, by draws of their own.
+
+    Args:
+        params: Weights; overwritten.
+        sums: Their sums, one per weight, float32 or wider, same shapes; not modified.
+        fmt: Grid of the weights.
+        keys: Of the current step, one per weight; they differ only in ``offset`` (shards).
+        indices: Number of each weight among the sampler's parameters.
+        backend: For the ops.
+
+    Returns:
+        Sums outside the range of the weight's grid per weight, int64, shape ``(len(params),)``.
+    """
+    if not params:
+        return torch.zeros(0, dtype=torch.int64)
+    fused = choose_views(backend, params, fmt)
+    if fused is not None:
+        spec = StepSpec(0.0, 0.0, 0.0, fmt, None, "full")
+        counts: Tensor = fused.langevin_step_(params, None, sums, spec, keys, indices)
+        return counts
+    for param, total, key, index in zip(params, sums, keys, indices):
+        key = key.at(stream=stream_id(Role.VIEW, index))
+        param.copy_(quantize(total, fmt, key=key, backend=backend))
+    return torch.stack([saturated(total, fmt) for total in sums])

@@ -100,10 +100,14 @@ class VarianceReduced(LangevinOptimizer):
         """As :meth:`LangevinOptimizer.from_optimizer`.
 
         Raises:
-            ValueError: Also for ``accumulator="full"``: what these methods sum is the offset itself.
+            ValueError: Also for any ``accumulator`` but ``"low"``: what these methods sum is the offset itself.
         """
-        if options.pop("accumulator", "low") != "low":
-            raise ValueError(f"{cls.__name__} has no accumulator='full'; leave `accumulator` at 'low'.")
+        accumulator = options.pop("accumulator", "low")
+        if accumulator != "low":
+            raise ValueError(
+                f"{cls.__name__} has no accumulator={str(accumulator)!r}: it sums its steps between two centres, which "
+                "are in full precision. Leave `accumulator` at 'low', or use SGLD, SGHMC or PreconditionedSGLD."
+            )
         for group in optimizer.param_groups:
             group.pop("inner", None)
         return super().from_optimizer(optimizer, **options)

@@ -26,6 +26,14 @@ def test_rows_have_distinct_names_and_the_papers_temperature_comes_first():
     assert {row.temperature for row in rows} == {0.0, 1e-3, 1e-2, 1.0}
 
 
+def test_accumulators_of_16_bits_have_the_range_of_the_weights():
+    from rows import make_plugin, rows_of
+
+    wide = {row.format: make_plugin(row).accumulator for row in rows_of(5000, seeds=1) if row.method == "vc-sgldlp-16"}
+    assert {name: str(fmt) for name, fmt in wide.items()} == {"fixed8": "fixed16.14", "bfp8": "bfp16"}
+    assert wide["fixed8"].min == -2.0
+
+
 def test_schedule_is_the_papers():
     from rows import Row, decay
 

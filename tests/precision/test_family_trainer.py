@@ -15,6 +15,7 @@ FAMILY = {
     "VC SGHMCLP-L (velocity bfp8)": functools.partial(SGHMC, friction=2.0, velocity_format="bfp8"),
     "VC pSGLDLP-L (low-precision accumulator)": PreconditionedSGLD,
     "lattice SGLDLP-L (bernoulli rates)": functools.partial(SGLD, variant="lattice"),
+    "VC SGLDLP-L (bfp16 accumulator)": functools.partial(SGLD, accumulator="bfp16"),
 }
 
 

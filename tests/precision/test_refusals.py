@@ -105,7 +105,8 @@ def test_averaging_callbacks_with_a_full_accumulator(tmp_path):
     [
         ({"temperature": -1.0}, "`temperature` must be >= 0"),
         ({"num_data": 0}, "`num_data` must be 'auto' or an int >= 1"),
-        ({"accumulator": "half"}, "`accumulator` must be one of"),
+        ({"accumulator": "half"}, "LowPrecisionSGLD: `accumulator` must be .low., .full. or a number format"),
+        ({"accumulator": "bfp16", "weights": None}, "leave `accumulator` at .low. and take weights=.bfp16."),
         ({"backend": "cuda"}, "`backend` must be one of"),
         ({"saved_activations": "bits"}, "`saved_activations` must be one of"),
         ({"cycles": 0}, "`cycles` must be >= 1"),

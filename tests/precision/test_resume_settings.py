@@ -19,12 +19,13 @@ from lightning_lpsgld.samplers import HALP, SGHMC, SGLD, ConstantStepSize, Cycli
 
 HALF, STEPS = 4, 8
 
-#: Every sampler with both accumulators, where it has them.
+#: Every sampler with its accumulators.
 ROWS = {
     "SGLD low": {},
     "SGLD full": {"accumulator": "full"},
     "SGHMC low": {"sampler": partial(SGHMC, friction=2.0, velocity_format="bfp8")},
     "SGHMC full": {"sampler": partial(SGHMC, friction=2.0), "accumulator": "full"},
+    "SGLD 16 bits": {"accumulator": "bfp16"},
     "HALP": {"sampler": partial(HALP, mu=2.0), "temperature": 1e-3},
 }
 #: Settings that a checkpoint can give back, and how the message shows them.
@@ -160,6 +161,8 @@ def test_each_alone_is_refused_and_the_others_are_not_named(half, change):
     [
         ("SGLD low", {"accumulator": "full"}, "accumulator: 'low' in the checkpoint, 'full' now"),
         ("SGLD full", {"accumulator": "low"}, "accumulator: 'full' in the checkpoint, 'low' now"),
+        ("SGLD 16 bits", {"accumulator": "full"}, "accumulator: 'bfp16' in the checkpoint, 'full' now"),
+        ("SGLD 16 bits", {"accumulator": "mxint16"}, "accumulator: 'bfp16' in the checkpoint, 'bfp16b32' now"),
         ("SGLD low", {"weights": "fixed8.6"}, "weights: 'bfp8' in the checkpoint, 'fixed8.6' now"),
         ("SGLD low", ROWS["SGHMC low"], "sampler: 'SGLD' in the checkpoint, 'SGHMC' now"),
         ("SGHMC low", {"sampler": SGLD}, "sampler: 'SGHMC' in the checkpoint, 'SGLD' now"),

@@ -256,7 +256,7 @@ def test_sparse_gradients_and_gradscaler_are_refused():
         ({"temperature": -1.0}, "`temperature` must be finite and >= 0"),
         ({"lr": -0.1}, "`lr` must be finite and >= 0"),
         ({"weight_decay": -0.1}, "`weight_decay` must be finite and >= 0"),
-        ({"accumulator": "half"}, "`accumulator` must be 'full' or 'low'"),
+        ({"accumulator": "half"}, "`accumulator` must be 'low', 'full' or a number format"),
         ({"weight_format": "fixed99"}, "No number format is called"),
     ],
 )

@@ -27,7 +27,8 @@ FORMATS = {
 }
 VARIANTS = {
     "vc": {}, "naive": {"variance_corrected": False}, "full": {"accumulator": "full"},
-    "reference": {"backend": "reference"},
+    "reference": {"backend": "reference"}, "16 bits": {"accumulator": "bfp16"},
+    "16 bits across shards": {"accumulator": "bfp16-tensor"},
 }  # fmt: skip
 PLACEMENTS = {"dim 0": Shard(0), "last dim": Shard(-1), "replicated": Replicate()}
 
@@ -58,7 +59,7 @@ def compare():
     different = []
     for format_name, fmt in FORMATS.items():
         for variant_name, variant in VARIANTS.items():
-            if fmt is None and variant_name != "vc":
+            if (fmt is None and variant_name != "vc") or (fmt != "bfp8" and "16" in variant_name):
                 continue
             whole = trajectory(fmt, variant, lambda x: x.clone())
             for placement_name, placement in PLACEMENTS.items():
