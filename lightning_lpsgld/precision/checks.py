@@ -170,9 +170,9 @@ def refuse_averaging(trainer: pl.Trainer, samplers: Sequence[LangevinOptimizer])
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if views and isinstance(callback, _AVERAGING):
             raise RuntimeError(
-                f"{type(callback).__name__} averages `parameters()`, which with an accumulator other than 'low' is only the "
-                "rounded view of the chain, and would overwrite it behind the accumulator's back. Use SampleCollector with "
-                "EnsembleEvaluation, or accumulator='low'."
+                f"{type(callback).__name__} averages `parameters()`, which beside an accumulator is only "
+                "the rounded view of the chain, and would overwrite it behind the accumulator's back. Use "
+                "SampleCollector with EnsembleEvaluation, or accumulator='low'."
             )
 
 
