@@ -1,34 +1,32 @@
-"""What samplers with weights on a grid share: formats, accumulators, the first rounding, saturation, compensation."""
+"""What samplers with weights on a grid share: the first rounding, the prior's mean, saturation, compensation."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_lpsgld.arguments import require_choice, require_flag, require_number, require_seed
-from lightning_lpsgld.formats import FormatLike, NumberFormat, check_dtype, parse_accumulator, parse_format
+from lightning_lpsgld.arguments import require_choice, require_number, require_seed
+from lightning_lpsgld.formats import FormatLike
 from lightning_lpsgld.ops import quantize
 from lightning_lpsgld.ops.dispatch import BACKENDS, BackendName
-from lightning_lpsgld.ops.spec import Accumulation
 from lightning_lpsgld.random import DrawKey, Role, stream_id
-from lightning_lpsgld.samplers.base import LangevinOptimizer, log
-from lightning_lpsgld.samplers.coded_state import coded, decoded
+from lightning_lpsgld.samplers.base import log
 from lightning_lpsgld.samplers.first_rounding import frozen_off_grid, round_to_nearest_
-from lightning_lpsgld.samplers.shards import apply_to_whole_blocks_, first_index, local_part, sharded_views_
+from lightning_lpsgld.samplers.shards import first_index, local_part, sharded_views_
 from lightning_lpsgld.samplers.statistics import Measured, StepStatistics, rounding_variance, same_rows
 from lightning_lpsgld.samplers.step_size import StepSize
+from lightning_lpsgld.samplers.sums import SummingSampler
 
 __all__ = ["GridSampler"]
 
 
-class GridSampler(LangevinOptimizer):
+class GridSampler(SummingSampler):
     """Base of SGLD, SGHMC and preconditioned SGLD.
 
     Args:
@@ -68,21 +66,8 @@ class GridSampler(LangevinOptimizer):
     ) -> None:
         require_choice("prior_mean", prior_mean, ("zero", "initial"))
         require_choice("backend", backend, ("auto", *BACKENDS))
-        require_flag("variance_corrected", variance_corrected)
-        self.weight_format: NumberFormat | None = None if weight_format is None else parse_format(weight_format)
-        self.gradient_format: NumberFormat | None = None if gradient_format is None else parse_format(gradient_format)
-        self.accumulator = parse_accumulator(accumulator)
-        self.accumulator_format = None if isinstance(self.accumulator, str) else self.accumulator
-        if self.accumulator_format is not None and self.weight_format is None:
-            raise ValueError(
-                f"`accumulator` is {self.accumulator_format}, and the weights, its rounded view, have no format. Give "
-                f"`weight_format`, or leave `accumulator` at 'low' and take weight_format='{self.accumulator_format}'."
-            )
         self.prior_mean = prior_mean
-        self.variance_corrected = variance_corrected
         self.backend = backend
-        self.full_precision = set(full_precision)
-        self._frozen: set[Tensor] = set()
         self._means: dict[Tensor, Tensor] = {}  # of the prior, until they are taken up
         self._placed = False
         self.saturated: list[tuple[list[Tensor], Tensor]] = []
@@ -91,56 +76,11 @@ class GridSampler(LangevinOptimizer):
         seed = require_seed("seed", seed)
         defaults = {"lr": lr, "weight_decay": weight_decay, "temperature": temperature, "seed": seed}
         defaults.update(group_options)
-        super().__init__(params, defaults, num_data=num_data, schedule=schedule, check_finite=check_finite)
-        for param in set(self._indices) - self.full_precision:
-            self._check_dtypes(param)
-
-    # --------------------------------------------------------------------------------------------------------- facts
-
-    def accumulation(self, param: Tensor) -> Accumulation:
-        """How the steps of a parameter are summed and rounded."""
-        if self.format_of(param) is None:
-            return "float"
-        if self.accumulator == "full":
-            return "full"
-        return "vc" if self.variance_corrected else "naive"
-
-    def keeps_sum(self, param: Tensor) -> bool:
-        """Whether the steps of a parameter are summed beside it, so that it is only the rounded view of that sum."""
-        return self.accumulator != "low" and self.format_of(param) is not None
-
-    def _grid_of(self, accumulation: Accumulation) -> NumberFormat | None:
-        """Grid onto which a step that is summed in this way rounds: that of the sum where it has one."""
-        if accumulation == "float":
-            return None
-        return self.weight_format if accumulation == "full" else self.accumulator_format or self.weight_format
-
-    def sum_format_of(self, param: Tensor) -> NumberFormat | None:
-        """Grid on which the steps of a parameter are summed, ``None`` where they are in full precision."""
-        fmt = self.format_of(param)
-        return fmt if fmt is None or self.accumulator == "low" else self.accumulator_format
-
-    def format_of(self, param: Tensor) -> NumberFormat | None:
-        """Grid on which a parameter lies, ``None`` where it is not rounded.
-
-        A frozen weight (``requires_grad=False``) that :meth:`round_parameters_` found off the grid lies on none until
-        it is first moved.
-        """
-        left_alone = param in self.full_precision or param in self._frozen or param not in self._indices
-        return None if left_alone else self.weight_format
-
-    def gradient_format_of(self, param: Tensor) -> NumberFormat | None:
-        """Grid of a parameter's gradient, ``None`` where it is not rounded; parameters exempt by name are exempt."""
-        exempt = param in self.full_precision and self.weight_format is not None
-        return None if exempt else self.gradient_format
-
-    @property
-    def formats(self) -> dict[str, str]:
-        """Role of each rounded quantity and its format, for display."""
-        pairs = {
-            "weights": self.weight_format, "accumulators": self.accumulator_format, "gradients": self.gradient_format,
-        }  # fmt: skip
-        return {role: str(fmt) for role, fmt in pairs.items() if fmt is not None}
+        super().__init__(
+            params, defaults, num_data=num_data, schedule=schedule, check_finite=check_finite,
+            weight_format=weight_format, gradient_format=gradient_format, accumulator=accumulator,
+            variance_corrected=variance_corrected, full_precision=full_precision,
+        )  # fmt: skip
 
     # -------------------------------------------------------------------------------------------------- compensation
 
@@ -302,32 +242,6 @@ class GridSampler(LangevinOptimizer):
                 len(params), self.name_of(params[0]), type(self).__name__, self.steps,
             )  # fmt: skip
 
-    def _check_dtypes(self, param: Tensor) -> None:
-        for fmt in (self.weight_format, self.gradient_format):
-            if fmt is not None:
-                check_dtype(fmt, param.dtype)
-        if self.accumulator_format is not None:
-            check_dtype(self.accumulator_format, torch.promote_types(param.dtype, torch.float32))
-
-    @torch.no_grad()
-    def accumulator_of(self, param: Tensor) -> Tensor:
-        """The sum of a parameter's steps: the parameter itself, or what is kept beside it, float32 or wider.
-
-        A tensor of the state, not a copy; begun at the parameter's value when it is first asked for.
-        """
-        if not self.keeps_sum(param):
-            return param
-        state = self.state[param]
-        if "accumulator" not in state:
-            wide = torch.promote_types(param.dtype, torch.float32)
-            total = param.detach().to(wide, copy=True, memory_format=torch.preserve_format)
-            if self.accumulator_format is not None:
-                fmt = self.accumulator_format
-                apply_to_whole_blocks_(total, fmt, partial(quantize, fmt=fmt, rounding="nearest"))
-            state["accumulator"] = total
-        accumulator: Tensor = state["accumulator"]
-        return accumulator
-
     def _look(self, group: dict[str, Any], params: list[Tensor]) -> Tensor:
         """Round parameters from their sums, where those are on a grid; counts what lies outside the weights' range."""
         assert self.weight_format is not None
@@ -369,18 +283,6 @@ class GridSampler(LangevinOptimizer):
         loss = super().step(closure)
         self._measure_next = None
         return loss
-
-    def state_dict(self) -> dict[str, Any]:
-        """As :meth:`LangevinOptimizer.state_dict`; accumulators on a grid are saved as codes."""
-        saved = super().state_dict()
-        if self.accumulator_format is None:
-            return saved
-        params = [param for group in self.param_groups for param in group["params"]]
-        return coded(saved, [self.sum_format_of(param) for param in params])
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As :meth:`LangevinOptimizer.load_state_dict`."""
-        super().load_state_dict(decoded(state_dict))
 
     # ---------------------------------------------------------------------------------------------------- statistics
 
