@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lightning_lpsgld.bank.catalog import Catalog, Change
 from lightning_lpsgld.bank.errors import BankError
@@ -54,6 +55,7 @@ def replay(catalog: Catalog, journal: str, data: bytes) -> Replay:
     name, torn = journal_name(journal), len(rows.pop())
     if not rows:
         raise BankError(f"{name} was altered: it lacks its first line. `SampleBank.recover(path)` reads the samples.")
+    texts = []
     for number, row in enumerate(rows):
         digest, _, text = row.partition(b" ")
         if checksum(b"%s:%d:%s" % (journal.encode(), number, text)).encode() != digest:
@@ -61,16 +63,33 @@ def replay(catalog: Catalog, journal: str, data: bytes) -> Replay:
                 f"{name} was altered: the checksum of line {number} does not match. `SampleBank.recover(path)` reads "
                 "the samples."
             )
+        texts.append(text)
+    for number, data in enumerate(_parsed(texts, name)):
         if number:
-            catalog.apply(_change(catalog, text, f"{name}, line {number}"))
+            catalog.apply(_change(catalog, data, f"{name}, line {number}"))
     catalog.check_complete()
     return Replay(len(rows), torn)
 
 
-def _change(catalog: Catalog, text: bytes, where: str) -> Change:
+def _parsed(texts: list[bytes], name: str) -> list[Any]:
+    """Every line's JSON; at once where that works, line by line to say which one is wrong."""
+    with contextlib.suppress(ValueError, RecursionError):
+        parsed = json.loads(b"[%s]" % b",".join(texts))
+        if len(parsed) == len(texts):
+            return list(parsed)
+    parsed = []
+    for number, text in enumerate(texts):
+        try:
+            parsed.append(json.loads(text))
+        except (ValueError, RecursionError) as error:
+            raise BankError(f"{name}, line {number}: {str(error)[:400]}") from error
+    return parsed
+
+
+def _change(catalog: Catalog, data: object, where: str) -> Change:
     if catalog.spec is None:
         raise BankError(f"{where}: a sample without a module.")
     try:
-        return Change.from_json(json.loads(text), catalog.spec)
-    except (ValueError, RecursionError) as error:
+        return Change.from_json(data, catalog.spec)
+    except BankError as error:
         raise BankError(f"{where}: {str(error)[:400]}") from error

@@ -37,8 +37,12 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """Plain form with version and checksum."""
+        body = self._body()
+        return {**body, "checksum": body_checksum(body)}
+
+    def _body(self) -> dict[str, Any]:
         catalog = self.catalog
-        body = {
+        return {
             "format": "lightning_lpsgld.bank",
             "version": FORMAT_VERSION,
             "fingerprint": None if catalog.spec is None else catalog.spec.fingerprint,
@@ -53,7 +57,6 @@ class Manifest:
             "removed": sorted(catalog.removed),
             "journal": self.journal,
         }
-        return {**body, "checksum": body_checksum(body)}
 
     def dumps(self) -> bytes:
         """File content.
@@ -61,7 +64,9 @@ class Manifest:
         Raises:
             BankError: If it would be larger than what is read.
         """
-        data = json.dumps(self.to_json(), separators=(",", ":"), allow_nan=False).encode()
+        body = self._body()
+        text = _canonical(body)
+        data = f'{{"checksum":"{checksum(text)}",'.encode() + text[1:]
         try:
             check_json_size(data)
         except BankError as error:
@@ -80,16 +85,20 @@ class Manifest:
             parsed = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
             raise BankError(f"{MANIFEST} is not valid JSON: {str(error)[:200]}.") from error
-        return cls.from_json(parsed)
+        return cls.from_json(parsed, sealed=_as_written(data))
 
     @classmethod
-    def from_json(cls, data: object) -> Manifest:
+    def from_json(cls, data: object, *, sealed: bool = False) -> Manifest:
         """Inverse of :meth:`to_json`.
+
+        Args:
+            data: What :meth:`to_json` returned.
+            sealed: Whether its checksum has been compared already.
 
         Raises:
             BankError: If ``data`` is malformed.
         """
-        body = _checked_body(data)
+        body = _checked_body(data, sealed)
         check_retention(body["capacity"], body["policy"], body["seed"])
         spec = None if body["module"] is None else ModuleSpec.from_json(body["module"])
         if body["fingerprint"] != (None if spec is None else spec.fingerprint):
@@ -133,11 +142,23 @@ def body_checksum(body: dict[str, Any]) -> str:
     Raises:
         BankError: If the fields cannot be written as JSON.
     """
+    return checksum(_canonical(body))
+
+
+def _canonical(body: dict[str, Any]) -> bytes:
     try:
-        text = json.dumps(body, separators=(",", ":"), sort_keys=True, allow_nan=False)
+        return json.dumps(body, separators=(",", ":"), sort_keys=True, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise BankError(f"{MANIFEST} cannot be written as JSON: {str(error)[:200]}.") from error
-    return checksum(text.encode())
+
+
+_SEALED = re.compile(rb'\{"checksum":"([0-9a-f]{40})",')
+
+
+def _as_written(data: bytes) -> bool:
+    """Whether the bytes are those of :meth:`Manifest.dumps`: then nothing has to be written again to compare them."""
+    seal = _SEALED.match(data)
+    return seal is not None and checksum(b"{" + data[seal.end() :]).encode() == seal[1]
 
 
 _FIELDS_1 = {
@@ -148,7 +169,7 @@ _FIELDS = {1: _FIELDS_1, 2: _FIELDS_1 | {"recovered", "runs", "removed", "journa
 _ABSENT: dict[str, Any] = {"recovered": False, "runs": {}, "removed": [], "journal": None}
 
 
-def _checked_body(data: object) -> dict[str, Any]:
+def _checked_body(data: object, sealed: bool) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("format") != "lightning_lpsgld.bank":
         raise BankError(f"{MANIFEST} is not the manifest of a sample bank.")
     version = data.get("version")
@@ -160,7 +181,7 @@ def _checked_body(data: object) -> dict[str, Any]:
     if set(data) != _FIELDS[version]:
         raise BankError(f"{MANIFEST} must have exactly the fields {sorted(_FIELDS[version])}.")
     body = {name: value for name, value in data.items() if name != "checksum"}
-    if data["checksum"] != body_checksum(body):
+    if not sealed and data["checksum"] != body_checksum(body):
         raise BankError(
             f"{MANIFEST} was altered: its checksum does not match. "
             "`SampleBank.recover(path)` rebuilds it from the samples."

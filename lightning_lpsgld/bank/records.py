@@ -17,6 +17,7 @@ __all__ = ["Key", "Record", "check_size", "checksum", "largest_file", "parse_sam
 Key = tuple[int, int]
 
 _SAMPLE = re.compile(r"sample-c(0|[1-9][0-9]{0,18})-s(0|[1-9][0-9]{0,18})-([0-9a-f]{40})\.safetensors")
+_FIELDS = frozenset(("info", "file", "size"))
 #: Room for the header of a safetensors file: a fixed part, and one line per tensor with its name and metadata.
 _HEADER_BYTES, _HEADER_BYTES_PER_ENTRY = 2**20, 2**13
 
@@ -72,11 +73,11 @@ class Record:
         Raises:
             BankError: If ``data`` is malformed, the name is not one of ours, or the size cannot be right.
         """
-        if not isinstance(data, dict) or set(data) != {"info", "file", "size"}:
+        if not isinstance(data, dict) or data.keys() != _FIELDS:
             raise BankError("A sample in the manifest must have the fields `info`, `file` and `size`.")
         info, file, size = SampleInfo.from_json(data["info"]), data["file"], data["size"]
-        parsed = parse_sample_name(file) if isinstance(file, str) else None
-        if parsed is None or parsed[:2] != (info.chain, info.step):
+        match = _SAMPLE.fullmatch(file) if isinstance(file, str) else None
+        if match is None or match[1] != str(info.chain) or match[2] != str(info.step):
             raise BankError(
                 f"{file!r:.120} is not the file name of the sample of chain {info.chain} and step {info.step}; "
                 "only plain names of the bank's own pattern are opened."
@@ -92,6 +93,7 @@ def largest_file(spec: ModuleSpec) -> int:
 
 def check_size(file: str, size: object, spec: ModuleSpec) -> None:
     """Raise :class:`BankError` unless ``size`` is what a sample of ``spec`` can take."""
-    most = largest_file(spec)
-    if type(size) is not int or not spec.nbytes < size <= most:
-        raise BankError(f"{file}: a sample of this module takes {spec.nbytes} to {most} bytes, not {size!r:.80}.")
+    if type(size) is not int or not spec.nbytes < size <= largest_file(spec):
+        raise BankError(
+            f"{file}: a sample of this module takes {spec.nbytes} to {largest_file(spec)} bytes, not {size!r:.80}."
+        )

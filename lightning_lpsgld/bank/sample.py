@@ -55,6 +55,22 @@ def _metrics(value: object) -> dict[str, float]:
     return {name: _float(f"metrics[{name[:80]!r}]", number) for name, number in value.items()}
 
 
+_FIELDS = frozenset(("step", "cycle", "chain", "temperature", "lr", "metrics"))
+
+
+def _is_plain(data: Mapping[str, Any]) -> bool:
+    """Whether every field has the very type and range that :class:`SampleInfo` keeps, so that it can be taken as is."""
+    for name, optional in (("step", False), ("chain", False), ("cycle", True)):
+        value = data[name]
+        if not (type(value) is int and 0 <= value < 2**63) and not (optional and value is None):
+            return False
+    for name in ("temperature", "lr"):
+        value = data[name]
+        if value is not None and not (type(value) is float and 0.0 <= value < math.inf):
+            return False
+    return not data["metrics"]
+
+
 @dataclass(frozen=True)
 class SampleInfo:
     """Where a sample comes from.
@@ -105,9 +121,12 @@ class SampleInfo:
         Raises:
             BankError: If ``data`` is malformed.
         """
-        fields = {"step", "cycle", "chain", "temperature", "lr", "metrics"}
-        if not isinstance(data, dict) or set(data) != fields or not isinstance(data["metrics"], dict):
-            raise BankError(f"A sample's metadata must have the fields {sorted(fields)}.")
+        if not isinstance(data, dict) or data.keys() != _FIELDS or not isinstance(data["metrics"], dict):
+            raise BankError(f"A sample's metadata must have the fields {sorted(_FIELDS)}.")
+        if _is_plain(data):  # nearly all are; there may be a hundred thousand of them
+            info = object.__new__(cls)
+            info.__dict__.update(data)
+            return info
         special = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
         metrics = {n: special.get(x, x) if isinstance(x, str) else x for n, x in data["metrics"].items()}
         return cls(**{**data, "metrics": metrics})

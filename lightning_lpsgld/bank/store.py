@@ -28,8 +28,8 @@ __all__ = ["FileStore", "MemoryStore", "SampleStore"]
 
 log = logging.getLogger(__name__)
 
-#: A journal is folded into the manifest when it has at least so many lines, and as many as there are samples: then
-#: rewriting the manifest costs a constant share of every addition.
+#: A journal is folded into the manifest when it has at least so many lines, and half as many as there are samples in the
+#: manifest. Then rewriting it costs a constant share of every addition, and most samples are read without replaying.
 _MIN_LINES = 1000
 _MAX_JOURNAL_BYTES = 2**26
 
@@ -163,6 +163,7 @@ class FileStore:
         self._held = False
         self._journal: str | None = None
         self._lines = 0
+        self._folded = 0
         self._torn = False
         self._marks: tuple[object, object] | None = None
 
@@ -259,6 +260,7 @@ class FileStore:
     def _replayed(self, manifest: Manifest, mark: object) -> Catalog:
         catalog = manifest.catalog
         lines, torn, journal_mark = 0, 0, None
+        self._folded = len(catalog.records)
         if manifest.journal is not None:
             name = journal_name(manifest.journal)
             journal_mark = self.folder.mark(name)
@@ -286,14 +288,14 @@ class FileStore:
         if journal is not None:
             self.folder.write(journal_name(journal), header(journal), unnamed=True)
         self.folder.write(MANIFEST, data)
-        self._journal, self._lines, self._torn = journal, 1, False
+        self._journal, self._lines, self._torn, self._folded = journal, 1, False, len(catalog.records)
         self._marks = self._current_marks()
         stale = {name for name in self.folder.names() if name.startswith("journal-") and name.endswith(".jsonl")}
         self.folder.remove(stale - ({journal_name(journal)} if journal is not None else set()))
 
     def append(self, catalog: Catalog, change: Change) -> None:
         """Write a line of the journal; now and then, and where that is not possible, the manifest anew."""
-        full = self._lines >= max(_MIN_LINES, len(catalog.records))
+        full = self._lines >= max(_MIN_LINES, self._folded // 2)
         if self._journal is None or self._torn or full or self._journal_size() > _MAX_JOURNAL_BYTES:
             after = catalog.copied()
             after.apply(change)
@@ -336,10 +338,11 @@ class FileStore:
     def check(self, record: Record, spec: ModuleSpec, *, content: bool) -> str | None:
         """Why a sample is damaged: its size, and its checksum if ``content`` is asked for."""
         try:
-            size = self.folder.size(record.file)
+            data = self.folder.head(record.file, record.size + 1) if content else b""
+            size = self.folder.size(record.file) if len(data) != record.size else record.size
             if size != record.size:
                 return f"{record.file} is torn: it has {size} bytes, {record.size} were written."
-            if content and checksum(self.folder.head(record.file, size)) != record.checksum:
+            if content and checksum(data) != record.checksum:
                 return f"{record.file} was altered: its checksum does not match."
         except (BankError, OSError) as error:
             return str(error)

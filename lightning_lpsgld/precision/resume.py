@@ -15,6 +15,9 @@ from lightning_lpsgld.samplers import LangevinOptimizer
 
 __all__ = ["Resume", "run_settings", "settings_of"]
 
+#: Settings that change the last bits of a chain but not its law: a difference is said, and refused by no policy.
+_NUMERICS = ("arithmetic", "backend")
+
 
 def settings_of(samplers: Sequence[LangevinOptimizer], run: Mapping[str, Any]) -> dict[str, Any]:
     """All that makes a chain what it is, as plain values by name; what a checkpoint remembers.
@@ -39,7 +42,8 @@ def run_settings(run: RunDescription, plugin: Any) -> dict[str, Any]:
 
     Args:
         run: The run.
-        plugin: Its arguments ``sites``, ``prior_mean``, ``compute``, ``compress_gradients`` and ``loss_scale``.
+        plugin: Its arguments ``sites``, ``prior_mean``, ``compute``, ``compress_gradients``, ``loss_scale``,
+            ``arithmetic`` and ``backend``.
     """
     sites = None if plugin.sites is None else tuple(s if isinstance(s, str) else s.__qualname__ for s in plugin.sites)
     return {
@@ -51,6 +55,8 @@ def run_settings(run: RunDescription, plugin: Any) -> dict[str, Any]:
         "compute": plugin.compute,
         "compress_gradients": plugin.compress_gradients,
         "loss_scale": float(plugin.loss_scale or 1.0),
+        "arithmetic": plugin.arithmetic,
+        "backend": str(plugin.backend),
         "seed": run.seed,
     }
 
@@ -142,13 +148,25 @@ class Resume:
         now = {**self.settings, "algorithm": self._samplers[0].description}
         if not seed_asked:
             del now["seed"]
-        changes = changes_between(saved, now)
+        found = changes_between(saved, now)
+        self._say_numerics([change for change in found if change.name in _NUMERICS])
+        changes = [change for change in found if change.name not in _NUMERICS]
         if changes:
             settle_changes(changes, policy, self._samplers, saved, scheduled=self._scheduled)
             self.new_chain = policy == "new"
             self._say(changes, policy)
         if not self.new_chain:
-            self.settings.update({name: saved[name] for name in self.settings if name in saved})
+            kept = [name for name in self.settings if name in saved and name not in _NUMERICS]
+            self.settings.update({name: saved[name] for name in kept})
+
+    @staticmethod
+    def _say_numerics(changes: Sequence[Change]) -> None:
+        if changes:
+            rank_zero_warn(
+                f"LowPrecisionSGLD: the resumed fit computes otherwise than the checkpoint's ({listed(changes)}). It "
+                "samples the same posterior by the same steps, but sums are rounded elsewhere: its weights will not be "
+                "those of an uninterrupted run bit for bit. Set it back for that."
+            )
 
     @staticmethod
     def _say(changes: Sequence[Change], policy: OnChange) -> None:

@@ -1,11 +1,12 @@
 """What a bank costs as it grows: processor time, so that a busy machine or a slow disk does not count."""
 
+import json
 import time
 
 import pytest
 from torch import nn
 
-from lightning_lpsgld.bank import SampleBank
+from lightning_lpsgld.bank import SampleBank, store
 
 
 def timed(call):
@@ -33,6 +34,22 @@ def test_an_addition_costs_the_same_in_a_large_bank(tmp_path):
     late = timed(lambda: additions(bank, 2100, 2400))
     assert late < 2.0 * early
     assert len(SampleBank.open(tmp_path / "bank")) == 2400
+
+
+def test_a_journal_stays_shorter_than_its_manifest(tmp_path, monkeypatch):
+    """A large bank is read from its manifest; what is replayed on top is at most half as much."""
+    monkeypatch.setattr(store, "_MIN_LINES", 10)
+    manifest, lines = [], []
+    with SampleBank(tmp_path / "bank") as bank:
+        for step in range(120):
+            bank.add(nn.Linear(1, 1), step=step)
+            manifest.append(len(json.loads((tmp_path / "bank" / "manifest.json").read_text())["samples"]))
+            (journal,) = (tmp_path / "bank").glob("journal-*")
+            lines.append(journal.read_bytes().count(b"\n") - 1)
+    assert [m + n for m, n in zip(manifest, lines)] == list(range(1, 121))
+    assert all(n < max(10, m // 2) for m, n in zip(manifest, lines))
+    assert len(set(manifest)) < 10, "folding is rare"
+    assert SampleBank.open(tmp_path / "bank").steps == list(range(120))
 
 
 @pytest.mark.slow

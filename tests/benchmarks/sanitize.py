@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {"ops/_cpu": "ops/cpu.cpp", "linear/_kernels": "linear/kernels.cpp"}
-TESTS = ("tests/ops/test_cpu_backend.py", "tests/linear/test_linear_halp.py")
+TESTS = ("tests/ops/test_cpu_backend.py", "tests/ops/test_block_top.py", "tests/linear/test_linear_halp.py")
 LEVELS = ("baseline", "avx2", "avx512")
 #: As in pyproject.toml, but for the optimization, and with what the sanitizers need.
 FLAGS = (

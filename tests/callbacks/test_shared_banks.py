@@ -281,14 +281,15 @@ def local_paths(folder):
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
-@pytest.mark.parametrize("other", ["none", "shorter"])
+@pytest.mark.parametrize("other", ["none", "shorter", "another module's"])
 def test_ranks_that_see_different_banks_say_so_instead_of_waiting(tmp_path, other):
-    for node, steps in (("node0", (1, 2)), ("node1", (1,))):
+    for node, steps in (("node0", (1, 2)), ("node1", (1, 2) if other == "another module's" else (1,))):
         if node == "node1" and other == "none":
             continue
+        module = small_convnet() if (node, other) == ("node1", "another module's") else small_mlp()
         with SampleBank(tmp_path / node) as bank:
             for step in steps:
-                bank.add(small_mlp(), step=step)
+                bank.add(module, step=step)
     messages = run_ranks(local_paths, tmp_path, timeout=90)
     assert len(set(messages)) == 1
     assert "Ranks see different banks: rank 0 sees 2 samples of module" in messages[0]

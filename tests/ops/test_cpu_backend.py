@@ -420,6 +420,58 @@ def test_step_of_strided_parameters_goes_through_a_copy():
     assert param._version > version
 
 
+def negated(x: torch.Tensor) -> torch.Tensor:
+    """The values of ``x``, held as the lazy negation of their negatives."""
+    view = torch._neg_view(-x)
+    assert view.is_neg()
+    return view
+
+
+def test_a_lazy_negative_bit_is_not_overlooked():
+    """Such tensors are the imaginary parts of conjugates; their memory holds the other sign."""
+    x, key, fmt = torch.randn(40, 30), DrawKey(seed=1), parse_format("bfp8")
+    assert torch.equal(cpu.quantize(negated(x), fmt, "stochastic", key), cpu.quantize(x, fmt, "stochastic", key))
+    assert torch.equal(cpu.encode(negated(x), fmt, "nearest", None).codes, cpu.encode(x, fmt, "nearest", None).codes)
+    spec = StepSpec(0.1, 1e-2, 1e-6, fmt, fmt, "vc")
+    results = []
+    for bits in ((False, False), (True, False), (False, True), (True, True)):
+        param, grad = (negated(t) if lazy else t.clone() for t, lazy in zip((x, x.flip(0).contiguous()), bits))
+        cpu.langevin_step_([param], [grad], None, spec, [key], [0])
+        results.append(param.resolve_neg())
+    assert not torch.equal(results[0], x)
+    assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
+@pytest.mark.parametrize("shift", [1, 3, 7])
+@pytest.mark.parametrize("fmt", ["bfp8", "fixed8.6", "e4m3"])
+def test_memory_that_begins_anywhere_is_read_and_written(fmt, shift, instruction_set):
+    """Views that begin ``shift`` elements into their memory: aligned for no vector; run under the sanitizers, too."""
+    load()[0].lpsgld_level(LEVELS[instruction_set])
+    number, key, shape = parse_format(fmt), DrawKey(seed=1), (19, 33)
+
+    def moved(x):
+        storage = torch.zeros(x.numel() + shift, dtype=x.dtype)
+        view = storage[shift:].view(x.shape)
+        assert view.data_ptr() % 16
+        return view.copy_(x)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(shape).to(dtype)
+        assert torch.equal(
+            cpu.quantize(moved(x), number, "stochastic", key), cpu.quantize(x, number, "stochastic", key)
+        )
+    x, grad = torch.randn(shape), torch.randn(shape)
+    encoded = cpu.encode(x, number, "nearest", None)
+    exponents = None if encoded.exponents is None else moved(encoded.exponents)
+    unaligned = Encoded(moved(encoded.codes), exponents, number)
+    assert torch.equal(cpu.decode(unaligned, torch.float32), cpu.decode(encoded, torch.float32))
+    spec = StepSpec(0.1, 1e-2, 1e-6, number, number, "vc")
+    params = [x.clone(), moved(x)]
+    for param, g in zip(params, (grad, moved(grad))):
+        cpu.langevin_step_([param], [g], None, spec, [key], [0])
+    assert torch.equal(*params)
+
+
 def test_dispatch_takes_the_fused_step_and_steps_are_seen_by_autograd():
     param = torch.nn.Parameter(torch.randn(30, 20))
     grad, spec = torch.randn(30, 20), StepSpec(0.1, 0.0, 1e-6, parse_format("bfp8"), None, "vc")

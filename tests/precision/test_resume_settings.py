@@ -257,6 +257,27 @@ def test_a_seed_that_nobody_asked_for_is_no_difference(half):
     assert sees.card.seed == 7
 
 
+@pytest.mark.parametrize("half", ["SGLD low"], indirect=True)
+@pytest.mark.parametrize("policy", ["refuse", "checkpoint", "new"])
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"arithmetic": "auto"}, "arithmetic: 'simulated' in the checkpoint, 'auto' now"),
+        ({"backend": "reference"}, "backend: 'auto' in the checkpoint, 'reference' now"),
+    ],
+)
+def test_another_arithmetic_is_said_and_makes_no_other_chain(half, policy, changed, words):
+    """It is exact where the other rounds sums: the same law, other last bits. The next checkpoint says what it was."""
+    folder, options, whole = half
+    with pytest.warns(UserWarning, match=rf"{words}\)\. It samples the same posterior .* not be those of an uninterr"):
+        sees, *_ = fit(folder, STEPS, resume=True, on_change=policy, **options, **changed)
+    assert all(torch.allclose(a, b, atol=0.05) for a, b in zip(sees.weights[:1], whole[HALF : HALF + 1], strict=True))
+    assert SampleBank.open(folder / "bank").chains == [0]
+    ((name, value),) = changed.items()
+    later = torch.load(folder / f"step={STEPS}.ckpt", weights_only=False)["LowPrecisionSGLD"]["settings"]
+    assert later[name] == value
+
+
 SCHEDULERS = {
     "step": lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5),
     "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, STEPS),
