@@ -208,6 +208,7 @@ class ActivationCasting:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned."""
+        self._session.caster.offer_again()
         self._session.counter.load_state_dict(state)
         self._session.tracker.load_state_dict(state["outputs"])
 

@@ -64,6 +64,10 @@ class Caster:
             self._offered.clear()
             self.book.clear()
 
+    def offer_again(self) -> None:
+        """Let every cast carry codes at first again: what ran so far may have run for nobody who takes them."""
+        self._offered.clear()
+
     def _carries(self, site: str) -> bool:
         if self.carrying or not self.asked:
             return self.carrying

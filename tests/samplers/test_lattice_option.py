@@ -142,7 +142,7 @@ def test_resumes_bitwise():
         ({"weight_format": None}, "fixed-point or block `weight_format`"),
         ({"weight_format": "e4m3"}, "fixed-point or block `weight_format`"),
         ({"variant": "grid"}, "`variant` must be 'auto' or 'lattice'"),
-        ({"rates": "fast"}, "`rates` must be one of"),
+        ({"rates": "fast"}, "`rates` must be 'exponential', 'bernoulli'"),
         ({"gradient_std": 0.1}, "rates='exponential', got 'lattice' and 'bernoulli'"),
         ({"gradient_std": 0.1, "variant": "auto"}, "needs variant='lattice'"),
         ({"gradient_std": -0.1, "rates": "exponential"}, "`gradient_std` must be finite and >= 0"),
