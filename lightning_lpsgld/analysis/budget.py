@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_lpsgld.formats import BlockFormat, FormatLike, NumberFormat, parse_format
+from lightning_lpsgld.ops.blocks import block_max
+from lightning_lpsgld.ops.crossing import HELD_FROM, crossing
 from lightning_lpsgld.ops.reference import VariancePlan, code_limits, power_of_two, variance_plan
 
 __all__ = ["BudgetUpdate", "VarianceBudget", "rounding_variance_after_noise", "variance_budget"]
@@ -29,10 +31,15 @@ class VarianceBudget:
         high: Share of elements in Q^vc's large-variance regime (v > gap²/4): the target is met exactly.
         low: Share in the small-variance regime where the target is met too.
         unreachable: Share where rounding alone has more variance than the target.
-        achieved: Mean variance delivered, squared weight units (without saturation).
+        achieved: Mean variance delivered, squared weight units, with what the top of blocks adds (without clamping).
         target: Mean variance asked for.
         rounding: Mean variance of stochastic rounding of the mean, p(1−p)Δ².
         saturated: Share of means outside the range of the format.
+        crossing: Share of the blocks that will take the next exponent, expected.
+        carried: Mean variance that this adds, a part of ``achieved``.
+        held: Share of the blocks with an element whose clamped codes have a mean that is off by more than a hundredth
+            of its gap; of a format without blocks: of the elements.
+        bias: Mean square of what the means are off by clamping, squared weight units.
     """
 
     high: Tensor
@@ -42,6 +49,10 @@ class VarianceBudget:
     target: Tensor
     rounding: Tensor
     saturated: Tensor
+    crossing: Tensor
+    carried: Tensor
+    held: Tensor
+    bias: Tensor
 
     @property
     def ratio(self) -> Tensor:
@@ -105,8 +116,9 @@ def variance_budget(
         variance: v = 2ηT/N >= 0 that the target asks for, squared weight units; broadcasts to ``mean``.
         fmt: Format of the weight.
         update: ``"vc"``: Q^vc, delivers max(v, p(1−p)Δ²). ``"naive"``: noise and then stochastic rounding, delivers
-            v + E p(1−p)Δ². ``"full"``: a full-precision accumulator, delivers v; what the forward pass sees is rounded
-            but not accumulated.
+            v + E p(1−p)Δ². Both deliver more where a block takes the next exponent, which is counted exactly.
+            ``"full"``: a full-precision accumulator, delivers v; what the forward pass sees is rounded but not
+            accumulated.
 
     Returns:
         Shares of the regimes and mean variances. The regimes are Q^vc's whatever the update: where it could help.
@@ -131,6 +143,9 @@ def variance_budget(
     plan = variance_plan(mean.detach(), variance, number)
     square = power_of_two(plan.gap_exponents) ** 2
     count = max(mean.numel(), 1)
+    top = crossing(plan, number, mean.dtype, update="naive" if update == "naive" else "vc")
+    if update == "full":
+        top = replace(top, added=torch.zeros_like(top.added), bias=torch.zeros_like(top.bias))
 
     def share(mask: Tensor) -> Tensor:
         return mask.double().sum() / count
@@ -138,12 +153,21 @@ def variance_budget(
     def average(units: Tensor) -> Tensor:
         return (units * square).sum() / count
 
+    held = (top.bias.abs() > HELD_FROM).double()
     return VarianceBudget(
         high=share(plan.high),
         low=share(~plan.high & ~plan.unreachable),
         unreachable=share(plan.unreachable),
-        achieved=average(_achieved(update, plan)),
+        achieved=average(_achieved(update, plan) + top.added),
         target=average(plan.target),
         rounding=average(plan.rounding),
         saturated=share(_outside(mean, number, variance if update == "vc" else 0.0)),
+        crossing=_mean_of(top.probability),
+        carried=average(top.added),
+        held=_mean_of(block_max(held, number) if isinstance(number, BlockFormat) else held),
+        bias=average(top.bias**2),
     )
+
+
+def _mean_of(x: Tensor) -> Tensor:
+    return x.sum() / max(x.numel(), 1)

@@ -1,14 +1,7 @@
 r"""Exact laws of one rounding: which code comes out, with which probability, for a given mean and noise variance.
 
-Adding a Gaussian and rounding is a convolution with a cardinal B-spline: nearest rounding is the box :math:`B_1`,
-stochastic rounding the hat :math:`B_2`, and the large-variance branch of Q^vc (nearest, then the categorical draw of
-variance :math:`\Delta^2/4`) the quadratic :math:`B_3`. With :math:`Y \sim N(s, t)` in units of the gap,
-
-.. math::
-    P(k) = E\,B_n(Y - k) = \sum_{j=0}^n (-1)^j \binom nj\, h_{n-1}(k - \tfrac n2 + j), \qquad
-    h_m(x) = E\,[(Y - x)_+^m] / m!
-
-and the h are closed forms in the normal density and distribution function. Draws are taken as ideal: the real ops use
+Adding a Gaussian and rounding is a convolution with a B-spline (:mod:`lightning_lpsgld.ops.splines`).
+Draws are taken as ideal: the real ops use
 uniforms of 23 bits and compute means in the dtype of the weight, which moves probabilities by about 1e-7.
 """
 
@@ -22,6 +15,7 @@ from torch import Tensor
 from lightning_lpsgld.formats import FixedPoint, FormatLike, NumberFormat, parse_format
 from lightning_lpsgld.ops.lattice import Rates, walk_law
 from lightning_lpsgld.ops.reference import variance_plan
+from lightning_lpsgld.ops.splines import spline_masses
 
 __all__ = [
     "Masses",
@@ -34,8 +28,6 @@ __all__ = [
     "vc_law",
     "vc_masses",
 ]
-
-_SQRT_2PI = math.sqrt(2.0 * math.pi)
 
 
 def finite_grid(fmt: FormatLike) -> tuple[FixedPoint, Tensor]:
@@ -54,23 +46,6 @@ def finite_grid(fmt: FormatLike) -> tuple[FixedPoint, Tensor]:
     return number, codes * number.gap
 
 
-def _upper_tail(distance: Tensor, sigma: Tensor, order: int) -> Tensor:
-    r""":math:`h_m(x)` for :math:`Y - x \sim N(-distance, sigma^2)`, exact for every sign of ``distance``, sigma > 0."""
-    a = distance.abs() / sigma
-    density, tail = torch.exp(-0.5 * a * a) / _SQRT_2PI, 0.5 * torch.erfc(a / math.sqrt(2.0))
-    below = distance < 0
-    if order == 0:
-        return torch.where(below, 1.0 - tail, tail)
-    if order == 1:
-        far = sigma * (density - a * tail)
-        return torch.where(below, far - distance, far)
-    far = sigma**2 * ((1.0 + a * a) * tail - a * density) / 2
-    return torch.where(below, (distance**2 + sigma**2) / 2 - far, far)
-
-
-#: A law out of a Gaussian is followed for this many standard deviations; beyond is less than 1e-20.
-_REACH = 9.5
-
 #: Flat coordinate form of laws: row, index of the code, mass; entries of one pair add up.
 Masses = tuple[Tensor, Tensor, Tensor]
 
@@ -87,16 +62,8 @@ def rounding_masses(mean: Tensor, variance: Tensor, codes: Tensor, *, splines: i
     Returns:
         Masses; what lies beyond the codes is in the first or the last.
     """
-    sigma = torch.as_tensor(variance, dtype=torch.float64).sqrt().expand(mean.shape).clamp(min=1e-150)
-    half = math.ceil(_REACH * float(sigma.max()) + splines / 2) if mean.numel() else 0
-    targets = mean.round()[:, None] + torch.arange(-half, half + 1, dtype=torch.float64)
-    # By symmetry every code is computed from the side on which it is in the tail: no cancellation far from the mean.
-    distance = (targets - mean[:, None]).abs()
-    signs = [(-1) ** j * math.comb(splines, j) for j in range(splines + 1)]
-    mass = torch.zeros_like(distance)
-    for j, sign in enumerate(signs):
-        mass += sign * _upper_tail(distance - splines / 2 + j, sigma[:, None], splines - 1)
-    return _flat(targets, mass.clamp_(min=0.0), codes)
+    targets, mass = spline_masses(mean, variance, splines)
+    return _flat(targets, mass, codes)
 
 
 def _flat(targets: Tensor, mass: Tensor, codes: Tensor) -> Masses:

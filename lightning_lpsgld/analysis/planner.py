@@ -115,12 +115,16 @@ def _remedy(
 
 
 def _gradient_variance(grad: Tensor, fmt: NumberFormat | None) -> float:
-    """Mean variance of the stochastic rounding of a gradient."""
-    return 0.0 if fmt is None else float(variance_budget(grad, 0.0, fmt).rounding)
+    """Mean variance of the stochastic rounding of a gradient, the next exponent of its blocks included."""
+    return 0.0 if fmt is None else float(variance_budget(grad, 0.0, fmt).achieved)
 
 
-def _verdict(heat: float, clipped: float, from_gradient: float, remedy: int | None, fraction: int | None) -> str:
+def _verdict(
+    heat: float, clipped: float, held: float, from_gradient: float, remedy: int | None, fraction: int | None
+) -> str:
     notes = []
+    if held > 0:
+        notes.append(f"{held:.1%} of the blocks held below a power of two by clamping")
     if clipped > 0 and fraction is not None:
         notes.append(f"clipped: use F = {fraction}")
     if from_gradient > TOLERANCE - 1.0:
@@ -223,6 +227,7 @@ def _layer(
     remedy: int | None = fmt.bits
     if max(ratios) > TOLERANCE:
         remedy = _remedy(theta, drift, rates, noise, fmt, update)
+    held = max(float(budget.held) for budget in budgets) if isinstance(fmt, BlockFormat) else 0.0
     shrinkage = None
     if gradient_format is not None:
         shrinkage = gradient_shrinkage(quantize(grad, gradient_format, rounding="nearest"), grad)
@@ -243,5 +248,5 @@ def _layer(
         weight_bytes=_bytes(theta.shape, fmt),
         accumulator_bytes=4 * theta.numel() if update == "full" else 0,
         remedy_bits=remedy,
-        verdict=_verdict(heat, clipped, max(extra), remedy, own),
+        verdict=_verdict(heat, clipped, held, max(extra), remedy, own),
     )

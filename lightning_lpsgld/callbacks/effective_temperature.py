@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_lpsgld.callbacks.noise_budget import Case, LayerNoise, heating, overall, remedies
+from lightning_lpsgld.callbacks.noise_budget import Case, LayerNoise, heating, held_below, overall, remedies
 from lightning_lpsgld.callbacks.tables import log_table
 from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.samplers import SGLD
@@ -25,6 +26,8 @@ __all__ = ["EffectiveTemperature"]
 _LIMIT = 1.5
 #: Elements of each tensor with which remedies are tried.
 _TRIAL_ELEMENTS = 2048
+
+_Conditions = tuple[float, float, NumberFormat | None]
 
 
 class EffectiveTemperature(Callback):
@@ -45,6 +48,12 @@ class EffectiveTemperature(Callback):
     * ``noise/high``, ``noise/low``, ``noise/unreachable``: share in each regime of the variance-corrected quantizer;
     * ``noise/gradient_rounding_over_target``: what rounding the gradient adds, not part of the achieved variance;
     * ``noise/view_rounding_over_target``: variance of the rounded weight around its full accumulator;
+    * ``noise/minibatch_over_target``: what the noise of the mini-batch gradient adds, from the difference to the
+      gradient of the step before; not part of the achieved variance. From the second step on;
+    * of block formats, ``noise/crossing``: share of the blocks that the step is expected to take to the next exponent
+      (what that adds is in the achieved variance); ``noise/at_top``: share whose largest code is the last one below a
+      power of two; ``noise/held``: share in which a clamp moves the mean of an element;
+    * ``noise/bias_over_target``: mean square of what clamps move means by;
     * ``noise/velocity_achieved_over_target``: of SGHMC, whose other quantities are those of the position.
 
     Under preconditioning the noise of a weight has the variance vG, and means are over weights. SGHMC adds noise to
@@ -54,14 +63,15 @@ class EffectiveTemperature(Callback):
     Ratios are left out for steps that ask for no noise. The chain is not changed by measuring, and the measurement of a
     step does not depend on gradient accumulation. All numbers of the last measurement are in :attr:`table`.
 
-    **Where the promise stops.** The noise of the mini-batch gradient is not part of it, and large tensors are measured
+    **Where the promise stops.** The noise of the mini-batch gradient is reported beside it, not in it; of full batches
+    the weights' own move between two steps is what is left in that number. Large tensors are measured
     on a subset of their rows. On a sharded parameter it is this rank's shard. Remedies are tried for SGLD only.
 
     Args:
         every_n_steps: Measure steps 0, n, 2n, ... of each sampler.
         max_elements: Larger tensors are measured on evenly spaced rows with about so many elements.
         verdict: Warn once, with what would help, when the achieved variance (SGHMC: effective temperature) exceeds
-            1.5 times the target.
+            1.5 times the target; and once, when a format that clamps holds blocks below a power of two.
 
     Raises:
         ValueError: If an argument is not an int >= 1.
@@ -84,9 +94,11 @@ class EffectiveTemperature(Callback):
         self.verdict = verdict
         #: Parameter name -> quantity -> value, of the last measured step; ``"overall"`` for all together.
         self.table: dict[str, dict[str, float]] = {}
-        #: The sentence that was warned, if any.
+        #: The sentence about too much noise that was warned, if any.
         self.message: str | None = None
-        self._armed: dict[int, tuple[int, dict[str, tuple[float, float]]]] = {}
+        #: The sentence about blocks that are held below a power of two, if any.
+        self.held_message: str | None = None
+        self._armed: dict[int, tuple[int, dict[str, _Conditions]]] = {}
         self._measured = 0
         self._log_excess = 0.0
 
@@ -108,6 +120,8 @@ class EffectiveTemperature(Callback):
     ) -> None:
         """Ask for a measurement, if the step that this batch (or a later one, with accumulation) leads to is due."""
         for number, sampler in enumerate(_samplers(trainer)):
+            if (sampler.steps + 1) % self.every_n_steps == 0:
+                sampler.keep_gradients(self.max_elements)
             if sampler.steps % self.every_n_steps == 0:
                 sampler.measure(self.max_elements)
                 self._armed[number] = (sampler.steps, _conditions(sampler))
@@ -129,14 +143,20 @@ class EffectiveTemperature(Callback):
         """Say what the run amounted to."""
         if self._measured:
             ratio = math.exp(self._log_excess / self._measured)
+            beside = self.table.get("overall", {}).get("minibatch_over_target")
             rank_zero_info(
                 f"EffectiveTemperature: over {self._measured} measured steps the injected noise had {ratio:.3g} times "
                 "the variance (temperature, for SGHMC) asked for (geometric mean)."
+                + (f" Minibatch noise, beside it, had {beside:.3g} times that variance in the last." if beside else "")
             )
 
     def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: list[LayerNoise]) -> None:
         total = overall(layers)
         self.table = {"overall": total, **{layer.statistics.name: layer.quantities() for layer in layers}}
+        self._say_held(layers)
+        plugin: Any = trainer.precision_plugin
+        if getattr(plugin, "card", None) is not None and "minibatch_over_target" in total:
+            plugin.card = replace(plugin.card, minibatch=total["minibatch_over_target"])
         ratio = heating(layers)
         if ratio > 0:
             self._measured += 1
@@ -147,15 +167,22 @@ class EffectiveTemperature(Callback):
         if not trainer.barebones:
             log_table(trainer, pl_module, "noise", self.table)
 
+    def _say_held(self, layers: list[LayerNoise]) -> None:
+        if self.verdict and self.held_message is None:
+            self.held_message = held_below(layers)
+            if self.held_message is not None:
+                rank_zero_warn(self.held_message)
+
     # -------------------------------------------------------------------------------------------------- saved state
 
     def state_dict(self) -> dict[str, Any]:
-        """The verdict, so that it is given once, and the sums of the final summary."""
-        return {"message": self.message, "measured": self._measured, "log_excess": self._log_excess}
+        """The verdicts, so that each is given once, and the sums of the final summary."""
+        said = {"message": self.message, "held_message": self.held_message}
+        return {**said, "measured": self._measured, "log_excess": self._log_excess}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the checkpoint stopped."""
-        self.message = state_dict["message"]
+        self.message, self.held_message = state_dict["message"], state_dict.get("held_message")
         self._measured, self._log_excess = state_dict["measured"], state_dict["log_excess"]
 
 
@@ -163,12 +190,13 @@ def _samplers(trainer: pl.Trainer) -> list[GridSampler]:
     return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, GridSampler)]
 
 
-def _conditions(sampler: GridSampler) -> dict[str, tuple[float, float]]:
-    """Temperature (0 if this step injects no noise) and step size of every parameter, by name."""
+def _conditions(sampler: GridSampler) -> dict[str, _Conditions]:
+    """Temperature (0 if this step injects no noise), step size and format of every parameter, by name."""
     return {
         sampler.name_of(param): (
             float(group["temperature"]) if sampler.noise_variance(group) else 0.0,
             sampler.step_size(group),
+            sampler.format_of(param),
         )
         for group in sampler.sampled_groups
         for param in group["params"]

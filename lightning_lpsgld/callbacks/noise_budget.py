@@ -20,10 +20,12 @@ from lightning_lpsgld.formats import (
     NumberFormat,
     with_word_length,
 )
+from lightning_lpsgld.ops.crossing import crossing
 from lightning_lpsgld.ops.reference import power_of_two, variance_plan
+from lightning_lpsgld.ops.tops import chance_at_top
 from lightning_lpsgld.samplers.statistics import StepStatistics
 
-__all__ = ["Case", "LayerNoise", "expected_excess", "heating", "overall", "remedies"]
+__all__ = ["Case", "LayerNoise", "expected_excess", "heating", "held_below", "overall", "remedies"]
 
 #: Longest word that is suggested.
 _LONGEST = 24
@@ -37,11 +39,13 @@ class LayerNoise:
         statistics: As the sampler measured them.
         temperature: T that was asked for (0 where the schedule was silent).
         lr: Step size η.
+        weight_format: Grid of the parameter, if it has one.
     """
 
     statistics: StepStatistics
     temperature: float
     lr: float
+    weight_format: NumberFormat | None = None
 
     @property
     def effective_temperature(self) -> float:
@@ -59,10 +63,15 @@ class LayerNoise:
             "low": s.low,
             "unreachable": s.unreachable,
         }
+        if s.blocks:
+            values.update(crossing=s.crossing, at_top=s.at_top, held=s.held)
         if s.target > 0:
             values["achieved_over_target"] = s.achieved / s.target
             values["gradient_rounding_over_target"] = s.gradient_rounding / s.target
             values["view_rounding_over_target"] = s.view_rounding / s.target
+            values["bias_over_target"] = s.bias / s.target
+            if not math.isnan(s.minibatch):
+                values["minibatch_over_target"] = s.minibatch / s.target
         if s.velocity_target > 0:
             values["velocity_achieved_over_target"] = s.velocity_achieved / s.velocity_target
         return values
@@ -73,8 +82,19 @@ def _weighted(layers: Sequence[LayerNoise], value: Callable[[LayerNoise], float]
     return math.fsum(layer.statistics.numel * value(layer) for layer in layers) / max(weights, 1)
 
 
+def _over_blocks(layers: Sequence[LayerNoise]) -> dict[str, float]:
+    """Shares of blocks, over all blocks of all layers that have some."""
+    counts = [layer.statistics.blocks * layer.statistics.numel / max(layer.statistics.count, 1) for layer in layers]
+    if not sum(counts):
+        return {}
+    return {
+        name: math.fsum(n * getattr(layer.statistics, name) for n, layer in zip(counts, layers)) / sum(counts)
+        for name in ("crossing", "at_top", "held")
+    }
+
+
 def overall(layers: Sequence[LayerNoise]) -> dict[str, float]:
-    """The quantities of all layers together: means over elements; ratios are ratios of means.
+    """The quantities of all layers together: means over elements (blocks, of theirs); ratios are ratios of means.
 
     Args:
         layers: At least one.
@@ -84,13 +104,13 @@ def overall(layers: Sequence[LayerNoise]) -> dict[str, float]:
     """
     shares = ("effective_temperature", "saturated", "unchanged", "high", "low", "unreachable")
     values = {name: _weighted(layers, lambda layer, name=name: layer.quantities()[name]) for name in shares}  # type: ignore[misc]
+    values.update(_over_blocks(layers))
     target = _weighted(layers, lambda layer: layer.statistics.target)
     if target > 0:
-        achieved = _weighted(layers, lambda layer: layer.statistics.achieved)
-        values["achieved_over_target"] = achieved / target
-        gradient = _weighted(layers, lambda layer: layer.statistics.gradient_rounding)
-        values["gradient_rounding_over_target"] = gradient / target
-        values["view_rounding_over_target"] = _weighted(layers, lambda layer: layer.statistics.view_rounding) / target
+        for name in ("achieved", "gradient_rounding", "view_rounding", "bias", "minibatch"):
+            part = _weighted(layers, lambda layer, name=name: getattr(layer.statistics, name))  # type: ignore[misc]
+            if not math.isnan(part):
+                values[f"{name}_over_target"] = part / target
     velocity = _weighted(layers, lambda layer: layer.statistics.velocity_target)
     if velocity > 0:
         achieved = _weighted(layers, lambda layer: layer.statistics.velocity_achieved)
@@ -112,6 +132,39 @@ def heating(layers: Sequence[LayerNoise]) -> float:
         return total.get("achieved_over_target", math.nan)
     asked = _weighted(layers, lambda layer: layer.temperature)
     return total["effective_temperature"] / asked if asked > 0 else math.nan
+
+
+def held_below(layers: Sequence[LayerNoise]) -> str | None:
+    """A sentence if clamping holds more blocks at the top of their exponent than chance would.
+
+    Args:
+        layers: At least one.
+
+    Returns:
+        ``None`` if no format clamps, or blocks at the top are not more than twice as many as by chance (and five
+        standard errors more).
+    """
+    for fmt in {layer.weight_format for layer in layers if layer.statistics.held > 0}:
+        if fmt is None or not chance_at_top(fmt):
+            continue
+        own = [layer for layer in layers if layer.weight_format == fmt]
+        blocks, chance = sum(layer.statistics.blocks for layer in own), chance_at_top(fmt)
+        standing = sum(round(layer.statistics.at_top * layer.statistics.blocks) for layer in own)
+        by_chance = blocks * chance
+        if standing <= max(2 * by_chance, by_chance + 5 * math.sqrt(by_chance) + 5):
+            continue
+        total = overall(own)
+        bias = ""
+        if "bias_over_target" in total:
+            bias = f" (mean square {total['bias_over_target']:.2g} times the variance asked for)"
+        remedy = str(fmt).removesuffix("-clamp") if isinstance(fmt, BlockFloatingPoint) else f"{fmt}-fit"
+        return (
+            f"Held below a power of two: {100 * standing / blocks:.0f} % of {blocks} blocks stand at the top code of "
+            f"{fmt}, {100 * chance:.2g} % would by chance. Codes are clamped there, so the mean of a step is off in "
+            f"{100 * total['held']:.0f} % of the blocks{bias}, and no step smaller than a gap leads any further. "
+            f"Use '{remedy}', in which such a block takes the next exponent."
+        )
+    return None
 
 
 @dataclass(frozen=True)
@@ -140,7 +193,8 @@ def expected_excess(cases: Sequence[Case], fmt: NumberFormat, temperature: float
         v = 2.0 * case.lr * temperature / case.num_data
         plan = variance_plan(case.mean, v, fmt)
         gap = power_of_two(plan.gap_exponents) ** 2
-        total = plan.achieved * gap if case.corrected else plan.rounding * gap + v
+        added = crossing(plan, fmt, case.mean.dtype, update="vc" if case.corrected else "naive").added * gap
+        total = added + (plan.achieved * gap if case.corrected else plan.rounding * gap + v)
         target += case.numel * v
         achieved += case.numel * float(total.mean())
     return achieved / target if target > 0 else math.nan

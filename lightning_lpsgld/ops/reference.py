@@ -146,6 +146,9 @@ class VariancePlan:
         corrective: variance of the categorical draw of the small-variance regime, ``max(target - rounding, 0)``.
         low_code: Smallest code, broadcastable; beyond every code where a block takes the next exponent instead.
         high_code: Largest code, broadcastable; likewise.
+        scales: log2 of the shared scale at every element, broadcastable; of microscaling formats only.
+
+    What happens at the top of blocks is in :func:`lightning_lpsgld.ops.crossing.crossing`.
     """
 
     scaled: Tensor
@@ -157,6 +160,7 @@ class VariancePlan:
     low_code: Tensor
     high_code: Tensor
     gaussian: Tensor
+    scales: Tensor | None = None
 
     @property
     def unreachable(self) -> Tensor:
@@ -165,7 +169,7 @@ class VariancePlan:
 
     @property
     def achieved(self) -> Tensor:
-        """Variance delivered, in units of gap**2 (saturation not counted)."""
+        """Variance delivered, in units of gap**2; what the top of a block adds or a clamp takes is not counted."""
         return torch.where(self.high, self.target, torch.maximum(self.target, self.rounding))
 
 
@@ -229,7 +233,7 @@ def variance_plan(
         if fmt.scaling == "fit":
             open_ = shift < scale_exponent_range(fmt, dtype or mean.dtype)[1]
             low, high = torch.where(open_, -BOUNDLESS, low), torch.where(open_, BOUNDLESS, high)
-        return replace(plan, gap_exponents=plan.gap_exponents + shift, low_code=low, high_code=high)
+        return replace(plan, gap_exponents=plan.gap_exponents + shift, low_code=low, high_code=high, scales=shift)
     gap_exponents = _vc_gap_exponents(wide, spread.sqrt(), fmt, dtype or mean.dtype)
     inverse = power_of_two(-gap_exponents)
     scaled, target = wide * inverse, spread * inverse * inverse

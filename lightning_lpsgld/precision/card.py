@@ -13,6 +13,7 @@ from torch.nn import Module
 from lightning_lpsgld.formats import BlockFormat, NumberFormat
 from lightning_lpsgld.ops.blocks import block_count
 from lightning_lpsgld.ops.reference import power_of_two, variance_plan
+from lightning_lpsgld.ops.tops import clamps_at_top
 from lightning_lpsgld.precision.run import RunDescription
 from lightning_lpsgld.samplers import SGLD, LangevinOptimizer
 from lightning_lpsgld.samplers.grid import GridSampler
@@ -62,6 +63,8 @@ class PosteriorCard:
         adaptive: Whether a preconditioner scales the noise of each weight, so that its reach is not known beforehand.
         data_note: How N was counted, where it is not the length of the data set.
         likelihood: Which likelihood the loss is taken for, and what reweights it.
+        minibatch: Variance that minibatch noise adds to a step, over that asked for, as EffectiveTemperature last
+            estimated it in the run; ``None`` before.
     """
 
     sampler: str
@@ -89,6 +92,7 @@ class PosteriorCard:
     prior_mean: str = "zero"
     data_note: str = ""
     likelihood: str = ""
+    minibatch: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain Python values."""
@@ -107,18 +111,32 @@ class PosteriorCard:
             f"{self.frozen} frozen",
             "lr, noise": ", ".join(f"lr {lr:g}: v = {v:.3g} a step" for lr, v in zip(self.lr, self.noise_variance)),
             "formats": ", ".join(f"{role} {fmt}" for role, fmt in self.formats.items()) + " (simulated arithmetic)",
+            "top of blocks": f"{', '.join(self._clamping())}: codes are clamped, which holds the largest element of a "
+            "block below every power of two",
             "stored sample": f"{self.weight_bytes / 1e6:.3g} MB for {self.weights} weights, "
             f"{self.bits_per_weight:.2f} bits each" + self._range_of_bits(),
             "variance": self._variance_row(),
+            "minibatch": self._minibatch_row(),
             "saturated": f"{100 * self.saturated:.2f} % of the initial weights lie outside the range of their format",
             "seed": f"{self.seed}; {self.casts} activation sites; {self.world_size} replica(s)",
         }
+        if not self._clamping():
+            del rows["top of blocks"]
         if self.saturated == 0:
             del rows["saturated"]
         if not self.trained + self.frozen:
             del rows["parameters"]
         width = max(map(len, rows))
         return "Posterior card\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items())
+
+    def _clamping(self) -> list[str]:
+        """Roles and formats whose largest elements cannot pass a power of two."""
+        return [f"{role} {fmt}" for role, fmt in self.formats.items() if role != "all" and clamps_at_top(fmt)]
+
+    def _minibatch_row(self) -> str:
+        if self.minibatch is None:
+            return "its noise comes on top at any precision; EffectiveTemperature estimates it in the run"
+        return f"its noise adds {self.minibatch:.3g} times the variance asked for, at any precision (estimated)"
 
     def _centre(self) -> str:
         return {"zero": "0", "initial": "initial weights"}.get(self.prior_mean, self.prior_mean)

@@ -73,6 +73,8 @@ class GridSampler(SummingSampler):
         self.saturated: list[tuple[list[Tensor], Tensor]] = []
         self.measured: list[StepStatistics] = []
         self._measure_next: int | None = None
+        self._keep_next: int | None = None
+        self._kept: dict[Tensor, Tensor] = {}
         seed = require_seed("seed", seed)
         defaults = {"lr": lr, "weight_decay": weight_decay, "temperature": temperature, "seed": seed}
         defaults.update(group_options)
@@ -281,7 +283,7 @@ class GridSampler(SummingSampler):
         if self._measure_next is not None:
             self.measured = []
         loss = super().step(closure)
-        self._measure_next = None
+        self._measure_next = self._keep_next = None
         return loss
 
     # ---------------------------------------------------------------------------------------------------- statistics
@@ -294,16 +296,32 @@ class GridSampler(SummingSampler):
         """
         self._measure_next = max_elements
 
+    def keep_gradients(self, max_elements: int = 2**16) -> None:
+        """Keep the next step's gradients, so that a measurement of the step after knows their minibatch noise.
+
+        Args:
+            max_elements: As :meth:`measure`, and the same number.
+        """
+        self._keep_next = max_elements
+
     def _measure(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         """Measure the step of a group's parameters, if that was asked for; to be called before it is made."""
-        if self._measure_next is None:
-            return
-        for param, grad in zip(params, grads):
-            what = Measured(
-                self.name_of(param), self._draw_key(group, param), self.index_of(param), self._measure_next,
-                self._noise_per_temperature(group),
-            )  # fmt: skip
-            self.measured.append(self._statistics(group, param, grad, what))
+        if self._measure_next is not None:
+            for param, grad in zip(params, grads):
+                what = Measured(
+                    self.name_of(param), self._draw_key(group, param), self.index_of(param), self._measure_next,
+                    self._noise_per_temperature(group), self._kept.pop(param, None),
+                )  # fmt: skip
+                self.measured.append(self._statistics(group, param, grad, what))
+        if self._keep_next is not None:
+            for param, grad in zip(params, grads):
+                (some,) = same_rows([local_part(grad)], self._formats_of_a_step, self._keep_next)
+                self._kept[param] = some.detach().clone()
+
+    @property
+    def _formats_of_a_step(self) -> tuple[NumberFormat | None, ...]:
+        """Whose blocks decide which elements are measured."""
+        return self.weight_format, self.gradient_format
 
     def _noise_per_temperature(self, group: dict[str, Any]) -> float:
         """What T = 1 would ask for: of a weight's variance per step."""

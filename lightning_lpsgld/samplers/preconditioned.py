@@ -339,15 +339,18 @@ class PreconditionedSGLD(GridSampler):
         rounding = torch.zeros((), dtype=torch.float64, device=grad.device)
         if spec.gradient_format is not None:
             rounding = rounding_variance(grad, spec.gradient_format)
+        raw = grad
         if self.prior_mean != "zero":
             grad, spec = drift, replace(spec, weight_decay=0.0)
         elif spec.gradient_format is not None:
             grad = quantize(grad, spec.gradient_format, key=what.stream(Role.GRADIENT))
         mean, variance, scale = _moments(theta, second_moment.clone(), grad, spec)
         found = describe(theta, mean, variance, spec.weight_format, spec.accumulation, what)
+        square = (spec.lr / spec.shrinkage * scale.double()) ** 2
         return replace(
             self._seen(found, param, what),
             numel=param.numel(),
-            gradient_rounding=float((rounding * (spec.lr / spec.shrinkage * scale.double()) ** 2).mean()),
+            gradient_rounding=float((rounding * square).mean()),
+            minibatch=what.gradient_variance(raw, square),
             effective_temperature=what.temperature(found.achieved, float(scale.double().mean())),
         )

@@ -223,6 +223,10 @@ class SGHMC(GridSampler):
             counts.append(count)
         self.saturated.append((params, torch.stack(counts)))
 
+    @property
+    def _formats_of_a_step(self) -> tuple[NumberFormat | None, ...]:
+        return self.weight_format, self.velocity_format, self.gradient_format
+
     def _statistics(self, group: dict[str, Any], param: Tensor, grad: Tensor, what: Measured) -> StepStatistics:
         state = self.state.get(param, {})
         velocity = state.get("velocity")
@@ -236,4 +240,4 @@ class SGHMC(GridSampler):
             return found
         about, drift = replace(spec, weight_decay=0.0, gradient_format=None), self.drift_of(group, param, grad)
         pulled = self._seen(underdamped_statistics(theta, velocity, drift, about, what, at_one), param, what)
-        return replace(pulled, gradient_rounding=found.gradient_rounding)
+        return replace(pulled, gradient_rounding=found.gradient_rounding, minibatch=found.minibatch)

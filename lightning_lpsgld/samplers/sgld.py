@@ -225,9 +225,9 @@ class SGLD(GridSampler):
             return found
         about = replace(spec, weight_decay=0.0, gradient_format=None)
         drift = self.drift_of(group, param, grad)
-        # What rounding the gradient adds is that of the gradient alone, before the pull.
+        # What rounding the gradient adds, and its minibatch noise, are those of the gradient alone, before the pull.
         pulled = self._seen(step_statistics(theta, drift, about, what), param, what)
-        return replace(pulled, gradient_rounding=found.gradient_rounding)
+        return replace(pulled, gradient_rounding=found.gradient_rounding, minibatch=found.minibatch)
 
 
 def _check_gradient_std(gradient_std: GradientStd, variant: str, rates: str) -> None:

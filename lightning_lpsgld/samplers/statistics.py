@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import NumberFormat
+from lightning_lpsgld.formats import BlockFormat, NumberFormat
 from lightning_lpsgld.ops import StepSpec, quantize
-from lightning_lpsgld.ops.blocks import crosses_rows
+from lightning_lpsgld.ops.blocks import block_max, crosses_rows
+from lightning_lpsgld.ops.crossing import HELD_FROM, crossing
 from lightning_lpsgld.ops.lattice import jump_odds, lattice_step, walk_plan
-from lightning_lpsgld.ops.reference import power_of_two, quantize_variance_corrected, variance_plan
+from lightning_lpsgld.ops.reference import VariancePlan, power_of_two, quantize_variance_corrected, variance_plan
 from lightning_lpsgld.ops.spec import Accumulation
+from lightning_lpsgld.ops.tops import at_top
 from lightning_lpsgld.random import DrawKey, Role, normals, stream_id
 from lightning_lpsgld.samplers.updates import descend, saturated
 
@@ -41,6 +44,15 @@ class StepStatistics:
         effective_temperature: Temperature at which the achieved noise would be right; NaN for a step of size 0.
         velocity_target: Noise variance asked for of the velocity; 0 where there is none.
         velocity_achieved: That of the velocity given the gradient, the position's part included.
+        blocks: Blocks among the elements measured; 0 of a format without, and where an accumulator is kept.
+        crossing: Share of the blocks that this step takes to the next exponent, expected; what that adds is in
+            ``achieved``.
+        at_top: Share of the blocks whose largest code, after the step, is the last one below a power of two.
+        held: Share of the blocks with an element whose mean is off by clamping by more than a hundredth of its gap.
+        bias: Mean square of what means are off by clamping, squared weight units.
+        minibatch: Mean variance that the noise of the mini-batch gradient adds, half the mean squared difference to the
+            step before; NaN where its gradient was not kept. The weights' move in between counts in. Of SGHMC: times
+            the target over that of a slow direction in the long run.
     """
 
     name: str
@@ -58,6 +70,12 @@ class StepStatistics:
     effective_temperature: float = math.nan
     velocity_target: float = 0.0
     velocity_achieved: float = 0.0
+    blocks: int = 0
+    crossing: float = 0.0
+    at_top: float = 0.0
+    held: float = 0.0
+    bias: float = 0.0
+    minibatch: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -70,6 +88,7 @@ class Measured:
         index: Number of the tensor among the sampler's parameters.
         max_elements: Larger tensors are measured on a subset.
         per_temperature: Noise variance of a weight that T = 1 would ask for, 2η/N.
+        previous: Gradient of the step before on the same elements, if it was kept.
     """
 
     name: str
@@ -77,6 +96,13 @@ class Measured:
     index: int
     max_elements: int
     per_temperature: float
+    previous: Tensor | None = None
+
+    def gradient_variance(self, grad: Tensor, factor: Tensor | float = 1.0) -> float:
+        """Variance of the mini-batch gradient times ``factor`` (one or per element), mean; NaN where unknown."""
+        if self.previous is None or self.previous.shape != grad.shape:
+            return math.nan
+        return float(((grad.double() - self.previous.double()).square() * factor / 2).mean())
 
     def stream(self, role: Role) -> DrawKey:
         """Key of the tensor's draws for one purpose."""
@@ -102,9 +128,26 @@ def same_rows(tensors: Sequence[Tensor], formats: Sequence[NumberFormat | None],
 
 
 def rounding_variance(x: Tensor, fmt: NumberFormat) -> Tensor:
-    """p(1-p)gap**2 of stochastic rounding, float64."""
+    """p(1-p)gap**2 of stochastic rounding, and what the next exponent of a block adds; float64."""
     plan = variance_plan(x, 0.0, fmt)
-    return plan.rounding * power_of_two(plan.gap_exponents) ** 2
+    return (plan.rounding + crossing(plan, fmt, x.dtype).added) * power_of_two(plan.gap_exponents) ** 2
+
+
+def _tops(plan: VariancePlan, new: Tensor, fmt: NumberFormat) -> tuple[Tensor, dict[str, Any]]:
+    """Variance that the top of blocks adds, squared weight units, and what a step says about them."""
+    top, square = crossing(plan, fmt, new.dtype), power_of_two(plan.gap_exponents) ** 2
+    held = (top.bias.abs() > HELD_FROM).double()
+    facts = {"bias": float((top.bias**2 * square).mean())}
+    if isinstance(fmt, BlockFormat):
+        count = max(top.probability.numel(), 1)
+        facts.update(crossing=float(top.probability.sum()) / count, held=float(block_max(held, fmt).sum()) / count)
+    return top.added * square, {**facts, **_standing(new, fmt)}
+
+
+def _standing(new: Tensor, fmt: NumberFormat) -> dict[str, Any]:
+    standing = at_top(new, fmt)
+    count = standing.numel()
+    return {"blocks": count, "at_top": float(standing.double().sum()) / max(count, 1)}
 
 
 def step_statistics(theta: Tensor, grad: Tensor, spec: StepSpec, what: Measured) -> StepStatistics:
@@ -125,7 +168,7 @@ def step_statistics(theta: Tensor, grad: Tensor, spec: StepSpec, what: Measured)
     numel, noise = theta.numel(), torch.as_tensor(spec.gradient_std, device=theta.device).expand_as(theta)
     formats = (spec.weight_format, spec.gradient_format)
     theta, grad, noise = same_rows((theta, grad, noise), formats, what.max_elements)
-    gradient_rounding = 0.0
+    gradient_rounding, minibatch = 0.0, what.gradient_variance(grad, spec.lr**2)
     if spec.gradient_format is not None:
         gradient_rounding = spec.lr**2 * float(rounding_variance(grad, spec.gradient_format).mean())
         grad = quantize(grad, spec.gradient_format, key=what.stream(Role.GRADIENT))
@@ -135,7 +178,7 @@ def step_statistics(theta: Tensor, grad: Tensor, spec: StepSpec, what: Measured)
         found = _describe_walk(theta, mean, replace(spec, gradient_std=told), what)
     else:
         found = describe(theta, mean, spec.noise_variance, spec.weight_format, spec.accumulation, what)
-    return replace(found, numel=numel, gradient_rounding=gradient_rounding)
+    return replace(found, numel=numel, gradient_rounding=gradient_rounding, minibatch=minibatch)
 
 
 def describe(
@@ -157,25 +200,27 @@ def describe(
         root = variance.double().sqrt() if isinstance(variance, Tensor) else variance**0.5
         value = mean + (root * normals(mean.shape, key, device=mean.device)).to(mean.dtype)
     achieved, view = target, 0.0
+    tops: dict[str, Any] = {}
     high, low, unreachable, clipped, new = 1.0, 0.0, 0.0, 0.0, value
     if fmt is not None:
         plan = variance_plan(mean, variance, fmt)
         unreachable, high = float(plan.unreachable.double().mean()), float(plan.high.double().mean())
         low = 1.0 - high - unreachable
         clipped = float(saturated(value, fmt, variance if corrected else 0.0)) / max(value.numel(), 1)
-        extra = float(rounding_variance(value, fmt).mean())
         if corrected:
-            achieved = float((plan.achieved * power_of_two(plan.gap_exponents) ** 2).mean())
             new = quantize_variance_corrected(mean, variance, fmt, key)
+            added, tops = _tops(plan, new, fmt)
+            achieved = float((plan.achieved * power_of_two(plan.gap_exponents) ** 2 + added).mean())
         elif accumulation == "naive":
-            achieved = target + extra
+            achieved = target + float(rounding_variance(value, fmt).mean())
             new = quantize(value, fmt, key=key)
+            _, tops = _tops(variance_plan(value, 0.0, fmt), new, fmt)
         else:
-            view = extra
+            view = float(rounding_variance(value, fmt).mean())
     unchanged = float((new == theta).double().mean())
     return StepStatistics(
         what.name, theta.numel(), theta.numel(), target, achieved, 0.0, view, high, low, unreachable, clipped,
-        unchanged, what.temperature(achieved),
+        unchanged, what.temperature(achieved), **tops,
     )  # fmt: skip
 
 
@@ -210,5 +255,5 @@ def _describe_walk(theta: Tensor, mean: Tensor, spec: StepSpec, what: Measured) 
         what.name, theta.numel(), theta.numel(), v, achieved, 0.0, 0.0,
         float(high.double().mean()), float((~high & ~more).double().mean()), float((~high & more).double().mean()),
         float(saturated(mean, fmt)) / max(mean.numel(), 1), float((new == theta).double().mean()),
-        what.temperature(achieved),
+        what.temperature(achieved), **_standing(new, fmt),
     )  # fmt: skip

@@ -50,7 +50,7 @@ def underdamped_statistics(
     """
     numel, formats = theta.numel(), (spec.weight_format, spec.velocity_format, spec.gradient_format)
     theta, velocity, grad = same_rows((theta, velocity, grad), formats, what.max_elements)
-    gradient_rounding = 0.0
+    gradient_rounding, minibatch = 0.0, _minibatch(grad, spec.flow, what)
     if spec.gradient_format is not None:
         gradient_rounding = spec.flow.shift**2 * float(rounding_variance(grad, spec.gradient_format).mean())
         grad = quantize(grad, spec.gradient_format, key=what.stream(Role.GRADIENT))
@@ -63,6 +63,7 @@ def underdamped_statistics(
         found,
         numel=numel,
         gradient_rounding=gradient_rounding,
+        minibatch=minibatch,
         velocity_target=spec.flow.var_v,
         velocity_achieved=moved,
         effective_temperature=_temperature(found.achieved, moved, spec.flow, at_one),
@@ -72,12 +73,27 @@ def underdamped_statistics(
 def _temperature(position: float, velocity: float, flow: Flow, at_one: Flow) -> float:
     if at_one.var_x == 0:  # a step of size 0
         return math.nan
-    time = at_one.carry / (1.0 - at_one.keep)  # 1 / friction
+    time = _time(at_one)
+    return _spread(position, flow.cov, velocity, time) / _spread(at_one.var_x, at_one.cov, at_one.var_v, time)
 
-    def spread(var_x: float, cov: float, var_v: float) -> float:
-        return var_x + 2.0 * time * cov + time**2 * var_v
 
-    return spread(position, flow.cov, velocity) / spread(at_one.var_x, at_one.cov, at_one.var_v)
+def _time(flow: Flow) -> float:
+    """1 / friction."""
+    return flow.carry / (1.0 - flow.keep)
+
+
+def _spread(var_x: float, cov: float, var_v: float, time: float) -> float:
+    """Variance that a step's noise adds to a slow direction in the long run."""
+    return var_x + 2.0 * time * cov + time**2 * var_v
+
+
+def _minibatch(grad: Tensor, flow: Flow, what: Measured) -> float:
+    """The position's target times (minibatch noise over noise asked for) of a slow direction in the long run."""
+    if flow.var_x == 0:
+        return math.nan
+    time = _time(flow)
+    far = (flow.shift + time * flow.kick) ** 2
+    return what.gradient_variance(grad, far) * flow.var_x / _spread(flow.var_x, flow.cov, flow.var_v, time)
 
 
 def _velocity_variance(mean: Tensor, mean_velocity: Tensor, spec: UnderdampedSpec, what: Measured) -> float:

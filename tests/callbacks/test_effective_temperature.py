@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import pytest
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lpsgld.callbacks import EffectiveTemperature
 from lightning_lpsgld.precision import LowPrecisionSGLD
-from lightning_lpsgld.samplers import SGHMC, CyclicalStepSize, PreconditionedSGLD
+from lightning_lpsgld.samplers import SGHMC, SGLD, CyclicalStepSize, PreconditionedSGLD
 
 WEIGHTS_ONLY = {"gradients": None, "activations": None, "errors": None, "seed": 0}
 
@@ -300,3 +301,110 @@ def test_without_a_sampler_training_is_refused():
 def test_arguments_are_checked_at_once(options):
     with pytest.raises(ValueError, match=f"`{next(iter(options))}` must be an int >= 1"):
         EffectiveTemperature(**options)
+
+
+# ----------------------------------------------------------------------------------------------------- top of blocks
+
+
+def pushed_up(weights, **options):
+    """200 scales, each a block, which their gradients push towards 1.2 from between 0.9 and 0.99: 40 steps."""
+    module = GivenGradients(lr=1e-3, shapes=((200,),))
+    with torch.no_grad():
+        module.weights[0].copy_(torch.linspace(0.9, 0.99, 200))
+    module.training_step = lambda batch, batch_idx: (module.weights[0] - 1.2).square().sum() / 2
+    plugin = LowPrecisionSGLD(weights, num_data=50_000, **{**WEIGHTS_ONLY, **options})
+    return meter(plugin, module, max_steps=40)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-3])
+def test_the_verdict_has_a_case_for_blocks_that_a_clamp_holds(temperature):
+    with pytest.warns(UserWarning, match="Held below a power of two") as seen:
+        held = pushed_up("bfp8-clamp", temperature=temperature)
+    assert sum("Held below" in str(w.message) for w in seen) == 1
+    assert "1.7 % would by chance" in held.held_message
+    assert "Use 'bfp8'" in held.held_message
+    assert ("times the variance asked for" in held.held_message) == (temperature > 0)
+    total = held.table["overall"]
+    assert total["at_top"] > 0.2
+    assert total["held"] > 0.2
+    assert total["crossing"] == 0.0
+    if temperature:
+        assert total["bias_over_target"] > 1e-3
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Held below")
+        free = pushed_up("bfp8", temperature=temperature)
+    assert free.held_message is None
+    total = free.table["overall"]
+    assert total["held"] == 0.0
+    assert total["crossing"] > 0.0
+    assert total.get("bias_over_target", 0.0) == 0.0
+
+
+def test_the_scales_of_the_standard_are_told_of_those_that_fit():
+    module = GivenGradients(lr=1e-2, shapes=((640, 32),))
+    nn.init.constant_(module.weights[0], 440.0 / 256)
+    module.training_step = lambda batch, batch_idx: (module.weights[0] - 2.2).square().sum() / 2
+    plugin = LowPrecisionSGLD("mxfp8e4m3", temperature=0.0, num_data=10, **WEIGHTS_ONLY)
+    with pytest.warns(UserWarning, match=r"top code of mxfp8e4m3.*Use 'mxfp8e4m3-fit'"):
+        meter(plugin, module, max_steps=10)
+
+
+def test_the_verdict_about_held_blocks_is_given_once_also_after_resuming():
+    callback = EffectiveTemperature()
+    callback.load_state_dict({"message": None, "measured": 1, "log_excess": 0.0})  # of before there was this case
+    assert callback.held_message is None
+    callback.load_state_dict({**callback.state_dict(), "held_message": "said"})
+    assert callback.held_message == "said"
+
+
+# --------------------------------------------------------------------------------------------------- minibatch noise
+
+
+class NoisyGradients(GivenGradients):
+    """Gradients with minibatch noise of a known standard deviation, about a fixed mean."""
+
+    noise = 0.01
+
+    def __init__(self, kind):
+        super().__init__(lr=0.05, shapes=((64, 256),))
+        self.kind = kind
+
+    def training_step(self, batch, batch_idx):
+        generator = torch.Generator().manual_seed(batch_idx)
+        grad = self.gradients[0] + self.noise * torch.randn(self.gradients[0].shape, generator=generator)
+        return (self.weights[0] * grad).sum()
+
+    def configure_optimizers(self):
+        options = {"lr": self.lr, "num_data": 1000, "temperature": 1e-3, "weight_format": "bfp16", "seed": 0}
+        return self.kind(self.parameters(), **options, **({"friction": 2.0} if self.kind is SGHMC else {}))
+
+
+@pytest.mark.parametrize("kind", [SGLD, SGHMC, PreconditionedSGLD])
+def test_minibatch_noise_is_estimated_from_the_run(kind):
+    """(lr s)^2 over 2 lr T/N; with friction f a slow direction goes lr/f along the gradient: (lr s/f)^2 over 2 lr T/(f N)."""
+    module, callback, seen = NoisyGradients(kind), EffectiveTemperature(2, verdict=False), []
+    spy = Batches(callback)
+    spy.on_train_batch_end = lambda *args: seen.append(callback.table["overall"].get("minibatch_over_target"))
+    plugin = LowPrecisionSGLD(activations=None, errors=None)
+    trainer = make_trainer(max_steps=5, max_epochs=-1, callbacks=[callback, spy], plugins=[plugin])
+    trainer.fit(module)
+    assert seen[0] is None  # there was no step before
+    plain = module.lr * module.noise**2 * 1000 / (2 * 1e-3)
+    assert seen[2] == seen[3]
+    for found in (seen[2], seen[4]):
+        if kind is PreconditionedSGLD:
+            assert found > 0.5
+        else:
+            assert found == pytest.approx(plain / 2.0 if kind is SGHMC else plain, rel=0.1)
+    card = plugin.card
+    assert card.minibatch == seen[4]
+    assert f"its noise adds {seen[4]:.3g} times the variance asked for" in str(card)
+
+
+def test_before_a_measurement_the_card_says_that_minibatch_noise_comes_on_top():
+    plugin = LowPrecisionSGLD("bfp8-clamp", seed=0)
+    make_trainer(plugins=[plugin], max_steps=1).fit(small_mlp(), datamodule=SyntheticData())
+    assert plugin.card.minibatch is None
+    assert "comes on top at any precision" in str(plugin.card)
+    assert "weights bfp8-clamp: codes are clamped" in str(plugin.card)
+    assert "clamped" not in str(replace(plugin.card, formats={"weights": "bfp8", "gradients": "bfp8"}))
