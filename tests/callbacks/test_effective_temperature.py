@@ -381,7 +381,7 @@ class NoisyGradients(GivenGradients):
 
 @pytest.mark.parametrize("kind", [SGLD, SGHMC, PreconditionedSGLD])
 def test_minibatch_noise_is_estimated_from_the_run(kind):
-    """(lr s)^2 over 2 lr T/N; with friction f a slow direction goes lr/f along the gradient: (lr s/f)^2 over 2 lr T/(f N)."""
+    """(lr s)^2 over 2 lr T/N; with friction f a slow direction goes lr/f along it: (lr s/f)^2 over 2 lr T/(f N)."""
     module, callback, seen = NoisyGradients(kind), EffectiveTemperature(2, verdict=False), []
     spy = Batches(callback)
     spy.on_train_batch_end = lambda *args: seen.append(callback.table["overall"].get("minibatch_over_target"))
