@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_lpsgld.arguments import require_choice, require_number, require_seed
-from lightning_lpsgld.formats import FormatLike
+from lightning_lpsgld.formats import FormatLike, NumberFormat
 from lightning_lpsgld.ops import quantize
 from lightning_lpsgld.ops.dispatch import BACKENDS, BackendName
 from lightning_lpsgld.random import DrawKey, Role, stream_id
