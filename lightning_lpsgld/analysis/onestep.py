@@ -1,8 +1,8 @@
 r"""Exact laws of one rounding: which code comes out, with which probability, for a given mean and noise variance.
 
-Adding a Gaussian and rounding is a convolution with a B-spline (:mod:`lightning_lpsgld.ops.splines`).
-Draws are taken as ideal: the real ops use
-uniforms of 23 bits and compute means in the dtype of the weight, which moves probabilities by about 1e-7.
+Adding a Gaussian and rounding is a convolution with a B-spline (:mod:`lightning_lpsgld.ops.splines`). Draws are taken
+as ideal: the real ops use uniforms of 23 bits and compute means in the dtype of the weight, which moves probabilities by
+about 1e-7. Blocks of one element, whose exponent follows their value, are in :mod:`.block_laws`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_lpsgld.formats import FixedPoint, FormatLike, NumberFormat, parse_format
 from lightning_lpsgld.ops.lattice import Rates, walk_law
 from lightning_lpsgld.ops.reference import variance_plan
-from lightning_lpsgld.ops.splines import spline_masses
+from lightning_lpsgld.ops.splines import four_points, spline_masses
 
 __all__ = [
     "Masses",
@@ -40,7 +40,7 @@ def finite_grid(fmt: FormatLike) -> tuple[FixedPoint, Tensor]:
     if not isinstance(number, FixedPoint) or number.word_length > 12:
         raise TypeError(
             f"Exact laws need a grid that is one small finite set: a fixed-point format of at most 12 bits, such as "
-            f"'fixed8.3'; got {number}. A block with a given exponent E is the fixed point of F = W - 2 - E."
+            f"'fixed8.3'; got {number}. A block whose exponent E stays is the fixed point of F = W - 2 - E."
         )
     codes = torch.arange(number.code_min, number.code_max + 1, dtype=torch.float64)
     return number, codes * number.gap
@@ -119,7 +119,7 @@ def vc_masses(
     large = (plan.target - 0.25).clamp(min=0.0) + extra_variance / fmt.gap**2
     if bool(plan.high.all()):
         return rounding_masses(plan.scaled, large, codes, splines=3)
-    small = _four_point_masses(plan.scaled, plan.corrective, codes)
+    small = _flat(*four_points(plan.scaled, plan.corrective), codes)
     if not bool(plan.high.any()):
         return small
     return _joined(plan.high, rounding_masses(plan.scaled, large, codes, splines=3), small)
@@ -142,15 +142,6 @@ def vc_law(mean: Tensor, variance: float | Tensor, fmt: FormatLike) -> Tensor:
     number, grid = finite_grid(fmt)
     spread = torch.as_tensor(variance, dtype=torch.float64).expand(mean.shape).flatten()
     return _dense(vc_masses(mean.flatten(), spread, number, grid), mean.shape, len(grid))
-
-
-def _four_point_masses(scaled: Tensor, corrective: Tensor, codes: Tensor) -> Masses:
-    """Stochastic rounding and the categorical draw of variance ``corrective``: mass on four neighbours, saturated."""
-    lower = scaled.floor()
-    p, side = scaled - lower, corrective / 2
-    rest = 1.0 - 2.0 * side
-    masses = torch.stack([(1 - p) * side, (1 - p) * rest + p * side, p * rest + (1 - p) * side, p * side], dim=-1)
-    return _flat(lower[..., None] + torch.arange(-1.0, 3.0, dtype=torch.float64), masses, codes)
 
 
 def lattice_masses(

@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_lpsgld.analysis.block_laws import block_grid, naive_block_masses, vc_block_masses
 from lightning_lpsgld.analysis.onestep import (
     Masses,
     finite_grid,
@@ -22,7 +23,7 @@ from lightning_lpsgld.analysis.onestep import (
     rounding_masses,
     vc_masses,
 )
-from lightning_lpsgld.formats import FixedPoint, FormatLike
+from lightning_lpsgld.formats import BlockFloatingPoint, FixedPoint, FormatLike, parse_format
 from lightning_lpsgld.ops.lattice import Rates
 
 __all__ = ["Update", "stationary_law", "stationary_of", "transition_matrix"]
@@ -77,6 +78,16 @@ def _gradient_nodes(exact: Tensor, std: float | Tensor, fmt: FixedPoint | None) 
     return index, (exact[:, None] + spread[:, None] * z).flatten(), weight.repeat(states)
 
 
+def _chain_grid(fmt: FormatLike, update: Update) -> tuple[FixedPoint | BlockFloatingPoint, Tensor]:
+    """The format and the states of a chain of one weight, in increasing order."""
+    number = parse_format(fmt)
+    if not isinstance(number, BlockFloatingPoint):
+        return finite_grid(number)
+    if update == "lattice":
+        raise TypeError(f"The exact law of the lattice walk needs a fixed-point format, got {number}.")
+    return block_grid(number)
+
+
 def transition_matrix(
     update: Update,
     fmt: FormatLike,
@@ -95,7 +106,8 @@ def transition_matrix(
     Args:
         update: ``"naive"``: noise, then stochastic rounding. ``"vc"``: Q^vc. ``"lattice"``: the walk of
             :mod:`lightning_lpsgld.ops.lattice`.
-        fmt: Fixed-point format of at most 12 bits.
+        fmt: Fixed-point format of at most 12 bits; for ``"naive"`` and ``"vc"`` also a block format with at most 4 bits
+            of exponent (``"bfp8e3"``: 2^-4 to 2^3), whose blocks have one element and pass powers of two.
         lr: Step size η >= 0.
         temperature: T >= 0; a step has noise of variance v = 2ηT.
         grad: Gradient of U, called once on the grid (float64, shape ``(2**W,)``).
@@ -106,11 +118,12 @@ def transition_matrix(
         penalty: For ``"lattice"`` with exponential rates: whether the walk is told ``gradient_std``, too.
 
     Returns:
-        Matrix P, float64, shape ``(2**W, 2**W)``; row k is the law after one step from the k-th smallest value.
+        Matrix P, float64, shape ``(K, K)`` with K values (2**W of a fixed point); row k is the law after one step from
+        the k-th smallest.
 
     Raises:
         ValueError: If ``update`` is unknown or a number is negative or not finite.
-        TypeError: If a format is not a fixed point of at most 12 bits.
+        TypeError: If a format is not as above; that of the gradient is a fixed point.
 
     Note:
         Gradient noise that is not rounded has a closed form for ``"naive"`` and for Q^vc above :math:`\Delta^2/4`;
@@ -122,15 +135,20 @@ def transition_matrix(
         (torch.Size([16, 16]), True)
     """
     _check(update, lr, temperature)
-    number, grid = finite_grid(fmt)
+    number, grid = _chain_grid(fmt, update)
     std = _noise_on(grid, gradient_std)
     rounded = None if gradient_format is None else finite_grid(gradient_format)[0]
     exact, variance = grad(grid).double().expand(grid.shape), 2.0 * lr * temperature
     extra = (lr * std) ** 2 if rounded is None else torch.zeros_like(std)
-    closed = update == "naive" or (update == "vc" and variance > number.gap**2 / 4)
+    fixed = number if isinstance(number, FixedPoint) else None
+    closed = update == "naive" or (update == "vc" and fixed is not None and variance > fixed.gap**2 / 4)
     nodes = _gradient_nodes(exact, 0.0 if closed and rounded is None else std, rounded)
 
     def law(at: Tensor, g: Tensor) -> Masses:
+        if isinstance(number, BlockFloatingPoint):
+            if update == "naive":
+                return naive_block_masses(grid[at] - lr * g, variance + extra[at], number, grid)
+            return vc_block_masses(grid[at] - lr * g, variance, number, grid)
         if update == "naive":
             return naive_masses(grid[at] - lr * g, variance + extra[at], number, grid)
         if update == "vc":
@@ -220,7 +238,7 @@ def stationary_law(
 
     Args:
         update: ``"naive"`` (naive SGLDLP-L), ``"vc"`` (VC SGLDLP-L) or ``"lattice"``.
-        fmt: Fixed-point format of the weight, at most 12 bits.
+        fmt: Format of the weight, as :func:`transition_matrix`.
         lr: Step size η > 0.
         temperature: T >= 0; the target is :math:`\exp(-U/T)` and a step adds noise of variance 2ηT. With 0 and
             ``"naive"`` this is SGDLP-L.
@@ -233,11 +251,11 @@ def stationary_law(
         penalty: As :func:`transition_matrix`.
 
     Returns:
-        The grid in increasing order and the probability of each value, both float64, shape ``(2**W,)``.
+        The grid in increasing order and the probability of each value, both float64, shape ``(K,)``.
 
     Raises:
         ValueError: As :func:`transition_matrix` and :func:`stationary_of`.
-        TypeError: If a format is not a fixed point of at most 12 bits.
+        TypeError: As :func:`transition_matrix`.
 
     Example:
         >>> grid, p = stationary_law("vc", "fixed8.3", lr=1e-3, temperature=1.0, grad=lambda x: x)
@@ -247,7 +265,7 @@ def stationary_law(
     Reference:
         The samplers: Zhang, Wilson & De Sa, 2022, arXiv:2206.09909, equations 2 to 4.
     """
-    _, grid = finite_grid(fmt)
+    _, grid = _chain_grid(fmt, update)
     height = potential_on(grid, grad)
     told = _curvature_at_mode(grid, height, grad) if curvature is None else curvature
     matrix = transition_matrix(

@@ -196,7 +196,7 @@ def _conditions(sampler: GridSampler) -> dict[str, _Conditions]:
         sampler.name_of(param): (
             float(group["temperature"]) if sampler.noise_variance(group) else 0.0,
             sampler.step_size(group),
-            sampler.accumulator_format or sampler.format_of(param),
+            sampler.sum_format_of(param),
         )
         for group in sampler.sampled_groups
         for param in group["params"]

@@ -33,7 +33,7 @@ from lightning_lpsgld.ops.blocks import block_max, expand_blocks, exponents_shap
 from lightning_lpsgld.ops.carry import BOUNDLESS
 from lightning_lpsgld.ops.exponents import NOISE_REACH, power_of_two
 from lightning_lpsgld.ops.reference import VariancePlan
-from lightning_lpsgld.ops.splines import spline_masses, upper_moment
+from lightning_lpsgld.ops.splines import four_points, spline_masses, upper_moment
 
 __all__ = ["HELD_FROM", "Crossing", "crossing"]
 
@@ -126,21 +126,11 @@ def _elements(plan: VariancePlan, at: Tensor, top: Tensor, update: Update) -> _E
     near, noisy = positions[~gaussian], positions[gaussian & ~wide]
     if near.numel():
         given = corrective[near] if update == "vc" else torch.zeros_like(scaled[near])
-        laws.append((near, *_four_points(scaled[near], given)))
+        laws.append((near, *four_points(scaled[near], given)))
     if noisy.numel():
         spread = target[noisy] - (0.25 if update == "vc" else 0.0)
         laws.append((noisy, *spline_masses(scaled[noisy], spread.clamp(min=0.0), 3 if update == "vc" else 2)))
     return _Elements(laws, positions[wide], scaled, sigma, top)
-
-
-def _four_points(scaled: Tensor, corrective: Tensor) -> tuple[Tensor, Tensor]:
-    """Stochastic rounding and a categorical draw of variance ``corrective``."""
-    lower = scaled.floor()
-    p, side = scaled - lower, corrective / 2
-    masses = torch.stack(
-        [(1 - p) * side, (1 - p) * (1 - 2 * side) + p * side, p * (1 - 2 * side) + (1 - p) * side, p * side], dim=-1
-    )
-    return lower[:, None] + torch.arange(-1.0, 3.0, dtype=torch.float64, device=scaled.device), masses
 
 
 def _tops(plan: VariancePlan, fmt: BlockFormat, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["spline_masses", "upper_moment"]
+__all__ = ["four_points", "spline_masses", "upper_moment"]
 
 _SQRT_2PI = math.sqrt(2.0 * math.pi)
 #: A law out of a Gaussian is followed for this many standard deviations; beyond is less than 1e-20.
@@ -68,3 +68,20 @@ def spline_masses(mean: Tensor, variance: Tensor, splines: int) -> tuple[Tensor,
         sign = (-1) ** j * math.comb(splines, j)
         mass += sign * upper_moment(distance - splines / 2 + j, sigma[:, None], splines - 1)
     return targets, mass.clamp_(min=0.0)
+
+
+def four_points(scaled: Tensor, corrective: Tensor) -> tuple[Tensor, Tensor]:
+    """Law of stochastic rounding and then a categorical draw of variance ``corrective``; in units of the gap.
+
+    Args:
+        scaled: Means, float64, shape ``(M,)``.
+        corrective: Variances of the draw, in [0, 1/4], shape ``(M,)``.
+
+    Returns:
+        Codes and their probabilities, float64, both of shape ``(M, 4)``.
+    """
+    lower = scaled.floor()
+    p, side = scaled - lower, corrective / 2
+    rest = 1.0 - 2.0 * side
+    masses = torch.stack([(1 - p) * side, (1 - p) * rest + p * side, p * rest + (1 - p) * side, p * side], dim=-1)
+    return lower[..., None] + torch.arange(-1.0, 3.0, dtype=torch.float64, device=scaled.device), masses
