@@ -36,12 +36,33 @@ class Marker(Callback):
             (self.folder / "step").write_text(str(trainer.global_step))
 
 
-def life(folder, world):
+class Part(Classifier):
+    """Its first layer is frozen; AdamW, with momenta and a schedule of its own, moves what is not sampled."""
+
+    def configure_optimizers(self):
+        self.net[0].requires_grad_(False)
+        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.02, weight_decay=0.01)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {
+                "scheduler": torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.2, STEPS),
+                "interval": "step",
+            },
+        }
+
+
+def plugin_of(part):
+    if not part:
+        return LowPrecisionSGLD(seed=7)
+    return LowPrecisionSGLD(seed=7, sampled=("net.4",), prior_mean="initial", prior_std=0.3, temperature=0.5)
+
+
+def life(folder, world, part):
     """One life of a run: from the last checkpoint, if there is one, to the end, if it is not killed."""
     rank = int(os.environ.get("RANK", 0))
     torch.manual_seed(0)
     body = [nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3)]
-    module = Classifier(nn.Sequential(*body))
+    module = (Part if part else Classifier)(nn.Sequential(*body))
     folder = Path(folder)
     callbacks = [
         SampleCollector(folder / "bank", start=5, every=3),
@@ -51,7 +72,7 @@ def life(folder, world):
     ]
     options = {"devices": world, "strategy": "ddp"} if world > 1 else {}
     trainer = make_trainer(
-        max_epochs=-1, max_steps=STEPS, plugins=[LowPrecisionSGLD(seed=7)], callbacks=callbacks,
+        max_epochs=-1, max_steps=STEPS, plugins=[plugin_of(part)], callbacks=callbacks,
         enable_checkpointing=True, limit_val_batches=0, **options,
     )  # fmt: skip
     data = ResumableLoader(synthetic_classes(200, (6,), 3, seed=0), 8, rank, world)
@@ -60,6 +81,7 @@ def life(folder, world):
     return {
         "weights": {k: v for k, v in module.state_dict().items() if rank == 0 or "running" not in k},
         "groups": [{k: v for k, v in group.items() if k != "params"} for group in sampler.param_groups],
+        "state": [value for p in module.parameters() for value in sampler.state.get(p, {}).values()],
         "steps": trainer.global_step,
     }
 
@@ -67,8 +89,8 @@ def life(folder, world):
 class Run:
     """A run over several lives, of one or two ranks."""
 
-    def __init__(self, folder, world=1):
-        self.folder, self.world = Path(folder), world
+    def __init__(self, folder, world=1, part=False):
+        self.folder, self.world, self.part = Path(folder), world, part
         self.folder.mkdir()
         self.results = [self.folder / f"rank{rank}.pt" for rank in range(world)]
         self.kills, self.training_time = [], 0.0
@@ -78,7 +100,7 @@ class Run:
             (self.folder / marker).unlink(missing_ok=True)
         port = free_port()
         return [
-            start(life, str(self.folder), self.world, result=result, environment=environment)
+            start(life, str(self.folder), self.world, self.part, result=result, environment=environment)
             for result, environment in zip(self.results, self._environments(port))
         ]
 
@@ -127,12 +149,18 @@ def contents(bank):
     return {**files, "body": {name: value for name, value in body.items() if name not in random_parts}}
 
 
+def same_value(a, b):
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
 def assert_same(run, outcome, reference, expected):
     for mine, theirs in zip(outcome, expected):
         assert mine["steps"] == theirs["steps"] == STEPS
         assert mine["groups"] == theirs["groups"], run.kills
         for name, value in theirs["weights"].items():
             assert torch.equal(mine["weights"][name], value), (name, run.kills)
+        assert len(mine["state"]) == len(theirs["state"])
+        assert all(map(same_value, mine["state"], theirs["state"])), run.kills
     ours, whole = contents(run.folder / "bank"), contents(reference.folder / "bank")
     assert sorted(ours) == sorted(whole), run.kills
     assert ours == whole, run.kills
@@ -141,13 +169,13 @@ def assert_same(run, outcome, reference, expected):
     assert not bank.damaged
 
 
-def kill_and_compare(folder, world, kills, rng):
+def kill_and_compare(folder, world, kills, rng, part=False):
     """Kill one run after another, up to three times each, until there were ``kills``; compare each with the whole."""
-    reference = Run(folder / "whole", world)
+    reference = Run(folder / "whole", world, part)
     expected = reference.finish()
     done, number = 0, 0
     while done < kills:
-        run = Run(folder / f"killed{number}", world)
+        run = Run(folder / f"killed{number}", world, part)
         for _ in range(min(3, kills - done)):
             if not run.strike(rng.random() * reference.training_time * 0.8):
                 break
@@ -161,6 +189,13 @@ def test_killed_runs_become_the_uninterrupted_one(tmp_path):
     kill_and_compare(tmp_path, 1, 3, random.Random())
 
 
+def test_killed_runs_of_a_part_become_the_uninterrupted_one(tmp_path):
+    """The optimizer of the rest goes on with its momenta, the prior with its means, the bank with its base."""
+    kill_and_compare(tmp_path, 1, 2, random.Random(), part=True)
+    first = torch.load(tmp_path / "whole" / "rank0.pt", weights_only=False)[1]["state"]
+    assert len(first) == 2 + 2 * 3  # a mean of each sampled tensor; step and two moments of each that AdamW moves
+
+
 @pytest.mark.slow
 def test_killed_at_fifty_points(tmp_path):
     kill_and_compare(tmp_path, 1, 50, random.Random())
@@ -170,6 +205,12 @@ def test_killed_at_fifty_points(tmp_path):
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_two_ranks_killed(tmp_path):
     kill_and_compare(tmp_path, 2, 10, random.Random())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_two_ranks_of_a_part_killed(tmp_path):
+    kill_and_compare(tmp_path, 2, 6, random.Random(), part=True)
 
 
 # ------------------------------------------------------------------------------------------------------- torn banks

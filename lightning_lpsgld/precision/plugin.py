@@ -364,7 +364,7 @@ class LowPrecisionSGLD(Precision):
         """Seed and counters of the draws; the optimizer's state is saved by Lightning."""
         casting = self._casting_state if self.casting is None else self.casting.state_dict()
         card = None if self.card is None else self.card.as_dict()
-        return {"seed": self._run_seed, "casting": casting, "card": card, "settings": self._resume.settings}
+        return {"seed": self._run_seed, "casting": casting, "card": card, **self._resume.saved()}
 
     @property
     def begins_new_chain(self) -> bool:

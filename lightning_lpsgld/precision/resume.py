@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from lightning_lpsgld.precision.changes import Change, OnChange, changes_between, listed, settle_changes
 from lightning_lpsgld.precision.prior import Prior
@@ -109,6 +110,14 @@ class Resume:
         self._samplers, self._scheduled = samplers, scheduled
         self.new_chain, self._fitting = False, True
 
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint remembers: the settings, and the names of the parameters that are trained by now."""
+        return {"settings": self.settings, "trainable": [name for name, param in self._held() if param.requires_grad]}
+
+    def _held(self) -> list[tuple[str, Tensor]]:
+        groups = [(sampler, group) for sampler in self._samplers for group in sampler.param_groups]
+        return [(sampler.name_of(param), param) for sampler, group in groups for param in group["params"]]
+
     def end(self) -> None:
         """The fit ended."""
         self._fitting = False
@@ -158,6 +167,18 @@ class Resume:
         if not self.new_chain:
             kept = [name for name in self.settings if name in saved and name not in _NUMERICS]
             self.settings.update({name: saved[name] for name in kept})
+            self._thaw(set(state.get("trainable", ())))
+
+    def _thaw(self, names: set[str]) -> None:
+        """Parameters that had joined the run are trained again; who unfroze them may not do it a second time."""
+        thawed = [(name, param) for name, param in self._held() if name in names and not param.requires_grad]
+        for _, param in thawed:
+            param.requires_grad_(True)
+        if thawed:
+            rank_zero_info(
+                f"LowPrecisionSGLD: {len(thawed)} parameter(s), {thawed[0][0]} among them, were trained when the "
+                "checkpoint was made, and are unfrozen again."
+            )
 
     @staticmethod
     def _say_numerics(changes: Sequence[Change]) -> None:

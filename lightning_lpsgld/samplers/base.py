@@ -24,6 +24,7 @@ from lightning_lpsgld.samplers.group_rules import (
 )
 from lightning_lpsgld.samplers.ignored import report_ignored
 from lightning_lpsgld.samplers.options import accepted_options, written_out
+from lightning_lpsgld.samplers.replaced_groups import adopt_groups
 from lightning_lpsgld.samplers.saved_state import chain_settings, refuse_foreign_state, restore_exactly, take_steps
 from lightning_lpsgld.samplers.step_size import ConstantStepSize, StepSize, checked_schedule
 
@@ -104,6 +105,7 @@ class LangevinOptimizer(Optimizer):
         self.state_observers: list[Callable[[], None]] = []
         self._anew: bool | None = None
         super().__init__(params, {**defaults, "step": 0})
+        self._groups = self.param_groups  # others hold this list, so it stays; see `adopt_groups`
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -143,7 +145,7 @@ class LangevinOptimizer(Optimizer):
             for name in kept:  # the sampler's own options win over equally named ones of the optimizer
                 group.pop(name, None)
         sampler = cls(groups, lr, **options)  # type: ignore[arg-type]  # every sampler takes (params, lr, ...)
-        sampler.param_groups = groups
+        sampler._groups = sampler.param_groups = groups
         sampler.source = optimizer
         sampler._report_ignored(optimizer)
         return sampler
@@ -189,6 +191,7 @@ class LangevinOptimizer(Optimizer):
         check_common_values(group)
 
     def _check_settings(self) -> None:
+        adopt_groups(self, self._groups)
         refuse_bad_values(type(self).__name__, self.sampled_groups, self.check_group, self.step_size, self.schedule)
 
     @property
@@ -199,7 +202,7 @@ class LangevinOptimizer(Optimizer):
     def accompany(self, companion: Companion) -> None:
         """Step another optimizer with this one, and hold its groups and its state too."""
         self.companion, self.source = companion, companion.optimizer
-        self.param_groups = [*self.param_groups, *companion.optimizer.param_groups]
+        self._groups = self.param_groups = [*self.param_groups, *companion.optimizer.param_groups]
         self.state.update(companion.optimizer.state)
         companion.optimizer.state = self.state
 
@@ -371,6 +374,7 @@ class LangevinOptimizer(Optimizer):
             ValueError: If the state was saved by something that is not a sampler.
         """
         refuse_foreign_state(type(self).__name__, state_dict)
+        adopt_groups(self, self._groups)
         if self._anew is None:
             self._restore(state_dict)
         else:

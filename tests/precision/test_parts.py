@@ -273,6 +273,41 @@ def test_backbone_finetuning(tmp_path, sampled):
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters()))
 
 
+@pytest.mark.parametrize("stop", [2, 5], ids=["before-thaw", "after-thaw"])
+@pytest.mark.parametrize("sampled", [None, ("net.0", "net.2"), ("net.2",)], ids=["all", "backbone", "head"])
+def test_backbone_finetuning_resumes_bitwise(tmp_path, sampled, stop):
+    """Stopped before or after the backbone joins: weights, momenta, bank and means are those of the uninterrupted run.
+
+    Lightning then assigns `param_groups` anew and leaves the backbone frozen.
+    """
+
+    def run(folder, max_steps, ckpt=None):
+        module = Backboned()
+        plugin = LowPrecisionSGLD(sampled=sampled, prior_mean="initial", prior_std=0.5, temperature=0.5, seed=0)
+        thaw = BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)
+        saver = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        collector = SampleCollector(folder / "bank")
+        made = trainer(
+            folder, plugin, max_epochs=-1, max_steps=max_steps, callbacks=[thaw, saver, collector],
+            enable_checkpointing=True,
+        )  # fmt: skip
+        made.fit(module, ResumableLoader(loader().dataset, 16), ckpt_path=ckpt)
+        return module, made.optimizers[0], collector.bank
+
+    whole, full, bank = run(tmp_path / "whole", 8)
+    run(tmp_path / "halves", stop)
+    resumed, continued, again = run(tmp_path / "halves", 8, tmp_path / "halves" / f"step={stop}.ckpt")
+    for a, b in zip(whole.parameters(), resumed.parameters()):
+        assert torch.equal(a, b)
+        mine, other = full.state.get(a, {}), continued.state.get(b, {})
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(mine[key], other[key]) for key in mine)
+    assert bank.steps == again.steps == list(range(1, 9))
+    for mine, theirs in zip(bank, again):
+        assert all(torch.equal(mine.tensors[k], v) for k, v in theirs.tensors.items())
+    assert not torch.equal(whole.backbone[0].weight, network()[0][0].weight)
+
+
 # -------------------------------------------------------------------------------------------------------- refusals
 
 

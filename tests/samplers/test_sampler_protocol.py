@@ -208,3 +208,25 @@ def test_a_non_finite_gradient_is_refused_and_changes_nothing(name):
         opt.step(poisoned)
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
     assert opt.steps == 1
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_groups_that_are_assigned_anew_are_taken_over(name):
+    """As Lightning's finetuning does on resuming: values count, counters and the list that others hold stay."""
+    net, x, opt = started(name, lambda params: torch.optim.SGD([{"params": [p], "lr": 0.01} for p in params], 0.01))
+    opt.step(closure_of(net, x, opt))
+    held, seed = opt.source.param_groups, opt.param_groups[0]["seed"]
+    extra = torch.nn.Parameter(torch.ones(3))
+    changed = {**opt.param_groups[0], "lr": 0.005, "step": 0, "seed": 1}
+    opt.param_groups = [changed, {"params": [extra], "lr": 0.02, "weight_decay": 0.0}]
+    first, second = net.parameters()
+    before = second.detach().clone()
+    if isinstance(opt, VarianceReduced):
+        opt.recentre(closure_of(net, x, opt))
+    opt.step(closure_of(net, x, opt))
+    assert opt.param_groups is held
+    assert [[id(p) for p in group["params"]] for group in held] == [[id(first)], [id(extra)]]
+    assert [group["lr"] for group in held] == [0.005, 0.02]
+    assert [group["step"] for group in held] == [2, 2]
+    assert {group["seed"] for group in held} == {seed}
+    assert torch.equal(second, before), "a group that the new list lacks is not stepped"

@@ -38,6 +38,32 @@ def fit(kind, strategy, accumulator, path):
     return sharded, {k: v.full_tensor() if sharded else v for k, v in module.state_dict().items()}
 
 
+def fit_part(kind, strategy, path, **options):
+    """The last layer is sampled, AdamW moves the first."""
+    torch.manual_seed(0)
+    module = kind(nn.Sequential(nn.Linear(6, 15), nn.ReLU(), nn.Linear(15, 3)))
+    module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), lr=0.02)
+    trainer = make_trainer(
+        max_steps=8, max_epochs=-1, devices=2, strategy=strategy, limit_val_batches=0,
+        plugins=[LowPrecisionSGLD(seed=1, sampled=("net.2",), temperature=0.5, **options)],
+        callbacks=[SampleCollector(path, start=2, every=3)],
+    )  # fmt: skip
+    trainer.fit(module, datamodule=SyntheticData(n_train=640, shuffle=False))
+    return {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in module.state_dict().items()}
+
+
+def both_of_a_part(folder):
+    def fsdp():
+        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+
+    plain, sharded = (fit_part(Classifier, "ddp", folder / "ddp"), fit_part(Sharded, fsdp(), folder / "fsdp"))
+    try:
+        fit_part(Sharded, fsdp(), None, prior_mean="initial")
+    except TypeError as error:
+        return plain, sharded, str(error)
+    return plain, sharded, "went on"
+
+
 def both(folder):
     out = {}
     for accumulator in ("low", "full"):
@@ -59,3 +85,16 @@ def test_fsdp2_gives_the_chain_and_the_bank_of_ddp(tmp_path):
         assert plain.steps == sharded.steps == [5, 8, 11]
         for mine, theirs in zip(plain, sharded):
             assert all(torch.equal(mine.tensors[k], v) for k, v in theirs.tensors.items())
+
+
+def test_a_part_under_fsdp2_gives_the_chain_and_the_bank_of_ddp(tmp_path):
+    """AdamW steps its shards beside the sampler; a prior's mean is refused before a step is made."""
+    for plain, sharded, message in run_ranks(both_of_a_part, tmp_path):
+        assert plain.keys() == sharded.keys()
+        assert all(torch.equal(value, sharded[name]) for name, value in plain.items())
+        assert "prior_mean='initial' does not take sharded parameters" in message
+        assert "Use DDPStrategy" in message
+    first, second = (SampleBank.open(tmp_path / kind) for kind in ("ddp", "fsdp"))
+    assert first.steps == second.steps == [5, 8]
+    for mine, theirs in zip(first, second):
+        assert all(torch.equal(mine.tensors[k], v) for k, v in theirs.tensors.items())

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers.loaders import ResumableLoader
-from helpers.models import RecordingLogger, SyntheticData, make_trainer, small_mlp, synthetic_classes
+from helpers.models import Classifier, RecordingLogger, SyntheticData, make_trainer, small_mlp, synthetic_classes
 from helpers.processes import run_ranks
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -159,6 +159,47 @@ def test_all_chains_resume_from_one_checkpoint(pair):
 
 def test_a_checkpoint_of_another_number_of_chains_is_refused(pair):
     assert all("holds 2 chains, and this run has 1" in result["message"] for result in pair[1])
+
+
+def adapted(strategy, folder, ckpt=None, seed=9, devices=2):
+    """The head is sampled about its initial weights, AdamW moves the layer before it, the first layer is frozen."""
+    torch.manual_seed(0)
+    module = Classifier(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)))
+    module.net[0].requires_grad_(False)
+    module.configure_optimizers = lambda: torch.optim.AdamW([*module.net[2:].parameters()], lr=0.02)
+    saver = ModelCheckpoint(dirpath=folder / "ckpt", filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    part = {"sampled": ("net.4",), "prior_mean": "initial", "prior_std": 0.5, "temperature": 1.0}
+    plugin = LowPrecisionSGLD(seed=seed, activations=None, errors=None, **part)
+    trainer = make_trainer(
+        max_epochs=-1, max_steps=8, devices=devices, plugins=[plugin], limit_val_batches=0, enable_checkpointing=True,
+        callbacks=[SampleCollector(folder / "bank", start=1, every=2), saver], **strategy,
+    )  # fmt: skip
+    trainer.fit(module, ResumableLoader(synthetic_classes(32, (6,), 3, seed=0), 8), ckpt_path=ckpt)
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def adapted_chains(folder):
+    whole = adapted({"strategy": ParallelChainsStrategy()}, folder)
+    return whole, adapted({"strategy": ParallelChainsStrategy()}, folder, ckpt=folder / "ckpt" / "step=4.ckpt")
+
+
+def test_chains_of_a_part_are_those_that_run_alone_and_resume(tmp_path):
+    """What is trained beside the sampled part belongs to its chain: AdamW's weights and momenta differ, too."""
+    results = run_ranks(adapted_chains, tmp_path / "two")
+    bank = SampleBank.open(tmp_path / "two" / "bank")
+    for chain, (whole, resumed) in enumerate(results):
+        alone = adapted({}, tmp_path / str(chain), seed=derive_seed(9, "chain", chain), devices=1)
+        assert all(
+            torch.equal(whole[name], value) and torch.equal(resumed[name], value) for name, value in alone.items()
+        )
+        own = SampleBank.open(tmp_path / str(chain) / "bank")
+        together = [sample for sample in bank if sample.chain == chain]
+        assert [sample.step for sample in together] == own.steps == [3, 5, 7]
+        for mine, theirs in zip(together, own):
+            assert all(torch.equal(mine.tensors[k], v) for k, v in theirs.tensors.items())
+    (first, _), (second, _) = results
+    assert torch.equal(first["net.0.weight"], second["net.0.weight"])
+    assert not any(torch.equal(first[name], second[name]) for name in ("net.2.weight", "net.4.weight"))
 
 
 def replicated(folder):
