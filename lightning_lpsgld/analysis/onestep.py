@@ -1,8 +1,8 @@
 r"""Exact laws of one rounding: which code comes out, with which probability, for a given mean and noise variance.
 
 Adding a Gaussian and rounding is a convolution with a B-spline (:mod:`lightning_lpsgld.ops.splines`). Draws are taken
-as ideal: the real ops use uniforms of 23 bits and compute means in the dtype of the weight, which moves probabilities by
-about 1e-7. Blocks of one element, whose exponent follows their value, are in :mod:`.block_laws`.
+as ideal: the real ops use uniforms of 23 bits and compute means in the dtype of the weight, which moves probabilities
+by about 1e-7. Blocks of one element, whose exponent follows their value, are in :mod:`.block_laws`.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_lpsgld.metrics.simplex import refuse_logits
+
 __all__ = [
     "BinVariant",
     "ReliabilityBins",
@@ -32,11 +34,16 @@ BinVariant = Literal["standard", "paper"]
 PAPER_BINS = 9
 
 
-def check_predictions(probabilities: Tensor, targets: Tensor) -> None:
-    """Raise unless shapes and dtypes are as this module says; values are not looked at (no device sync).
+def check_predictions(probabilities: Tensor, targets: Tensor, *, rows: bool = True) -> None:
+    """Raise unless shapes, dtypes and values are as this module says; to look at values waits for an accelerator.
+
+    Args:
+        probabilities: Shape ``(n, classes)``.
+        targets: Shape ``(n,)``, or ``(n, classes)`` if soft.
+        rows: Whether rows must sum to 1; for scores of the largest probability alone they need not.
 
     Raises:
-        ValueError: If a shape is wrong.
+        ValueError: If a shape is wrong, or rows are no probabilities (logits, say).
         TypeError: If a dtype is wrong.
     """
     soft = targets.shape == probabilities.shape
@@ -49,6 +56,7 @@ def check_predictions(probabilities: Tensor, targets: Tensor) -> None:
         raise TypeError(
             f"`probabilities` must be floating and `targets` integer, got {probabilities.dtype} and {targets.dtype}."
         )
+    refuse_logits(probabilities if rows else probabilities.max(1).values)
 
 
 def hits(predicted: Tensor, targets: Tensor) -> Tensor:
@@ -179,7 +187,7 @@ def bin_sums(
         the largest probability, the prediction its (first) class.
     """
     rows = check_bins(num_bins, variant)
-    check_predictions(probabilities, targets)
+    check_predictions(probabilities, targets, rows=False)
     confidence, predicted = probabilities.max(1)
     confidence, correct = confidence.double(), hits(predicted, targets)
     upper = torch.arange(0 if variant == "paper" else 1, (PAPER_BINS if variant == "paper" else rows) + 1)

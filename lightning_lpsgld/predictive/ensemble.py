@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_lpsgld.metrics import disagreement_terms, entropy
+from lightning_lpsgld.metrics.simplex import refuse_logits, refuse_probabilities
 from lightning_lpsgld.predictive.running import RunningPredictive
 
 __all__ = ["PosteriorPredictive", "probabilities_of"]
@@ -19,13 +20,15 @@ def probabilities_of(logits: Tensor) -> Tensor:
     Infinite logits are limits: classes at minus infinity have probability 0, those at plus infinity share 1.
 
     Raises:
-        ValueError: If the shape is not ``(n, classes)`` with at least two classes.
+        ValueError: If the shape is not ``(n, classes)`` with at least two classes, or if the rows (four at least) are
+            probabilities already.
     """
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(
             f"Logits must have shape (n, classes) with classes >= 2, got {tuple(logits.shape)}. Flatten further dims; "
             "for one logit z of a binary task pass torch.stack([0 * z, z], dim=1)."
         )
+    refuse_probabilities(logits)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     probabilities = logits.softmax(dim=1)
     if bool(probabilities.isnan().any()):  # inf - inf, or a logit that is NaN and stays it
@@ -82,12 +85,13 @@ class PosteriorPredictive(RunningPredictive):
             targets: Shape ``(n,)`` (or ``(n, classes)`` if soft), or ``None``.
 
         Raises:
-            ValueError: If batches come in another order, or differ from those of the first sample.
+            ValueError: If batches come in another order, or differ from those of the first sample; if they hold logits.
         """
         device = probabilities.device if self.device is None else self.device
         self._append(index, probabilities.detach().to(device), None if targets is None else targets.detach().to(device))
 
     def _start(self, index: int, prediction: Tensor, targets: Tensor | None) -> None:
+        refuse_logits(prediction)
         self._sums.append(torch.zeros_like(prediction, dtype=self.dtype))
         self._entropies.append(torch.zeros(len(prediction), dtype=self.dtype, device=prediction.device))
         self._votes.append(torch.zeros_like(prediction, dtype=torch.int16))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_lpsgld.metrics.simplex import refuse_probabilities
 from lightning_lpsgld.predictive.prediction import ClassPrediction, Prediction, RegressionPrediction
 
 __all__ = ["TASKS", "Task", "reduce_outputs", "task_of"]
@@ -50,6 +51,7 @@ def _probabilities(logits: Tensor, task: Task) -> Tensor:
                 f"PosteriorEnsemble: logits must have shape (n, classes, ...) with classes >= 2, got "
                 f"{tuple(logits.shape)}. Say task='binary' for one logit a point."
             )
+        refuse_probabilities(logits.movedim(1, -1).reshape(-1, logits.shape[1]))
         return logits.softmax(1).double()
     if task == "binary":
         logits = logits.flatten()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_lpsgld.metrics import mixture_points
+from lightning_lpsgld.metrics.simplex import warn_of_sigmoids
 from lightning_lpsgld.predictive.ensemble import PosteriorPredictive, probabilities_of
 from lightning_lpsgld.predictive.mixtures import MixturePredictive
 from lightning_lpsgld.predictive.outputs import GaussianOutput, OutputForm
@@ -156,6 +157,7 @@ class _BinaryTask(_ClassTask):
             keep = labels != (IGNORED if self.ignore_index is None else self.ignore_index)
             if not bool(keep.all()):
                 flat, labels = flat[keep], labels[keep]
+        warn_of_sigmoids(flat, self.name)
         flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
         probabilities = torch.stack([torch.sigmoid(-flat), torch.sigmoid(flat)], dim=1)
         return probabilities, None if labels is None else self._labels(labels)
