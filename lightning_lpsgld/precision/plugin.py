@@ -331,8 +331,7 @@ class LowPrecisionSGLD(Precision):
 
     def _options(self) -> dict[str, Any]:
         """What is asked of every sampler; the rest follows from the run."""
-        names = ("temperature", "accumulator", "variance_corrected", "backend")
-        return {name: getattr(self, name) for name in names}
+        return {n: getattr(self, n) for n in ("temperature", "accumulator", "variance_corrected", "backend")}
 
     def _resolve_seed(self, trainer: pl.Trainer | None) -> int:
         if self._run_seed is None:
