@@ -58,8 +58,7 @@ class LowPrecisionSGLD(Precision):
         activations: Format of the activations; where quantizers sit is set by ``sites`` and ``exclude``.
         errors: Format of the errors.
         accumulator: ``"low"``: the weights themselves stay on the grid (SGLDLP-L). ``"full"``: steps are summed in
-            float32 beside the rounded weights (SGLDLP-F). A format, e.g. ``"bfp16"`` or ``"fixed16.14"``: on that
-            grid beside them; two bytes a weight then carry temperatures that one byte does not.
+            float32 beside the rounded weights (SGLDLP-F). A format, e.g. ``"bfp16"``: on that grid beside them.
         variance_corrected: With an accumulator on a grid, round with the variance-corrected quantizer Q^vc.
         temperature: T >= 0; the target is :math:`p(\theta \mid D)^{1/T}`. The default is the papers' 1e-3, because
             T = 1 costs a short training of a deep net several points of error; the bare :class:`SGLD` optimizer keeps
