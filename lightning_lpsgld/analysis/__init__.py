@@ -16,6 +16,7 @@ from lightning_lpsgld.analysis.shrinkage import (
     suggest_gradient_format,
 )
 from lightning_lpsgld.analysis.stationary import stationary_law, stationary_of, transition_matrix
+from lightning_lpsgld.analysis.sum_law import view_law
 from lightning_lpsgld.analysis.underdamped import underdamped_law
 
 __all__ = [
@@ -47,5 +48,6 @@ __all__ = [
     "variance_budget",
     "variance_ratio",
     "vc_law",
+    "view_law",
     "wasserstein2",
 ]

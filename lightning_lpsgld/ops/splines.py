@@ -16,11 +16,11 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["four_points", "spline_masses", "upper_moment"]
+__all__ = ["NOISE_REACH", "four_points", "spline_masses", "upper_moment"]
 
 _SQRT_2PI = math.sqrt(2.0 * math.pi)
 #: A law out of a Gaussian is followed for this many standard deviations; beyond is less than 1e-20.
-_REACH = 9.5
+NOISE_REACH = 9.5
 
 
 def upper_moment(distance: Tensor, sigma: Tensor, order: int) -> Tensor:
@@ -58,7 +58,7 @@ def spline_masses(mean: Tensor, variance: Tensor, splines: int) -> tuple[Tensor,
         Codes and their probabilities, float64, both of shape ``(M, w)``; what lies outside has less than 1e-20.
     """
     sigma = torch.as_tensor(variance, dtype=torch.float64).sqrt().expand(mean.shape).clamp(min=1e-150)
-    half = math.ceil(_REACH * float(sigma.max()) + splines / 2) if mean.numel() else 0
+    half = math.ceil(NOISE_REACH * float(sigma.max()) + splines / 2) if mean.numel() else 0
     offsets = torch.arange(-half, half + 1, dtype=torch.float64, device=mean.device)
     targets = mean.round()[:, None] + offsets
     # By symmetry every code is computed from the side on which it is in the tail: no cancellation far from the mean.

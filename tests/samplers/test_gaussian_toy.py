@@ -5,7 +5,8 @@ import torch
 from helpers.stats import assert_frequencies
 from helpers.targets import TOY_GRADIENT_STD
 
-from lightning_lpsgld.analysis import stationary_law
+from lightning_lpsgld.analysis import stationary_law, view_law
+from lightning_lpsgld.ops import quantize
 from lightning_lpsgld.random import DrawKey, normals, uniforms
 from lightning_lpsgld.samplers import SGLD
 
@@ -65,3 +66,44 @@ def test_full_accumulator_has_the_closed_form_variance():
     variance = float(accumulator.var())
     half_width = 6 * variance * (2 / len(accumulator)) ** 0.5
     assert low - half_width <= variance <= high + half_width
+
+
+@pytest.mark.parametrize(
+    ("update", "temperature", "noisy"),
+    [("vc", 1e-3, False), ("vc", 1e-5, False), ("vc", 1e-5, True), ("naive", 1e-4, True)],
+    ids=["reached", "out of reach", "out of reach, noisy rounded gradient", "naive, noisy rounded gradient"],
+)
+def test_sums_on_a_finer_grid_keep_their_stationary_law(update, temperature, noisy):
+    """As above, of the sums of 13 bits whose weights of 8 bits the gradient sees; gaps of the sum taken by fours.
+
+    Under "out of reach" rounding onto the sum's grid has more variance than is asked for at most places.
+    """
+    lr, accumulator, weights = 2e-3, "fixed13.11", "fixed8.3"
+    fine = {"gradient_std": 0.1, "gradient_format": "fixed8.3"} if noisy else {}
+    given = {"lr": lr, "temperature": temperature, "grad": lambda x: x, "accumulator": accumulator}
+    grid, law = stationary_law(update, weights, **given, **fine)
+    start = torch.searchsorted(law.cumsum(0), uniforms((CHAINS,), DrawKey(1))).clamp(max=len(grid) - 1)
+    chains = torch.nn.Parameter(grid[start].float())
+    opt = SGLD(
+        [chains], lr=lr, num_data=1, temperature=temperature, seed=2, weight_format=weights, accumulator=accumulator,
+        gradient_format=fine.get("gradient_format"), variance_corrected=update == "vc",
+    )  # fmt: skip
+    total = opt.accumulator_of(chains)
+    with torch.no_grad():
+        chains.copy_(quantize(chains.detach(), weights, key=DrawKey(4)))
+    for step in range(STEPS):
+        chains.grad = chains.detach() + (0.1 * normals((CHAINS,), DrawKey(3, step=step)).float() if noisy else 0.0)
+        opt.step()
+    index = ((total.double() - grid[0]) / (grid[1] - grid[0])).round().long()
+    counts = torch.bincount(index, minlength=len(grid))
+    assert_frequencies(by_fours(counts), by_fours(law), detect=0.1)
+    assert float((index != start).double().mean()) > 0.01
+    values, seen = view_law(grid, law, weights)
+    index = ((chains.detach().double() - values[0]) / (values[1] - values[0])).round().long()
+    assert_frequencies(torch.bincount(index, minlength=len(values)), seen, detect=0.1)
+
+
+def by_fours(x):
+    """Sums of four in the middle 512 cells, and of all that lies below and above."""
+    low = len(x) // 2 - 256
+    return torch.cat([x[:low].sum()[None], x[low : low + 512].reshape(-1, 4).sum(1), x[low + 512 :].sum()[None]])
