@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any, Literal
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_lpsgld.formats import MicroscalingFloat, NumberFormat
+from lightning_lpsgld.ops import self_check
 from lightning_lpsgld.ops.microscaling import element_of
 
 __all__ = ["BACKENDS", "BackendName", "backend_report", "choose", "choose_step", "choose_views", "unavailable"]
@@ -24,6 +25,8 @@ BackendName = Literal["auto", "reference", "cpu", "triton", "qtorch"]
 #: Order in which ``"auto"`` asks on each device type; the reference runs everywhere.
 _AUTO: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 BACKENDS = ("reference", "cpu", "triton", "qtorch")
+#: Backends whose kernels are compiled for the device at hand, and so compared with the reference at their first use.
+_COMPARED = ("triton",)
 #: Ops that a backend runs on microscaling formats by way of their elements (:class:`.scaled.Scaled`).
 _SCALED: dict[str, tuple[str, ...]] = {
     "cpu": ("quantize", "quantize_variance_corrected", "encode", "decode"),
@@ -60,8 +63,14 @@ def _say_once(message: str) -> None:
 
 
 def backend_report() -> dict[str, str]:
-    """What each backend can do here: its name mapped to ``"available"`` or the reason why not."""
-    return {name: unavailable(name) or "available" for name in BACKENDS}
+    """What each backend can do here: its name mapped to ``"available"`` or the reason why not.
+
+    Behind ``"available"`` stand the kernels that failed their check at first use, if any: the reference runs for them.
+    """
+    report = {name: unavailable(name) or "available" for name in BACKENDS}
+    for name in _COMPARED:
+        report[name] = "; but ".join([report[name], *self_check.failures()])
+    return report
 
 
 def _refusal(name: str, op: str, x: Tensor, formats: Sequence[NumberFormat]) -> str | None:
@@ -75,6 +84,15 @@ def _refusal(name: str, op: str, x: Tensor, formats: Sequence[NumberFormat]) -> 
         formats = [element_of(fmt) for fmt in formats]
     reason: str | None = _module(name).refusal(op, x, formats)
     return reason
+
+
+def _distrust(name: str, op: str, x: Tensor, formats: Sequence[NumberFormat]) -> str | None:
+    """Why the kernel of backend ``name`` is not to be used although it takes the call: it failed its check."""
+    if name not in _COMPARED or not x.numel():
+        return None
+    fmt = formats[0]
+    rows = _module(name).rows_of(x.shape, element_of(fmt))
+    return self_check.op_trouble(_engine(name, formats), op, x, fmt, rows.shared, rows.length)
 
 
 def _engine(name: str, formats: Sequence[NumberFormat]) -> Any:
@@ -100,20 +118,24 @@ def choose(backend: str, op: str, x: Tensor, *formats: NumberFormat) -> Any:
         RuntimeError: If the backend that was asked for cannot run this call; the message gives the reason.
     """
     if backend != "auto":
-        reason = _refusal(backend, op, x, formats)
+        reason = _refusal(backend, op, x, formats) or _distrust(backend, op, x, formats)
         if reason is not None:
             raise RuntimeError(f"backend={backend!r} cannot run {op} here: {reason} Use backend='auto' or 'reference'.")
         return _engine(backend, formats)
     for name in _AUTO.get(x.device.type, ("reference",)):
-        reason = _refusal(name, op, x, formats)
+        reason = _refusal(name, op, x, formats) or _distrust(name, op, x, formats)
         if reason is None:
             return _engine(name, formats)
         _say_once(f"{op} on {x.device.type} does not use backend {name!r}: {reason}")
     return _module("reference")
 
 
-def choose_step(backend: str, tensors: Sequence[Tensor], *formats: NumberFormat) -> ModuleType | None:
+def choose_step(
+    backend: str, tensors: Sequence[Tensor], *formats: NumberFormat, distrust: Callable[[ModuleType], str | None]
+) -> ModuleType | None:
     """Module with a fused ``langevin_step_`` for all ``tensors``, or ``None``: then the composed ops run.
+
+    ``distrust`` says of a module whose kernels are compiled for the device at hand why its step is not to be used.
 
     Raises:
         RuntimeError: As :func:`choose`; a backend without fused step (``"reference"``, ``"qtorch"``) gives ``None``.
@@ -126,6 +148,8 @@ def choose_step(backend: str, tensors: Sequence[Tensor], *formats: NumberFormat)
             return None
         reasons = (_refusal(name, "langevin_step_", tensor, formats) for tensor in tensors)
         reason = next((r for r in reasons if r is not None), None)
+        if reason is None and name in _COMPARED:
+            reason = distrust(_module(name))
         if reason is None:
             return _module(name)
         if backend != "auto":

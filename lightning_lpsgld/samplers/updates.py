@@ -21,6 +21,7 @@ Reference: Zhang, Wilson & De Sa, 2022, arXiv:2206.09909, equations 2 to 4 and a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from lightning_lpsgld.ops.dispatch import BackendName, choose_step, choose_views
 from lightning_lpsgld.ops.lattice import lattice_step
 from lightning_lpsgld.ops.reference import code_limits
 from lightning_lpsgld.random import DrawKey, Role, normals, stream_id
+from lightning_lpsgld.samplers.step_check import step_trouble
 
 __all__ = ["descend", "langevin_step_", "langevin_steps_", "noisy", "saturated", "views_"]
 
@@ -137,7 +139,10 @@ def langevin_steps_(
     if not params:
         return torch.zeros(0, dtype=torch.int64)
     formats = [fmt for fmt in (spec.weight_format, spec.gradient_format) if fmt is not None]
-    fused = None if spec.accumulation == "lattice" else choose_step(backend, params, *formats)
+    fused = None
+    if spec.accumulation != "lattice":
+        trouble = partial(step_trouble, langevin_step_, spec, params)
+        fused = choose_step(backend, params, *formats, distrust=trouble)
     if fused is not None:
         counts: Tensor = fused.langevin_step_(params, grads, accumulators, spec, keys, indices)
         return counts
