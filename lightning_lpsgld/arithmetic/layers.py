@@ -122,6 +122,8 @@ class LayerArithmetic:
             return "its padding or its input's shape is none that integers cover"
         if torch.is_autocast_enabled(x.device.type):
             return "autocast chooses its dtype"
+        if self.arithmetic == "auto" and x.device.type != "cpu":  # before anything waits for the device
+            return f"integers are no faster than floats on {x.device.type}"
         encoded, reason = self.codes_of(x)
         if encoded is None:
             return reason
