@@ -33,20 +33,20 @@ class _Augmented:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = self.dataset.tensors
-        order = torch.randperm(len(images))
+        order = torch.randperm(len(images), device=images.device)
         for number in range(len(self)):
             chosen = order[number * self.batch_size : (number + 1) * self.batch_size]
             yield _moved(images[chosen], self.background), labels[chosen]
 
 
 def _moved(images: Tensor, background: float) -> Tensor:
-    count, _, height, width = images.shape
+    (count, _, height, width), device = images.shape, images.device
     padded = nn.functional.pad(images, (_SHIFT,) * 4, value=background)
-    down, right = (torch.randint(0, 2 * _SHIFT + 1, (count, 1)) for _ in range(2))
-    columns = right + torch.arange(width)
-    columns = torch.where(torch.rand(count, 1) < 0.5, columns.flip(1), columns)
-    rows = down + torch.arange(height)
-    return padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    down, right = (torch.randint(0, 2 * _SHIFT + 1, (count, 1), device=device) for _ in range(2))
+    columns = right + torch.arange(width, device=device)
+    columns = torch.where(torch.rand(count, 1, device=device) < 0.5, columns.flip(1), columns)
+    rows, image = down + torch.arange(height, device=device), torch.arange(count, device=device)
+    return padded[image[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 class Fashion(L.LightningDataModule):
@@ -57,11 +57,14 @@ class Fashion(L.LightningDataModule):
         size: Number of training images.
         batch_size: Images of a training batch.
         test: Number of test images, ``None``: all.
+        device: Where the images lie and are augmented; on a GPU no batch is ever copied.
     """
 
-    def __init__(self, root: Path, size: int, batch_size: int = 100, test: int | None = None) -> None:
+    def __init__(
+        self, root: Path, size: int, batch_size: int = 100, test: int | None = None, device: str = "cpu"
+    ) -> None:
         super().__init__()
-        self.root, self.size, self.batch_size, self.test_size = root, size, batch_size, test
+        self.root, self.size, self.batch_size, self.test_size, self.device = root, size, batch_size, test, device
 
     def setup(self, stage: str) -> None:
         """Read and scale the images."""
@@ -73,7 +76,8 @@ class Fashion(L.LightningDataModule):
                 raw = kind(self.root, train=train)
                 data = TensorDataset(raw.data.unsqueeze(1), raw.targets)
             images, labels = data.tensors
-            parts.append(((images[:limit].float() / 255 - mean) / std, labels[:limit].long()))
+            images = (images[:limit].to(self.device).float() / 255 - mean) / std
+            parts.append((images, labels[:limit].to(self.device).long()))
         self.train, self.test = parts
         self.background = -mean / std
 

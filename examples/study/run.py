@@ -4,21 +4,25 @@
 
     python examples/study/run.py --data-dir FOLDER --size 5000 --seeds 5          # the small study
     python examples/study/run.py --data-dir FOLDER --size 5000 --only vc-sgldlp-l/bfp8   # one row
+    python examples/study/run.py --data-dir FOLDER --accelerator cuda --jobs 12          # side by side on one GPU
 
 ``FOLDER`` holds Fashion-MNIST's four idx archives. Every run appends two rows to ``rows.csv`` (of the last weights and
 of the ensemble) and leaves its predicted probabilities in ``--cache``, from which ensembles of several runs are made.
-Several processes may share a study: a run is claimed by a lock file in the cache.
+Several processes may share a study (``--jobs`` starts so many): a run is claimed by a lock file in the cache, which a
+process that ends with an error or is interrupted takes away again.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import json
 import logging
 import os
 import platform
 import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -89,18 +93,18 @@ def run_row(row: Row, data: Fashion, epochs: int) -> tuple[list[dict[str, Any]],
     plugin = make_plugin(row)
     plugin.num_data, plugin.seed = row.size, row.seed
     trainer = L.Trainer(
-        max_epochs=epochs, plugins=[plugin], callbacks=[collector, meter], accelerator="cpu", devices=1, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        max_epochs=epochs, plugins=[plugin], callbacks=[collector, meter], accelerator=data.device, devices=1,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, logger=False,
     )  # fmt: skip
     began = time.perf_counter()
     trainer.fit(module, data)
     seconds = time.perf_counter() - began
     data.setup("test")
-    batches, targets = list(data.test_dataloader()), data.test[1]
-    module.eval()
+    batches, targets = list(data.test_dataloader()), data.test[1].cpu()
+    module.to(data.device).eval()
     with torch.no_grad():
-        last = torch.cat([module(x).softmax(1) for x, _ in batches])
-    ensemble = bayesian_model_average(collector.bank, module, batches).predictive.probabilities
+        last = torch.cat([module(x).softmax(1) for x, _ in batches]).cpu()
+    ensemble = bayesian_model_average(collector.bank, module, batches).predictive.probabilities.cpu()
     ratio = float(trainer.callback_metrics.get("noise/achieved_over_target", torch.tensor(float("nan"))))
     common = {name: getattr(row, name) for name in COLUMNS[:6]}
     common |= {"t_eff": row.temperature * ratio, "seconds": seconds}
@@ -123,12 +127,14 @@ def stored(path: Path) -> set[tuple[str, ...]]:
 
 
 def store(path: Path, table: list[dict[str, Any]]) -> None:
-    """Append rows in one write."""
+    """Append rows in one write; processes side by side take turns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = "" if path.exists() else ",".join(COLUMNS) + "\n"
     lines = [",".join(_text(entry[name]) for name in COLUMNS) for entry in table]
     with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        head = "" if os.fstat(file.fileno()).st_size else ",".join(COLUMNS) + "\n"
         file.write(head + "\n".join(lines) + "\n")
+        file.flush()
 
 
 def _text(value: Any) -> str:
@@ -138,20 +144,25 @@ def _text(value: Any) -> str:
 def _claim(cache: Path, row: Row) -> bool:
     """Whether this process is the first to take the run."""
     try:
-        os.close(os.open(cache / f"{row.name}.claimed", os.O_CREAT | os.O_EXCL))
+        os.close(os.open(_claim_of(cache, row), os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return False
     return True
 
 
-def environment() -> dict[str, str]:
+def _claim_of(cache: Path, row: Row) -> Path:
+    return cache / f"{row.name}.claimed"
+
+
+def environment(accelerator: str) -> dict[str, str]:
     """Versions, machine and commit."""
+    gpu = {"gpu": torch.cuda.get_device_name()} if accelerator == "cuda" else {}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parents[2])
     return {
         "torch": torch.__version__, "lightning": L.__version__, "python": platform.python_version(),
         "cpu": torch.backends.cpu.get_cpu_capability(), "threads": str(torch.get_num_threads()),
         "commit": commit.stdout.strip(),
-    }  # fmt: skip
+    } | gpu  # fmt: skip
 
 
 def arguments() -> argparse.Namespace:
@@ -163,20 +174,31 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="by default 40 for 5,000 images and 6 for 60,000")
     parser.add_argument("--only", nargs="+", default=[], metavar="METHOD/FORMAT[/T]", help="only these rows")
     parser.add_argument("--hours", type=float, default=float("inf"), help="begin no run after that time")
+    parser.add_argument("--accelerator", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="so many processes side by side")
     parser.add_argument("--test-images", type=int, help="only the first of them (a quick look)")
     parser.add_argument("--out", type=Path, default=RESULTS / "rows.csv")
     parser.add_argument("--cache", type=Path, default=Path("runs/study"))
     return parser.parse_args()
 
 
+def side_by_side(jobs: int) -> int:
+    """Run this command in several processes, each of one thread; the largest exit code."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--jobs=1"]
+    workers = [subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(jobs)]
+    return max(worker.wait() for worker in workers)
+
+
 def main() -> None:
     args = arguments()
+    if args.jobs > 1:
+        raise SystemExit(side_by_side(args.jobs))
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     epochs = args.epochs or EPOCHS[args.size]
     args.cache.mkdir(parents=True, exist_ok=True)
-    data = Fashion(args.data_dir, args.size, test=args.test_images)
+    data = Fashion(args.data_dir, args.size, test=args.test_images, device=args.accelerator)
     began = time.monotonic()
     for row in rows_of(args.size, args.seeds):
         key = (*(str(getattr(row, name)) for name in COLUMNS[:4]), _text(row.temperature), str(row.seed))
@@ -186,10 +208,15 @@ def main() -> None:
             continue
         if not _claim(args.cache, row):
             continue
-        table, probabilities = run_row(row, data, epochs)
+        try:
+            table, probabilities = run_row(row, data, epochs)
+        except BaseException:
+            _claim_of(args.cache, row).unlink()
+            raise
         np.savez_compressed(args.cache / f"{row.name}.npz", **probabilities)
         store(args.out, table)
-        record = {"epochs": epochs, "batch_size": data.batch_size, "weight_decay": WEIGHT_DECAY, **environment()}
+        record = {"epochs": epochs, "batch_size": data.batch_size, "weight_decay": WEIGHT_DECAY}
+        record |= environment(args.accelerator)
         (args.out.with_suffix(".json")).write_text(json.dumps(record, indent=1) + "\n")
         summary = (f"{e['of']} {100 * e['error']:.2f} {e['nll']:.4f} {100 * e['ece']:.2f}" for e in table)
         print(row.name, *summary, flush=True)

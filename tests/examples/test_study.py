@@ -92,6 +92,20 @@ def test_a_row_runs_once_and_stands_in_the_table(tmp_path):
     assert len(list((tmp_path / "cache").glob("*.npz"))) == 1
 
 
+def test_jobs_side_by_side_share_one_table(tmp_path):
+    write_fashion_mnist(tmp_path, packed=True, train=200, test=40)
+    command = [
+        sys.executable, str(STUDY / "run.py"), f"--data-dir={tmp_path}", "--size=200", "--epochs=2", "--seeds=2",
+        "--only", "vc-sgldlp-l/bfp8/0.001", "--jobs=2", f"--out={tmp_path / 'rows.csv'}",
+        f"--cache={tmp_path / 'cache'}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "rows.csv").open() as file:
+        entries = list(csv.DictReader(file))
+    assert sorted((e["seed"], e["of"]) for e in entries) == sorted((s, o) for s in "01" for o in ("last", "ensemble"))
+
+
 @pytest.mark.parametrize(
     ("better", "worse", "verdict"),
     [([0.1, 0.11, 0.1], [0.2, 0.21, 0.21], "shown"), ([0.2, 0.21, 0.2], [0.1, 0.11, 0.1], "refuted"),
