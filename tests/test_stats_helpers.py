@@ -165,3 +165,16 @@ def test_a_wrong_proportion_is_seen():
 def test_too_few_draws_are_refused(weak):
     with pytest.raises(ValueError, match=r"cannot keep the declared power, \d+ are needed"):
         weak()
+
+
+def test_false_fail_rate_and_power_of_same_means(generator):
+    def run(shift=0.0):
+        a, b = (torch.rand(600, 2, generator=generator) for _ in range(2))
+        stats.assert_same_mean(a + shift, b, detect=0.3, false_fail_rate=RATE)
+
+    _rate_is_kept(_failures(run, REPEATS), REPEATS, RATE)
+    assert _failures(lambda: run(0.3), 50) == 50
+    with pytest.raises(ValueError, match="cannot keep the declared power"):
+        stats.assert_same_mean(torch.rand(600, 1), torch.rand(600, 1), detect=0.01)
+    with pytest.raises(ValueError, match="500 are needed"):
+        stats.assert_same_mean(torch.rand(100, 1), torch.rand(600, 1), detect=1.0)

@@ -6,8 +6,9 @@ all cells of the call* (Bonferroni), and code that is wrong by at least ``detect
 the number needed instead of testing weakly; the ``draws_for_*`` functions give that number beforehand.
 
 Means and variances rest on the inequalities of Hoeffding and Bernstein, distribution functions on that of
-Dvoretzky, Kiefer, Wolfowitz and Massart: all hold for every sample size. Only :func:`assert_frequencies` rests on a
-limit (chi-square with at least :data:`MIN_EXPECTED` counts expected in each cell).
+Dvoretzky, Kiefer, Wolfowitz and Massart: all hold for every sample size. Two rest on a limit:
+:func:`assert_frequencies` (chi-square with at least :data:`MIN_EXPECTED` counts expected in each cell) and
+:func:`assert_same_mean` (means of at least :data:`MIN_DRAWS` draws are normal).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ __all__ = [
     "assert_moments",
     "assert_normal",
     "assert_proportion",
+    "assert_same_mean",
     "assert_uncorrelated",
     "assert_uniform",
     "draws_for_distribution",
@@ -44,6 +46,8 @@ SUITE_FALSE_FAIL_RATE = 1e-6
 FALSE_PASS_RATE = 1e-6
 #: Cells of a frequency table with fewer expected counts are pooled.
 MIN_EXPECTED = 25.0
+#: Means of fewer draws are not taken for normal.
+MIN_DRAWS = 500
 #: The power of a Bernstein test is promised for wrong laws with up to this many times the declared variance.
 VARIANCE_ALLOWANCE = 2.0
 
@@ -155,6 +159,37 @@ def assert_proportion(
     law = stats.binom(draws, probability)
     tail = min(float(law.cdf(count)), float(law.sf(count - 1)))
     assert tail >= false_fail_rate / 2, f"{count} of {draws}, expected {probability:.9g} of them (tail {tail:.2g})"
+
+
+def assert_same_mean(
+    samples: Tensor,
+    rival: Tensor,
+    *,
+    detect: Tensor | float,
+    false_fail_rate: float = SUITE_FALSE_FAIL_RATE,
+) -> None:
+    """Fail if the column means of two sets of samples differ (Welch's test in its normal limit, Bonferroni).
+
+    Args:
+        samples: shape ``(draws, cells)`` or ``(draws,)``; independent along ``draws``, at least :data:`MIN_DRAWS`.
+        rival: as ``samples``, with the same number of cells and perhaps other draws.
+        detect: smallest difference, in the units of the samples, that must not go unnoticed; shape ``(cells,)``.
+        false_fail_rate: for all cells together.
+
+    Raises:
+        AssertionError: If samples are not finite, or a mean is off (worst named).
+        ValueError: If the standard errors are too large for ``detect``, or draws are few.
+    """
+    samples, rival = _matrix(samples), _matrix(rival)
+    cells = samples.shape[1]
+    _require(min(len(samples), len(rival)), MIN_DRAWS, "assert_same_mean")
+    error = (samples.var(0) / len(samples) + rival.var(0) / len(rival)).sqrt()
+    allowed = float(stats.norm.isf(false_fail_rate / (2 * cells))) * error
+    blind = allowed + float(stats.norm.isf(FALSE_PASS_RATE)) * error
+    if bool((blind > _cells(detect, cells, "detect")).any()):
+        worst = float(error.max())
+        raise ValueError(f"assert_same_mean: standard errors up to {worst:.3g} cannot keep the declared power.")
+    _fail_worst("mean", samples.mean(0), rival.mean(0), allowed, len(samples))
 
 
 # ----------------------------------------------------------------------------------------- mean and variance
