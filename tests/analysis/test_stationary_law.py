@@ -273,7 +273,7 @@ def test_refusals_name_argument_and_value():
     options = {"lr": 0.1, "temperature": 1.0, "grad": identity}
     with pytest.raises(ValueError, match=r"`update` must be one of .* got 'full'"):
         stationary_law("full", FORMAT, **options)
-    with pytest.raises(TypeError, match=r"fixed-point format of at most 12 bits.* got bfp8"):
+    with pytest.raises(TypeError, match=r"at most 8 bits and 4 bits of exponent.* got bfp8"):
         stationary_law("vc", "bfp8", **options)
     with pytest.raises(ValueError, match="`temperature` must be finite and >= 0, got -1"):
         stationary_law("vc", FORMAT, lr=0.1, temperature=-1.0, grad=identity)
