@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lightning_lpsgld.analysis.budget import BudgetUpdate, VarianceBudget
 from lightning_lpsgld.analysis.shrinkage import Shrinkage
-from lightning_lpsgld.formats import FixedPoint, NumberFormat
+from lightning_lpsgld.formats import Accumulator, FixedPoint, NumberFormat
 
 __all__ = ["HEADS", "TOLERANCE", "LayerPlan", "Plan"]
 
@@ -31,9 +31,11 @@ class LayerPlan:
         gradient_noise: Variance that stochastic rounding of the gradient adds to a step, over the target, likewise.
         effective_temperature: Mean over the schedule of T·(achieved/target + gradient_noise).
         weight_bytes: Codes and shared exponents.
-        accumulator_bytes: Full-precision accumulator, if any.
-        remedy_bits: Smallest word length of the same family that meets the target; ``None`` if none up to 16 does.
+        accumulator_bytes: Of what is kept beside the weights, if anything.
+        remedy_bits: Bits of ``least``.
         verdict: One sentence.
+        least: Narrowest grid of sums that meets the target: that in use, else the shortest longer word of the same kind
+            (blocks, where it is a kind of floats); ``None`` if none up to 24 bits does.
     """
 
     name: str
@@ -50,6 +52,7 @@ class LayerPlan:
     accumulator_bytes: int
     remedy_bits: int | None
     verdict: str
+    least: NumberFormat | None = None
 
     @property
     def count(self) -> int:
@@ -106,6 +109,7 @@ class Plan:
         num_data: N.
         learning_rates: The looked-at points of the schedule.
         samples: Posterior samples to be kept.
+        accumulator: Where the steps are summed.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -116,6 +120,14 @@ class Plan:
     num_data: int
     learning_rates: tuple[float, ...]
     samples: int
+    accumulator: Accumulator = "low"
+
+    @property
+    def least_accumulator(self) -> NumberFormat | None:
+        """Narrowest grid of sums on which every layer gets the noise it asks for; ``None`` if no such is known."""
+        least = [layer.least for layer in self.layers]
+        found = [fmt for fmt in least if fmt is not None]
+        return max(found, key=lambda fmt: fmt.bits) if len(found) == len(least) else None
 
     @property
     def effective_temperature(self) -> float:
@@ -151,7 +163,8 @@ class Plan:
         worst = max(self.layers, key=lambda layer: layer.effective_temperature)
         fixed = isinstance(self.weights, FixedPoint)
         clipped = [layer.name for layer in self.layers if fixed and layer.clipped > 0]
-        text = f"{self.weights} ({self.update}) samples at T = {self.effective_temperature:.3g}"
+        sums = "" if isinstance(self.accumulator, str) else f", sums {self.accumulator}"
+        text = f"{self.weights} ({self.update}{sums}) samples at T = {self.effective_temperature:.3g}"
         text += f", asked for {self.temperature:.3g}"
         text += f"; hottest: {worst.name} at {worst.effective_temperature:.3g}." if self._hot() else "."
         if clipped:
@@ -164,12 +177,14 @@ class Plan:
         return any(layer.effective_temperature > TOLERANCE * self.temperature for layer in self.layers)
 
     def _advice(self) -> str:
-        bits = [layer.remedy_bits for layer in self.layers]
+        least = self.least_accumulator
         options = ['accumulator="full"']
+        if least is not None:
+            options.insert(0, f'accumulator="{least}" ({-(-least.bits // 8)} bytes a weight)')
         if self.update == "naive":
             options.append("variance_corrected=True")
-        if all(bit is not None for bit in bits):
-            options.append(f"{max(bit for bit in bits if bit is not None)}-bit weights")
+        if least is not None and self.accumulator == "low":
+            options.append(f"{least.bits}-bit weights")
         if self.update == "vc":
             options.append("a higher temperature (rounding noise is then part of it)")
         return "To get there: " + " or ".join(options) + "."

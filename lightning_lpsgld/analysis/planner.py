@@ -13,11 +13,13 @@ from lightning_lpsgld.analysis.budget import BudgetUpdate, variance_budget
 from lightning_lpsgld.analysis.plan_report import TOLERANCE, LayerPlan, Plan
 from lightning_lpsgld.analysis.shrinkage import gradient_shrinkage
 from lightning_lpsgld.formats import (
+    Accumulator,
     BlockFloatingPoint,
     BlockFormat,
     FixedPoint,
     FormatLike,
     NumberFormat,
+    parse_accumulator,
     parse_format,
     with_word_length,
 )
@@ -30,7 +32,7 @@ __all__ = ["fraction_length_for", "plan"]
 #: Points of the learning-rate schedule that are looked at.
 _POINTS = 9
 #: Word lengths that are tried as a remedy.
-_LONGEST = 16
+_LONGEST = 24
 
 
 def fraction_length_for(x: Tensor, word_length: int, *, clip: float = 0.0, headroom: float = 1.0) -> int:
@@ -96,7 +98,7 @@ def _points(lr: float | Sequence[float]) -> tuple[float, ...]:
 
 def _formats_up(fmt: NumberFormat) -> list[NumberFormat]:
     if not isinstance(fmt, (FixedPoint, BlockFloatingPoint)):
-        return []
+        return [BlockFloatingPoint(bits) for bits in range(fmt.bits + 1, _LONGEST + 1)]
     return [with_word_length(fmt, bits) for bits in range(fmt.word_length + 1, _LONGEST + 1)]
 
 
@@ -106,11 +108,12 @@ def _ratio(theta: Tensor, drift: Tensor, lr: float, noise: float, fmt: NumberFor
 
 def _remedy(
     theta: Tensor, drift: Tensor, rates: Sequence[float], noise: float, fmt: NumberFormat, update: BudgetUpdate
-) -> int | None:
+) -> NumberFormat | None:
+    """Narrowest format above ``fmt`` in which the noise is as asked for at all step sizes."""
     for wider in _formats_up(fmt):
         grid = quantize(theta, wider, rounding="nearest")
         if all(_ratio(grid, drift, lr, noise, wider, update) <= TOLERANCE for lr in rates):
-            return wider.bits
+            return wider
     return None
 
 
@@ -120,7 +123,7 @@ def _gradient_variance(grad: Tensor, fmt: NumberFormat | None) -> float:
 
 
 def _verdict(
-    heat: float, clipped: float, held: float, from_gradient: float, remedy: int | None, fraction: int | None
+    heat: float, clipped: float, held: float, from_gradient: float, least: NumberFormat | None, fraction: int | None
 ) -> str:
     notes = []
     if held > 0:
@@ -130,7 +133,7 @@ def _verdict(
     if from_gradient > TOLERANCE - 1.0:
         notes.append(f"gradient rounding adds {from_gradient:.2g} x the target noise: finer gradients")
     if heat > TOLERANCE:
-        more = f"{remedy} bits" if remedy is not None else "a full accumulator"
+        more = f"{least.bits} bits" if least is not None else "a full accumulator"
         notes.append(f"{heat:.3g} times too much noise: {more}, or T x {heat:.3g}")
     return "; ".join(notes) or "ok"
 
@@ -147,6 +150,7 @@ def plan(
     weights: FormatLike = "bfp8",
     gradients: FormatLike | None = None,
     update: BudgetUpdate = "vc",
+    accumulator: FormatLike = "low",
     samples: int = 0,
 ) -> Plan:
     r"""Predict what a low-precision sampler would do to a module, from its weights and one batch.
@@ -168,7 +172,9 @@ def plan(
         weights: Format of the weights.
         gradients: Format of the gradients (rounded stochastically; the column ``q nearest`` shows what would be left of
             them with rounding to nearest); ``None``: not quantized.
-        update: ``"vc"``, ``"naive"`` (low-precision accumulators) or ``"full"``.
+        update: ``"vc"``, ``"naive"`` (accumulators on a grid) or ``"full"``.
+        accumulator: Where the steps are summed: ``"low"``: in the weights. A format: on that grid beside them; budgets
+            and remedies are then its. ``"full"`` says the same as ``update="full"``.
         samples: Posterior samples that will be kept, for the memory line.
 
     Returns:
@@ -189,7 +195,8 @@ def plan(
     for name, value in (("num_data", num_data), ("temperature", temperature)):
         if not value > 0:
             raise ValueError(f"plan: `{name}` must be > 0, got {value}.")
-    fmt, rates = parse_format(weights), _points(lr)
+    fmt, rates, wide = parse_format(weights), _points(lr), parse_accumulator(accumulator, owner="plan")
+    update = "full" if wide == "full" else update
     gradient_format = None if gradients is None else parse_format(gradients)
     grads = _gradients(module, batch, loss)
     named = dict(module.named_parameters())
@@ -202,8 +209,8 @@ def plan(
             key = DrawKey(0, stream=stream_id(Role.PROBE, index))
             rounded = quantize(grad, gradient_format, key=key)
         drift = rounded + weight_decay * theta
-        layers.append(_layer(name, theta, grad, drift, rates, noise, temperature, fmt, gradient_format, update))
-    return Plan(tuple(layers), fmt, gradient_format, update, temperature, num_data, rates, samples)
+        layers.append(_layer(name, theta, grad, drift, rates, noise, temperature, fmt, gradient_format, update, wide))
+    return Plan(tuple(layers), fmt, gradient_format, update, temperature, num_data, rates, samples, wide)
 
 
 def _layer(
@@ -217,17 +224,19 @@ def _layer(
     fmt: NumberFormat,
     gradient_format: NumberFormat | None,
     update: BudgetUpdate,
+    accumulator: Accumulator,
 ) -> LayerPlan:
     """One row; ``noise`` is the target variance per unit of step size."""
-    grid = quantize(theta, fmt, rounding="nearest")
-    budgets = tuple(variance_budget(grid - lr * drift, lr * noise, fmt, update=update) for lr in rates)
+    sums = fmt if isinstance(accumulator, str) else accumulator
+    grid = quantize(theta, sums, rounding="nearest")
+    budgets = tuple(variance_budget(grid - lr * drift, lr * noise, sums, update=update) for lr in rates)
     ratios = [float(budget.ratio) for budget in budgets]
     extra = tuple(lr * _gradient_variance(grad, gradient_format) / noise for lr in rates)
     heat = sum(ratios) / len(ratios)
-    remedy: int | None = fmt.bits
+    least: NumberFormat | None = sums
     if max(ratios) > TOLERANCE:
-        remedy = _remedy(theta, drift, rates, noise, fmt, update)
-    held = max(float(budget.held) for budget in budgets) if isinstance(fmt, BlockFormat) else 0.0
+        least = _remedy(theta, drift, rates, noise, sums, update)
+    held = max(float(budget.held) for budget in budgets) if isinstance(sums, BlockFormat) else 0.0
     shrinkage = None
     if gradient_format is not None:
         shrinkage = gradient_shrinkage(quantize(grad, gradient_format, rounding="nearest"), grad)
@@ -246,7 +255,8 @@ def _layer(
         gradient_noise=extra,
         effective_temperature=temperature * (heat + sum(extra) / len(extra)),
         weight_bytes=_bytes(theta.shape, fmt),
-        accumulator_bytes=4 * theta.numel() if update == "full" else 0,
-        remedy_bits=remedy,
-        verdict=_verdict(heat, clipped, held, max(extra), remedy, own),
+        accumulator_bytes=4 * theta.numel() if update == "full" else 0 if sums is fmt else _bytes(theta.shape, sums),
+        remedy_bits=None if least is None else least.bits,
+        verdict=_verdict(heat, clipped, held, max(extra), least, own),
+        least=least,
     )

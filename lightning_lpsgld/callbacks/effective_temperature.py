@@ -47,7 +47,7 @@ class EffectiveTemperature(Callback):
     * ``noise/unchanged``: share that the step leaves exactly where it was (zero updates);
     * ``noise/high``, ``noise/low``, ``noise/unreachable``: share in each regime of the variance-corrected quantizer;
     * ``noise/gradient_rounding_over_target``: what rounding the gradient adds, not part of the achieved variance;
-    * ``noise/view_rounding_over_target``: variance of the rounded weight around its full accumulator;
+    * ``noise/view_rounding_over_target``: variance of the rounded weight around its accumulator;
     * ``noise/minibatch_over_target``: what the noise of the mini-batch gradient adds, from the difference to the
       gradient of the step before; not part of the achieved variance. From the second step on;
     * of block formats, ``noise/crossing``: share of the blocks that the step is expected to take to the next exponent
@@ -206,17 +206,21 @@ def _conditions(sampler: GridSampler) -> dict[str, _Conditions]:
 def _verdict(trainer: pl.Trainer, total: Mapping[str, float], layers: list[LayerNoise]) -> str:
     """A sentence for people: asked, got, why, and what helps."""
     temperature = max(layer.temperature for layer in layers)
-    formats: list[NumberFormat] = [s.weight_format for s in _samplers(trainer) if s.weight_format is not None]
+    rounding = [s for s in _samplers(trainer) if s.weight_format is not None]
+    names = {f"{s.weight_format}" + (f" summed in {s.accumulator}" if s.accumulator_format else "") for s in rounding}
     text = (
-        f"T = {temperature:g} with {', '.join(sorted({str(f) for f in formats}))} behaves like "
+        f"T = {temperature:g} with {', '.join(sorted(names))} behaves like "
         f"T ~ {total['effective_temperature']:.2g}: rounding injects {total['achieved_over_target']:.3g} times the "
         f"variance asked for{_of_what(total)}; at {100 * total['unreachable']:.0f} % of the weights it alone has more "
         "than that, so no unbiased rounding can do with less."
     )
     cases = _cases(trainer, {layer.statistics.name: layer for layer in layers})
-    if not cases or len(formats) != 1:
+    if not cases or len(rounding) != 1:
         return text
-    return f"{text} What brings it below {_LIMIT:g} times: {', or '.join(remedies(cases, formats[0], temperature))}."
+    wide, weights = rounding[0].accumulator_format, rounding[0].weight_format
+    fmt: NumberFormat = wide or weights  # type: ignore[assignment]  # those that round have a format
+    helps = remedies(cases, fmt, temperature, limit=_LIMIT, summed=wide is not None)
+    return f"{text} What brings it below {_LIMIT:g} times: {', or '.join(helps)}."
 
 
 def _of_what(total: Mapping[str, float]) -> str:

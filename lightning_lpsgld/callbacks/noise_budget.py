@@ -207,7 +207,9 @@ def _temperature_ladder(temperature: float) -> list[float]:
     return [step for step in steps if step > temperature * 1.0001]
 
 
-def remedies(cases: Sequence[Case], fmt: NumberFormat, temperature: float, *, limit: float = 1.5) -> list[str]:
+def remedies(
+    cases: Sequence[Case], fmt: NumberFormat, temperature: float, *, limit: float = 1.5, summed: bool = False
+) -> list[str]:
     """What would bring the noise to at most ``limit`` times what was asked for, each found by trying it on ``cases``.
 
     Args:
@@ -215,10 +217,11 @@ def remedies(cases: Sequence[Case], fmt: NumberFormat, temperature: float, *, li
         fmt: The format in use.
         temperature: The temperature in use, > 0.
         limit: Largest acceptable achieved / target.
+        summed: Whether ``fmt`` is that of an accumulator beside the weights.
 
     Returns:
         Phrases: variance correction where rounding is naive, longer words of the same kind, block floating point
-        instead of fixed point, a higher temperature, and always the full accumulator.
+        instead of fixed point, a higher temperature, the narrowest of these as an accumulator, and always the full one.
     """
     found = []
     corrected = [replace(case, corrected=True) for case in cases]
@@ -227,17 +230,30 @@ def remedies(cases: Sequence[Case], fmt: NumberFormat, temperature: float, *, li
     kinds: list[NumberFormat] = [fmt]
     if isinstance(fmt, FixedPoint):
         kinds.append(BlockFloatingPoint(fmt.word_length))
+    wide: list[NumberFormat] = []
     for kind in kinds:
-        shortest = fmt.bits + (kind is fmt)  # another kind may do at the same length
-        lengths = range(shortest, 0 if isinstance(kind, (FloatingPoint, MicroscalingFloat)) else _LONGEST + 1)
-        longer = (with_word_length(kind, length) for length in lengths)
-        enough = next((f for f in longer if expected_excess(cases, f, temperature) <= limit), None)
-        if isinstance(enough, FixedPoint):
+        enough = _enough(
+            cases, kind, fmt.bits + (kind is fmt), temperature, limit
+        )  # another kind may do at this length
+        wide += [] if enough is None else [enough]
+        if isinstance(enough, FixedPoint) and not summed:
             found.append(f"{enough} (fraction length >= {enough.fraction_length})")
-        elif isinstance(enough, BlockFloatingPoint):
+        elif isinstance(enough, BlockFloatingPoint) and not summed:
             found.append(f"{enough} (block floating point of >= {enough.word_length} bits)")
+    if wide:
+        found.append(f"accumulator='{min(wide, key=lambda one: one.bits)}'")
     warm = (t for t in _temperature_ladder(temperature) if expected_excess(cases, fmt, t) <= limit)
     hot = next(warm, None)
     if hot is not None:
         found.append(f"T >= {hot:g}")
     return [*found, "accumulator='full'"]
+
+
+def _enough(
+    cases: Sequence[Case], kind: NumberFormat, shortest: int, temperature: float, limit: float
+) -> NumberFormat | None:
+    """Shortest word of a kind, from ``shortest`` on, whose excess is within the limit; of floats there is none."""
+    if isinstance(kind, (FloatingPoint, MicroscalingFloat)):
+        return None
+    longer = (with_word_length(kind, length) for length in range(shortest, _LONGEST + 1))
+    return next((f for f in longer if expected_excess(cases, f, temperature) <= limit), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
@@ -68,9 +68,6 @@ def _planned(cli: BuiltCLI) -> Plan:
     optimizer, scheduler = optimizer_of(cli.model)
     steps = _steps(cli.trainer, loader)
     collectors = [c for c in cli.trainer.callbacks if isinstance(c, SampleCollector)]  # type: ignore[attr-defined]
-    accumulator = plugin.accumulator
-    update = "full" if accumulator == "full" else "vc" if plugin.variance_corrected else "naive"
-    on_grid = accumulator in ("full", "low")
     return make_plan(
         cli.model,
         next(iter(loader)),
@@ -79,9 +76,10 @@ def _planned(cli: BuiltCLI) -> Plan:
         num_data=num_data,
         temperature=plugin.temperature,
         weight_decay=float(optimizer.param_groups[0].get("weight_decay", 0.0)),
-        weights=plugin.formats["weights"] if on_grid else accumulator,
+        weights=plugin.formats["weights"],
         gradients=plugin.formats["gradients"],
-        update=cast(Literal["vc", "naive", "full"], update),
+        update="vc" if plugin.variance_corrected else "naive",
+        accumulator=plugin.accumulator,
         samples=sum(c.capacity or 0 for c in collectors),
     )
 
@@ -175,6 +173,8 @@ def _as_dict(plan: Plan) -> dict[str, Any]:
         "weights": str(plan.weights),
         "gradients": None if plan.gradients is None else str(plan.gradients),
         "update": plan.update,
+        "accumulator": str(plan.accumulator),
+        "least_accumulator": None if plan.least_accumulator is None else str(plan.least_accumulator),
         "temperature": plan.temperature,
         "effective_temperature": plan.effective_temperature,
         "num_data": plan.num_data,

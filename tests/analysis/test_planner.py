@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lpsgld.analysis import fraction_length_for, plan, variance_budget
-from lightning_lpsgld.formats import FixedPoint
+from lightning_lpsgld.formats import FixedPoint, with_word_length
 from lightning_lpsgld.ops import encode, quantize
 from lightning_lpsgld.random import DrawKey, normals
 
@@ -94,6 +94,33 @@ def test_remedy_is_enough_and_one_bit_less_is_not():
         tempered[bits] = next(layer for layer in again.layers if layer.name == hot.name)
     # The dropout mask of each plan is another one: compare with a margin on the lower side only.
     assert tempered[hot.remedy_bits].effective_temperature < tempered[hot.remedy_bits - 1].effective_temperature
+
+
+@pytest.mark.parametrize("weights", ["bfp8", "fixed8.6", "e4m3"])
+@pytest.mark.parametrize("update", ["vc", "naive"])
+def test_the_least_accumulator_carries_the_temperature_and_one_bit_less_does_not(weights, update):
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    data = torch.randn(16, 6), torch.randint(0, 3, (16,))
+    asked = {"lr": [0.1, 0.01], "num_data": 1000, "temperature": 1e-3, "weights": weights, "update": update}
+    least = plan(net, data, loss, **asked).least_accumulator
+    assert least is not None
+    assert f'accumulator="{least}"' in plan(net, data, loss, **asked).verdict
+    carried = plan(net, data, loss, accumulator=least, **asked)
+    worst = [max(float(b.ratio) for b in layer.budgets) for layer in carried.layers]
+    assert max(worst) <= 1.1
+    assert carried.least_accumulator == least
+    assert f"sums {least}" in carried.verdict
+    narrower = plan(net, data, loss, accumulator=with_word_length(least, least.bits - 1), **asked)
+    assert max(float(b.ratio) for layer in narrower.layers for b in layer.budgets) > 1.1
+    assert narrower.least_accumulator == least
+
+
+def test_bytes_of_an_accumulator_are_those_of_its_codes():
+    net = small_net()
+    for fmt in ("bfp16", "mxint16", "fixed12.10"):
+        out = plan(net, batch(), loss, lr=0.1, num_data=1000, weights="bfp8", accumulator=fmt)
+        assert out.accumulator_bytes == sum(encode(p.detach(), fmt).nbytes for p in net.parameters())
+    assert plan(net, batch(), loss, lr=0.1, num_data=1000, accumulator="full").update == "full"
 
 
 def test_clipped_layers_are_told_their_fraction_length():

@@ -36,6 +36,8 @@ def test_plugin_and_callbacks_are_configured_by_name(tmp_path, monkeypatch):
 
     (tmp_path / "cli_module.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
+    config = tmp_path / "accumulator.yaml"
+    config.write_text("lpsgld:\n  accumulator: fixed16.14\n")
     common = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_checkpointing=false"]
     cli = LowPrecisionCLI(
         save_config_callback=None,
@@ -43,6 +45,7 @@ def test_plugin_and_callbacks_are_configured_by_name(tmp_path, monkeypatch):
             "fit", "--model=cli_module.Net", "--data=cli_module.Data", "--trainer.max_epochs=2", *common,
             "--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={tmp_path}",
             "--lpsgld.temperature=0.5", "--lpsgld.weights=fixed8.6", "--lpsgld.seed=3",
+            f"--config={config}",
             "--trainer.callbacks+=SampleCollector", "--trainer.callbacks.every=2",
             "--trainer.callbacks+=EnsembleEvaluation", "--trainer.callbacks.num_bins=10",
         ],
@@ -50,6 +53,8 @@ def test_plugin_and_callbacks_are_configured_by_name(tmp_path, monkeypatch):
     plugin = cli.trainer.precision_plugin
     assert isinstance(plugin, LowPrecisionSGLD)
     assert (plugin.card.temperature, plugin.card.seed, str(plugin.formats["weights"])) == (0.5, 3, "fixed8.6")
+    assert str(plugin.accumulator) == "fixed16.14"
+    assert cli.trainer.optimizers[0].description == "VC SGLDLP-L (fixed16.14 accumulator)"
     (collector,) = [c for c in cli.trainer.callbacks if isinstance(c, SampleCollector)]
     (evaluation,) = [c for c in cli.trainer.callbacks if isinstance(c, EnsembleEvaluation)]
     assert len(collector.bank) == 4
