@@ -8,8 +8,9 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_lpsgld.bank.base import Base, BaseKind
 from lightning_lpsgld.bank.errors import BankError
-from lightning_lpsgld.bank.records import Key, Record
+from lightning_lpsgld.bank.records import Key, Record, Sizes
 from lightning_lpsgld.bank.retention import Policy, kept_arrivals
 from lightning_lpsgld.bank.sample import SampleInfo
 from lightning_lpsgld.bank.spec import ModuleSpec
@@ -54,7 +55,7 @@ class Change:
         }
 
     @classmethod
-    def from_json(cls, data: object, spec: ModuleSpec) -> Change:
+    def from_json(cls, data: object, sizes: Sizes) -> Change:
         """Inverse of :meth:`to_json`.
 
         Raises:
@@ -64,7 +65,7 @@ class Change:
             raise BankError("A line of the journal must have the fields `offered`, `samples` and `dropped`.")
         if not isinstance(data["samples"], list):
             raise BankError("`samples` in a line of the journal must be a list.")
-        records = tuple(Record.from_json(sample, spec) for sample in data["samples"])
+        records = tuple(Record.from_json(sample, sizes) for sample in data["samples"])
         return cls(_keys(data["offered"]), records, _keys(data["dropped"]))
 
 
@@ -90,6 +91,8 @@ class Catalog:
         runs: Per chain, the id of the run that writes it, where one has said so.
         removed: Files of samples that were discarded and may still lie about.
         recovered: Whether capacity, policy and seed are unknown, because they were lost with the manifest.
+        base: Tensors that samples leave out; ``None`` as long as there are none.
+        kind: What becomes of such tensors when there are some.
     """
 
     spec: ModuleSpec | None = None
@@ -101,6 +104,8 @@ class Catalog:
     runs: dict[int, str] = field(default_factory=dict)
     removed: set[str] = field(default_factory=set)
     recovered: bool = False
+    base: Base | None = None
+    kind: BaseKind = "stored"
 
     def __post_init__(self) -> None:
         self._offered = {chain: set(steps) for chain, steps in self.arrivals.items()}

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_lpsgld.bank.catalog import Catalog, Change, check_run, check_same_module, merged_labels
+from lightning_lpsgld.bank.base import BaseKind, check_base_kind
+from lightning_lpsgld.bank.catalog import Catalog, check_run, check_same_module, merged_labels
+from lightning_lpsgld.bank.encoding import encode_tensors
 from lightning_lpsgld.bank.errors import BankError
 from lightning_lpsgld.bank.folder import open_folder
 from lightning_lpsgld.bank.manifest import MANIFEST, Manifest
-from lightning_lpsgld.bank.resume import readopted, resume_report, without_samples_after
+from lightning_lpsgld.bank.memory import MemoryStore
 from lightning_lpsgld.bank.retention import Policy, check_retention
-from lightning_lpsgld.bank.sample import SampleInfo, encode_tensors
+from lightning_lpsgld.bank.sample import SampleInfo
 from lightning_lpsgld.bank.spec import Formats, ModuleSpec, formats_by_name, module_tensors
-from lightning_lpsgld.bank.store import FileStore, MemoryStore
+from lightning_lpsgld.bank.store import FileStore
 from lightning_lpsgld.bank.writing import WrittenSamples
 
 __all__ = ["SampleBank"]
-
-log = logging.getLogger(__name__)
 
 
 class SampleBank(WrittenSamples):
@@ -36,6 +35,11 @@ class SampleBank(WrittenSamples):
     A directory holds one safetensors file per sample, named after chain, step and checksum, ``manifest.json``, and a
     journal of what was added since the manifest was written. A sample is on the disk before the journal names it, so
     that a crash at any moment leaves the bank as it was before or after the call. No pickle is written or read.
+
+    **What no sample changes stands once.** Frozen parameters (and, beside them, buffers) as they are at the first
+    sample are the bank's *base*; a sample keeps only what differs from it, bit for bit. So ten samples of a head on a
+    frozen network take one network and ten heads. With ``base="reference"`` not even that: the bank has the checksums,
+    and the weights are given again when samples are loaded: by the module itself, or ``open(path, base=module)``.
 
     **One writer.** Creating or continuing a bank locks its directory until :meth:`close`, the end of the object or of
     the process; a bank from :meth:`open` is locked from its first change on. Threads may share one object. What each
@@ -51,7 +55,10 @@ class SampleBank(WrittenSamples):
         policy: What a full bank does: ``"thin"`` keeps every 2nd, 4th, ... so that samples stay spread over the whole
             chain; ``"reservoir"`` a uniform random subset; ``"last"`` the newest.
         seed: Seed of the reservoir's draws.
-        exist_ok: Continue the bank that is at ``path`` already; its capacity, policy and seed must be those given.
+        base: Whether what no sample changes stands in the bank once, ``"stored"``, or only as checksums,
+            ``"reference"``. Without frozen parameters there is no difference.
+        exist_ok: Continue the bank that is at ``path`` already; its capacity, policy, seed and kind of base must be
+            those given.
 
     Raises:
         BankError: If a bank is there already and ``exist_ok`` is not set, another writer has it open, or an argument
@@ -81,42 +88,54 @@ class SampleBank(WrittenSamples):
         capacity: int | None = None,
         policy: Policy = "thin",
         seed: int = 0,
+        base: BaseKind = "stored",
         exist_ok: bool = False,
     ) -> None:
         check_retention(capacity, policy, seed)
-        self._hold(MemoryStore(), Catalog(capacity=capacity, policy=policy, seed=seed))
+        check_base_kind(base)
+        self._hold(MemoryStore(), Catalog(capacity=capacity, policy=policy, seed=seed, kind=base))
         if path is None:
             return
         store = FileStore(open_folder(path))
         try:
             self._catalog = store.start(self._catalog, exist_ok=exist_ok)
             self._store = store
+            self._agree_on_base(base)
             self.verify()
         except BaseException:
             store.release()
             raise
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> SampleBank:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        verify: bool = True,
+        base: nn.Module | Mapping[str, Tensor] | None = None,
+    ) -> SampleBank:
         """Open the bank at ``path``, to read it or to add to it.
 
         Args:
             path: Its directory or fsspec address.
             verify: Read every file and compare its checksum; otherwise only sizes are compared. A sample is checked in
                 full again whenever it is loaded.
+            base: The weights that training began with, for :meth:`give_base`.
 
         Returns:
             The bank. Samples whose file is missing, torn or altered are listed in :attr:`damaged`, logged as a
             warning, and not among the others.
 
         Raises:
-            BankError: If there is no bank, or its manifest is malformed.
+            BankError: If there is no bank, its manifest is malformed, or ``base`` is not the bank's.
         """
         bank = cls()
         store = FileStore(open_folder(path))
         if not store.folder.exists(MANIFEST):
             raise BankError(f"There is no sample bank at {store.location}: it has no {MANIFEST}.")
         bank._store, bank._catalog = store, store.load()
+        if base is not None:
+            bank.give_base(base)
         bank.verify(content=verify)
         return bank
 
@@ -155,6 +174,7 @@ class SampleBank(WrittenSamples):
         lr: float | None = None,
         formats: Formats = None,
         metrics: Mapping[str, float] | None = None,
+        constant: Collection[str] | None = None,
     ) -> SampleInfo | None:
         """Add a sample; one with the same chain and step is replaced.
 
@@ -168,6 +188,9 @@ class SampleBank(WrittenSamples):
             formats: Which parameters lie on which grid: a mapping from names, one format for all floating
                 parameters, or ``None``: none does. Buffers are stored as they are unless a mapping names them.
             metrics: Numbers measured at that step.
+            constant: Names of tensors that are expected to be the same in every sample; at the first one they become
+                the bank's base. ``None``: parameters that need no gradient, and buffers if there are such parameters
+                (:func:`~lightning_lpsgld.bank.constant_names`). Whatever turns out to change is kept with its sample.
 
         Returns:
             The sample's metadata, or ``None`` if the bank is full and its policy passes the sample over.
@@ -184,10 +207,12 @@ class SampleBank(WrittenSamples):
                 spec = self.spec
             check_same_module(self._catalog, spec)
             change, kept = self._catalog.planned([info])
+            base = self.base
             if kept:
-                record = self._store.write(info, spec, encode_tensors(tensors, spec))
+                base = self._base_for(tensors, spec, constant)
+                record = self._store.write(info, spec, encode_tensors(tensors, spec, base), base)
                 change = replace(change, records=(record,))
-            self._commit(change, spec)
+            self._commit(change, spec, base)
         return info if kept else None
 
     def compact(self) -> None:
@@ -231,30 +256,40 @@ class SampleBank(WrittenSamples):
             labels = set(self._catalog.arrivals) if chains is None else set(chains)
             return len(self._cut(self._catalog.truncated_arrivals(step, labels), labels))
 
-    def merge(self, other: SampleBank, *, chains: Literal["keep", "renumber"] = "keep") -> None:
-        """Add all samples of another bank of the same module.
+    def merge(
+        self,
+        other: SampleBank,
+        *,
+        chains: Literal["keep", "renumber"] = "keep",
+        indices: Sequence[int] | None = None,
+    ) -> None:
+        """Add samples of another bank of the same module.
 
         Args:
             other: The bank to read; not changed.
             chains: ``"keep"`` takes its chain labels, ``"renumber"`` numbers its chains after those of this bank.
+            indices: Which samples of the other bank; ``None``: all.
 
         Raises:
             BankError: If the modules or formats differ, or with ``"keep"`` both banks have a sample of the same chain
-                and step, or a chain is one run's here and another's there.
+                and step, a chain is one run's here and another's there, or what is frozen there is needed here and the
+                other bank has only its checksums.
         """
         spec = other.spec
         if spec is None:
             return
         with self._writing():
             check_same_module(self._catalog, spec)
-            labels = merged_labels(self._catalog, other._catalog, other.infos, chains)
-            infos = [replace(info, chain=labels[info.chain]) for info in other.infos]
-            change, kept = self._catalog.planned(infos)
+            taken = [(i, other.infos[i]) for i in (range(len(other)) if indices is None else indices)]
+            labels = merged_labels(self._catalog, other._catalog, [info for _, info in taken], chains)
+            infos = {index: replace(info, chain=labels[info.chain]) for index, info in taken}
+            change, kept = self._catalog.planned(list(infos.values()))
+            base = self._base_from(other) if kept else self.base
             records = []
-            for index, info in enumerate(infos):
+            for index, info in infos.items():
                 if (info.chain, info.step) in kept:
-                    records.append(self._store.write(info, spec, dict(other.sample(index).tensors)))
-            self._commit(replace(change, records=tuple(records)), spec)
+                    records.append(self._store.write(info, spec, other.sample(index).beside(base), base))
+            self._commit(replace(change, records=tuple(records)), spec, base)
             runs = {labels[chain]: run for chain, run in other.runs.items() if chain in labels}
             if not runs.items() <= self._catalog.runs.items():
                 after = self._catalog.copied()
@@ -268,6 +303,7 @@ class SampleBank(WrittenSamples):
         into: str | os.PathLike[str] | None = None,
         *,
         chains: Literal["keep", "renumber"] = "renumber",
+        base: BaseKind | None = None,
     ) -> SampleBank:
         """New bank with the samples of several runs.
 
@@ -275,13 +311,16 @@ class SampleBank(WrittenSamples):
             sources: Banks or their paths.
             into: Path of the new bank; ``None``: in memory.
             chains: As for :meth:`merge`; ``"renumber"`` counts chains from 0 over the sources in order.
+            base: As for the class; ``None``: as the first source that has one.
 
         Raises:
             BankError: As :meth:`merge`.
         """
-        bank = cls(into)
-        for source in sources:
-            bank.merge(source if isinstance(source, SampleBank) else cls.open(source), chains=chains)
+        banks = [source if isinstance(source, SampleBank) else cls.open(source) for source in sources]
+        kinds = [source.base.kind for source in banks if source.base is not None]
+        bank = cls(into, base=base or (kinds[0] if kinds else "stored"))
+        for source in banks:
+            bank.merge(source, chains=chains)
         return bank
 
     # -------------------------------------------------------------------------------------------------- checkpoints
@@ -295,7 +334,7 @@ class SampleBank(WrittenSamples):
             manifest = Manifest(self._catalog).to_json()
             if not isinstance(self._store, MemoryStore):
                 return {"manifest": manifest, "samples": None}
-            return {"manifest": manifest, "samples": self._store.state(self._catalog)}
+            return {"manifest": manifest, **self._store.state(self._catalog)}
 
     def load_state_dict(self, state: Mapping[str, Any], *, chains: Collection[int] | None = None) -> None:
         """Become the bank that the checkpoint knew, in the chains that are this run's own.
@@ -312,7 +351,7 @@ class SampleBank(WrittenSamples):
             BankError: If it is malformed, of a bank of another kind, capacity or policy, or of another module, or if
                 one of these chains is another run's by now.
         """
-        if not isinstance(state, Mapping) or set(state) != {"manifest", "samples"}:
+        if not isinstance(state, Mapping) or set(state) - {"base"} != {"manifest", "samples"}:
             raise BankError("The state of a sample bank must have `manifest` and `samples`.")
         known = Manifest.from_json(state["manifest"]).catalog
         self._catalog.check_same_retention(known)
@@ -325,32 +364,6 @@ class SampleBank(WrittenSamples):
             for chain in own & known.runs.keys():
                 self._catalog.check_runs(known.runs[chain], [chain], self.path)
             if isinstance(self._store, MemoryStore):
-                self._adopt_memory(
-                    known, state["samples"], own if chains is not None else {*own, *self._catalog.arrivals}
-                )
+                self._adopt_memory(known, state, own if chains is not None else {*own, *self._catalog.arrivals})
             else:
                 self._resume(self._store, known, own)
-
-    def _adopt_memory(self, known: Catalog, samples: object, chains: set[int]) -> None:
-        assert isinstance(self._store, MemoryStore)
-        records = self._store.adopt(known, samples)
-        after, _ = without_samples_after(self._catalog, {}, chains, ())
-        after = self._catalog.copied() if after is None else after
-        after.spec = known.spec if after.spec is None or not after.records else after.spec
-        after.adopt_retention(known)
-        after.cut({chain: known.arrivals[chain] for chain in chains if chain in known.arrivals}, chains)
-        after.apply(Change((), tuple(record for record in records if record.info.chain in chains)))
-        after.runs.update({chain: run for chain, run in known.runs.items() if chain in chains})
-        self._save(after)
-
-    def _resume(self, store: FileStore, known: Catalog, chains: set[int]) -> None:
-        before = self._catalog
-        after, gone = without_samples_after(before, known.arrivals, chains, store.unlisted)
-        after = before.copied() if after is None else after
-        after.adopt_retention(known)
-        readopted(after, known, chains, lambda record, spec: store.check(record, spec, content=True) is None)
-        after.runs.update({chain: run for chain, run in known.runs.items() if chain in chains})
-        if after != before:
-            self._save(after)
-        for message in resume_report(before, known, chains, gone, {record.key for record in self._usable}, self.path):
-            log.warning(message)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from lightning_lpsgld.bank.catalog import Catalog, Change
 from lightning_lpsgld.bank.errors import BankError
 from lightning_lpsgld.bank.manifest import check_json_size
-from lightning_lpsgld.bank.records import checksum
+from lightning_lpsgld.bank.records import Sizes, checksum, sizes_of
 
 __all__ = ["Replay", "header", "journal_name", "line", "replay"]
 
@@ -64,9 +64,10 @@ def replay(catalog: Catalog, journal: str, data: bytes) -> Replay:
                 "the samples."
             )
         texts.append(text)
+    sizes = None if catalog.spec is None else sizes_of(catalog.spec, catalog.base)
     for number, data in enumerate(_parsed(texts, name)):
         if number:
-            catalog.apply(_change(catalog, data, f"{name}, line {number}"))
+            catalog.apply(_change(data, sizes, f"{name}, line {number}"))
     catalog.check_complete()
     return Replay(len(rows), torn)
 
@@ -86,10 +87,10 @@ def _parsed(texts: list[bytes], name: str) -> list[Any]:
     return parsed
 
 
-def _change(catalog: Catalog, data: object, where: str) -> Change:
-    if catalog.spec is None:
+def _change(data: object, sizes: Sizes | None, where: str) -> Change:
+    if sizes is None:
         raise BankError(f"{where}: a sample without a module.")
     try:
-        return Change.from_json(data, catalog.spec)
+        return Change.from_json(data, sizes)
     except BankError as error:
         raise BankError(f"{where}: {str(error)[:400]}") from error

@@ -7,16 +7,17 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_lpsgld.bank.base import Base
 from lightning_lpsgld.bank.catalog import Catalog, check_run
 from lightning_lpsgld.bank.errors import BankError
-from lightning_lpsgld.bank.records import Record, checksum, parse_sample_name
+from lightning_lpsgld.bank.records import Record, checksum, parse_sample_name, sizes_of
 from lightning_lpsgld.bank.retention import check_retention
 from lightning_lpsgld.bank.spec import ModuleSpec
 
 __all__ = ["MANIFEST", "MAX_MANIFEST_BYTES", "Manifest", "body_checksum", "check_json_size", "checksum"]
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MAX_MANIFEST_BYTES = 2**28
 #: Most values in a manifest. Parsed, each takes up to a hundred bytes, however few its text has.
 _MAX_VALUES = 2**23
@@ -42,9 +43,12 @@ class Manifest:
 
     def _body(self) -> dict[str, Any]:
         catalog = self.catalog
+        base = {}  # without one, older releases read the manifest
+        if catalog.base is not None or catalog.kind != "stored":
+            base["base"] = (Base(catalog.kind, {}) if catalog.base is None else catalog.base).to_json()
         return {
             "format": "lightning_lpsgld.bank",
-            "version": FORMAT_VERSION,
+            "version": FORMAT_VERSION if base else 2,
             "fingerprint": None if catalog.spec is None else catalog.spec.fingerprint,
             "module": None if catalog.spec is None else catalog.spec.to_json(),
             "capacity": catalog.capacity,
@@ -56,6 +60,7 @@ class Manifest:
             "samples": [record.to_json() for record in catalog.records.values()],
             "removed": sorted(catalog.removed),
             "journal": self.journal,
+            **base,
         }
 
     def dumps(self) -> bytes:
@@ -106,7 +111,9 @@ class Manifest:
         samples = body["samples"]
         if not isinstance(samples, list) or (samples and spec is None):
             raise BankError(f"{MANIFEST}: `samples` must be a list, and empty without a module.")
-        records = [Record.from_json(sample, spec) for sample in samples] if spec is not None else []
+        base = Base("stored", {}) if body["base"] is None else Base.from_json(body["base"], spec)
+        sizes = None if spec is None else sizes_of(spec, base)
+        records = [] if sizes is None else [Record.from_json(sample, sizes) for sample in samples]
         unique = {record.key: record for record in records}
         if len(unique) != len(records):
             raise BankError(f"{MANIFEST}: two samples have the same chain and step.")
@@ -115,6 +122,7 @@ class Manifest:
         catalog = Catalog(
             spec, unique, _arrivals_from_json(body["arrivals"]), body["capacity"], body["policy"], body["seed"],
             _runs_from_json(body["runs"]), _removed_from_json(body["removed"]), body["recovered"],
+            base if base.digests else None, base.kind,
         )  # fmt: skip
         catalog.check_complete()
         if catalog.removed & catalog.files:
@@ -165,8 +173,9 @@ _FIELDS_1 = {
     *("format", "version", "fingerprint", "module", "capacity", "policy", "seed", "arrivals", "samples", "checksum")
 }
 #: Fields by version, and what those that an older version lacks mean.
-_FIELDS = {1: _FIELDS_1, 2: _FIELDS_1 | {"recovered", "runs", "removed", "journal"}}
-_ABSENT: dict[str, Any] = {"recovered": False, "runs": {}, "removed": [], "journal": None}
+_FIELDS_2 = _FIELDS_1 | {"recovered", "runs", "removed", "journal"}
+_FIELDS = {1: _FIELDS_1, 2: _FIELDS_2, 3: _FIELDS_2 | {"base"}}
+_ABSENT: dict[str, Any] = {"recovered": False, "runs": {}, "removed": [], "journal": None, "base": None}
 
 
 def _checked_body(data: object, sealed: bool) -> dict[str, Any]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from lightning_lpsgld.bank.base import Base
 from lightning_lpsgld.bank.errors import BankError
 from lightning_lpsgld.bank.sample import SampleInfo
 from lightning_lpsgld.bank.spec import ModuleSpec
 
-__all__ = ["Key", "Record", "check_size", "checksum", "largest_file", "parse_sample_name", "sample_name"]
+__all__ = ["Key", "Record", "Sizes", "check_size", "checksum", "parse_sample_name", "sample_name", "sizes_of"]
 
 #: Chain and step: unique in a bank.
 Key = tuple[int, int]
@@ -67,8 +68,12 @@ class Record:
         return {"info": self.info.to_json(), "file": self.file, "size": self.size}
 
     @classmethod
-    def from_json(cls, data: object, spec: ModuleSpec) -> Record:
+    def from_json(cls, data: object, sizes: Sizes) -> Record:
         """Inverse of :meth:`to_json`.
+
+        Args:
+            data: What that returned.
+            sizes: What a file of the bank can take.
 
         Raises:
             BankError: If ``data`` is malformed, the name is not one of ours, or the size cannot be right.
@@ -82,18 +87,24 @@ class Record:
                 f"{file!r:.120} is not the file name of the sample of chain {info.chain} and step {info.step}; "
                 "only plain names of the bank's own pattern are opened."
             )
-        check_size(file, size, spec)
+        check_size(file, size, sizes)
         return cls(info, file, size)
 
 
-def largest_file(spec: ModuleSpec) -> int:
-    """Most bytes that the file of a sample of ``spec`` can have."""
-    return spec.nbytes + _HEADER_BYTES + _HEADER_BYTES_PER_ENTRY * len(spec.entries)
+class Sizes(NamedTuple):
+    """Bytes that the file of a sample can have: more than ``low``, at most ``high``."""
+
+    low: int
+    high: int
 
 
-def check_size(file: str, size: object, spec: ModuleSpec) -> None:
-    """Raise :class:`BankError` unless ``size`` is what a sample of ``spec`` can take."""
-    if type(size) is not int or not spec.nbytes < size <= largest_file(spec):
-        raise BankError(
-            f"{file}: a sample of this module takes {spec.nbytes} to {largest_file(spec)} bytes, not {size!r:.80}."
-        )
+def sizes_of(spec: ModuleSpec, base: Base | None = None) -> Sizes:
+    """What samples of ``spec`` take, some of whose tensors may stand in ``base``."""
+    high = spec.nbytes + _HEADER_BYTES + _HEADER_BYTES_PER_ENTRY * len(spec.entries)
+    return Sizes(spec.nbytes - (0 if base is None else base.nbytes(spec)), high)
+
+
+def check_size(file: str, size: object, sizes: Sizes) -> None:
+    """Raise :class:`BankError` unless ``size`` is what a sample can take."""
+    if type(size) is not int or not sizes.low < size <= sizes.high:
+        raise BankError(f"{file}: a sample of this module takes {sizes.low} to {sizes.high} bytes, not {size!r:.80}.")

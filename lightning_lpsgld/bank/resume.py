@@ -40,6 +40,8 @@ def readopted(
     if known.spec is None:
         return
     check_same_module(catalog, known.spec)
+    if known.base is not None and not known.base.same_tensors(catalog.base):
+        return  # what these samples left out is not what this bank has
     for key, record in known.records.items():
         if key[0] in chains and key not in catalog.records and intact(record, known.spec):
             catalog.spec = known.spec

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lpsgld.bank.base import Base, entry_digest
+from lightning_lpsgld.bank.encoding import check_has_base, decode_into_
 from lightning_lpsgld.bank.errors import BankError
 from lightning_lpsgld.bank.spec import EntrySpec, ModuleSpec, check_storable, identity, module_tensors
-from lightning_lpsgld.formats import BlockFloatingPoint, FixedPoint, FloatingPoint, MicroscalingFloat
-from lightning_lpsgld.ops import Encoded, decode, encode
-from lightning_lpsgld.ops.blocks import expand_blocks
-from lightning_lpsgld.ops.reference import power_of_two
+from lightning_lpsgld.ops import Encoded
 
-__all__ = ["Damage", "Sample", "SampleInfo", "decode_into_", "encode_tensors"]
+__all__ = ["Damage", "Sample", "SampleInfo"]
 
 
 def _check_count(name: str, value: object, *, optional: bool = False) -> None:
@@ -147,87 +146,6 @@ class Damage:
     reason: str
 
 
-@torch.no_grad()
-def decode_into_(target: Tensor, encoded: Encoded) -> Tensor:
-    """Write the values of ``encoded`` into ``target``, without a full-size temporary for fixed and whole-dim blocks.
-
-    Codes are converted in place and multiplied by powers of two, so nothing is rounded; the result has the bits of
-    :func:`lightning_lpsgld.ops.decode`.
-
-    Args:
-        target: Tensor of the shape of ``encoded`` and a dtype that holds its format; any device and layout.
-        encoded: Codes and exponents, on any device.
-
-    Returns:
-        ``target``.
-    """
-    fmt = encoded.format
-    if isinstance(fmt, (FloatingPoint, MicroscalingFloat)):
-        return target.copy_(decode(encoded.to(target.device), target.dtype))
-    target.copy_(encoded.codes)
-    if isinstance(fmt, FixedPoint):
-        return target.mul_(fmt.gap)
-    assert isinstance(fmt, BlockFloatingPoint)
-    assert encoded.exponents is not None
-    gaps = power_of_two(encoded.exponents.long() + (2 - fmt.word_length)).to(target.device, target.dtype)
-    return target.mul_(expand_blocks(gaps, target.shape, fmt))
-
-
-def _encode_exactly(entry: EntrySpec, tensor: Tensor) -> dict[str, Tensor]:
-    """Codes and exponents of a tensor that is on its grid; refuses one that is not."""
-    assert entry.format is not None
-    try:
-        encoded = encode(tensor.detach(), entry.format, rounding="nearest")
-    except ValueError as error:
-        raise BankError(f"`{entry.name}` cannot be stored: {error}") from error
-    back = decode_into_(torch.empty_like(tensor, requires_grad=False), encoded)
-    if not torch.equal(back, tensor.detach()):
-        wrong = (back != tensor).nonzero()[0].tolist()
-        raise BankError(
-            f"`{entry.name}` is not on the grid of {entry.format}: element {wrong} is {tensor[tuple(wrong)].item()!r}, "
-            f"the nearest grid value {back[tuple(wrong)].item()!r}. Leave it out of `formats`, or quantize it first."
-        )
-    tensors = {f"codes.{entry.name}": encoded.codes.cpu()}
-    if encoded.exponents is not None:
-        tensors[f"exponents.{entry.name}"] = encoded.exponents.cpu()
-    return tensors
-
-
-def _check_finite(name: str, tensor: Tensor) -> None:
-    """A sample with one NaN gives predictions that are averaged into finite, wrong scores: it is none."""
-    if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
-        return
-    missing, infinite = int(tensor.isnan().sum()), int(tensor.isinf().sum())
-    finite = tensor[torch.isfinite(tensor)]
-    is_mask = not isinstance(tensor, nn.Parameter) and not missing and bool((finite == finite[:1]).all())
-    if not is_mask:
-        raise BankError(
-            f"`{name}` cannot be stored: {missing} of its {tensor.numel()} elements are NaN and {infinite} infinite: "
-            "this is no sample of any posterior. Lower the learning rate, or find out where they come from."
-        )
-
-
-@torch.no_grad()
-def encode_tensors(tensors: Mapping[str, Tensor], spec: ModuleSpec) -> dict[str, Tensor]:
-    """What a sample stores of ``tensors``: CPU copies, codes and exponents where ``spec`` has a format.
-
-    Infinities are stored only in a tensor that is no parameter and has but one value beside them: a mask.
-
-    Raises:
-        BankError: If a tensor with a format is not exactly on its grid (negative zeros become positive), or an element
-            is NaN or infinite.
-    """
-    stored: dict[str, Tensor] = {}
-    for entry in spec.entries:
-        if entry.format is not None:
-            stored.update(_encode_exactly(entry, tensors[entry.name]))
-        else:
-            _check_finite(entry.name, tensors[entry.name])
-            values = tensors[entry.name].detach()
-            stored[f"values.{entry.name}"] = values.to("cpu", copy=True, memory_format=torch.contiguous_format)
-    return {key: value.contiguous() for key, value in stored.items()}
-
-
 @dataclass(frozen=True)
 class Sample:
     """A posterior sample in its stored form.
@@ -235,12 +153,50 @@ class Sample:
     Attributes:
         info: Step, cycle, chain, temperature, learning rate, metrics.
         spec: Names, shapes, dtypes and formats.
-        tensors: The stored tensors, on the CPU; not to be written to.
+        tensors: The stored tensors, on the CPU; not to be written to. Those of the bank's base are among them if they
+            are there; samples share them.
+        base: The bank's base, if it has one.
+        own: Names of the entries that are not taken from the base; ``None``: all.
     """
 
     info: SampleInfo
     spec: ModuleSpec
     tensors: Mapping[str, Tensor] = field(repr=False)
+    base: Base | None = field(default=None, repr=False)
+    own: frozenset[str] | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        info: SampleInfo,
+        spec: ModuleSpec,
+        own: Mapping[str, Tensor],
+        base: Base | None,
+        shared: Mapping[str, Tensor],
+    ) -> Sample:
+        """Make a sample of what is kept with it, and of the tensors of the base, if they are there."""
+        if base is None:
+            return cls(info, spec, own)
+        names = (e.name for e in spec.entries if e.name not in base.digests or any(key in own for key in e.stored))
+        return cls(info, spec, {**shared, **own}, base, frozenset(names))
+
+    def beside(self, base: Base | None) -> dict[str, Tensor]:
+        """The tensors that a bank with that base has to keep with this sample.
+
+        Raises:
+            BankError: If one of them is not here, because only its checksum is.
+        """
+        own: dict[str, Tensor] = {}
+        for entry in self.spec.entries:
+            if base is None or entry.name not in base.digests or self._digest(entry) != base.digests[entry.name]:
+                self._entry(entry)  # refuses one that is not here
+                own.update({key: self.tensors[key] for key in entry.stored})
+        return own
+
+    def _digest(self, entry: EntrySpec) -> str:
+        if self.base is not None and self.own is not None and entry.name not in self.own:
+            return self.base.digests[entry.name]
+        return entry_digest(entry, self.tensors)
 
     @property
     def step(self) -> int:
@@ -259,15 +215,27 @@ class Sample:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored tensors."""
-        return self.spec.nbytes
+        """Bytes of the stored tensors, without those of the base."""
+        return sum(entry.nbytes for entry in self.spec.entries if self.own is None or entry.name in self.own)
 
     @property
     def entries(self) -> dict[str, Encoded | Tensor]:
-        """Every stored entry by name: :class:`~lightning_lpsgld.ops.Encoded` on a grid, a tensor otherwise."""
+        """Every stored entry by name: :class:`~lightning_lpsgld.ops.Encoded` on a grid, a tensor otherwise.
+
+        Raises:
+            BankError: As :meth:`state_dict`.
+        """
         return {entry.name: self._entry(entry) for entry in self.spec.entries}
 
+    def _is_there(self, entry: EntrySpec) -> bool:
+        return all(key in self.tensors for key in entry.stored)
+
     def _entry(self, entry: EntrySpec) -> Encoded | Tensor:
+        if not self._is_there(entry):
+            raise BankError(
+                f"`{entry.name}` was frozen, and the bank holds only its checksum (base='reference'): give it the "
+                "weights that training began with, `bank.give_base(module)` or `SampleBank.open(path, base=module)`."
+            )
         if entry.format is None:
             return self.tensors[f"values.{entry.name}"]
         return Encoded(self.tensors[f"codes.{entry.name}"], self.tensors.get(f"exponents.{entry.name}"), entry.format)
@@ -280,13 +248,24 @@ class Sample:
             target.copy_(stored)
 
     @torch.no_grad()
-    def state_dict(self) -> dict[str, Tensor]:
-        """Decoded copy for ``module.load_state_dict``, on the CPU, in the module's dtypes; tied names share memory."""
+    def state_dict(self, *, base: bool = True) -> dict[str, Tensor]:
+        """Decoded copy for ``module.load_state_dict``, on the CPU, in the module's dtypes; tied names share memory.
+
+        Args:
+            base: Also what samples share; without it, the same names for all samples of a bank.
+
+        Raises:
+            BankError: If the bank has only checksums of its base, and was not given it
+                (:meth:`.SampleBank.give_base`).
+        """
         decoded: dict[str, Tensor] = {}
+        shared = () if base or self.base is None else self.base.digests
         for entry in self.spec.entries:
+            if entry.name in shared:
+                continue
             decoded[entry.name] = torch.empty(entry.shape, dtype=entry.dtype)
             self._write(entry, decoded[entry.name])
-        return decoded | {name: decoded[stored] for name, stored in self.spec.aliases}
+        return decoded | {name: decoded[stored] for name, stored in self.spec.aliases if stored in decoded}
 
     @torch.no_grad()
     def load_into(self, module: nn.Module) -> None:
@@ -294,17 +273,22 @@ class Sample:
 
         Args:
             module: Same names, shapes and dtypes as the module that was sampled; any device. Gradients, hooks and
-                ``requires_grad`` are left alone.
+                ``requires_grad`` are left alone. Of a bank that holds only checksums of its base, and was not given it,
+                the module must have those weights already.
 
         Raises:
-            BankError: If a name, shape or dtype differs; nothing has been written then.
+            BankError: If a name, shape or dtype differs, or a weight that only the module has is another; nothing has
+                been written then.
         """
         targets = module_tensors(module)
         stored = {entry.name: entry for entry in self.spec.entries}
         stored |= {name: stored[kept] for name, kept in self.spec.aliases}
         _check_targets(targets, stored)
-        for name, entry in stored.items():
-            self._write(entry, targets[name])
+        absent = [name for name, entry in stored.items() if not self._is_there(entry)]
+        if self.base is not None:
+            check_has_base(targets, {name: stored[name] for name in absent}, self.base)
+        for name in stored.keys() - set(absent):
+            self._write(stored[name], targets[name])
 
 
 def _check_targets(targets: Mapping[str, Tensor], stored: Mapping[str, EntrySpec]) -> None:

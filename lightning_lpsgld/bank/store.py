@@ -1,4 +1,4 @@
-"""Where the samples of a bank are kept: in memory, or as safetensors files in a folder."""
+"""Samples of a bank as safetensors files in a folder, with a manifest and its journal."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from lightning_lpsgld.bank.base import Base, base_checksum, base_name
 from lightning_lpsgld.bank.catalog import Catalog, Change, from_records
 from lightning_lpsgld.bank.errors import BankError
 from lightning_lpsgld.bank.folder import LocalFolder, RemoteFolder
@@ -19,17 +20,17 @@ from lightning_lpsgld.bank.journal import header, journal_name, line, replay
 from lightning_lpsgld.bank.lock import FileLock
 from lightning_lpsgld.bank.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest
 from lightning_lpsgld.bank.records import Record, checksum, parse_sample_name, sample_name
-from lightning_lpsgld.bank.recovery import intact_samples
-from lightning_lpsgld.bank.sample import SampleInfo
+from lightning_lpsgld.bank.recovery import Found, intact_samples, most_common_base
+from lightning_lpsgld.bank.sample import Sample, SampleInfo
 from lightning_lpsgld.bank.spec import ModuleSpec
-from lightning_lpsgld.bank.tensors import check_tensors, parse_sample, sample_bytes
+from lightning_lpsgld.bank.tensors import base_bytes, parse_base, parse_sample, sample_bytes
 
-__all__ = ["FileStore", "MemoryStore", "SampleStore"]
+__all__ = ["FileStore", "SampleStore"]
 
 log = logging.getLogger(__name__)
 
-#: A journal is folded into the manifest when it has at least so many lines, and half as many as there are samples in the
-#: manifest. Then rewriting it costs a constant share of every addition, and most samples are read without replaying.
+#: A journal is folded into the manifest when it has at least so many lines, and half as many as the manifest names
+#: samples. Then rewriting it costs a constant share of every addition, and most samples are read without replaying.
 _MIN_LINES = 1000
 _MAX_JOURNAL_BYTES = 2**26
 
@@ -53,14 +54,26 @@ class SampleStore(Protocol):
     def load(self) -> Catalog:
         """Read the table of contents."""
 
-    def write(self, info: SampleInfo, spec: ModuleSpec, tensors: dict[str, Tensor]) -> Record:
-        """Keep a sample; it counts from the change that names it on."""
+    def write(self, info: SampleInfo, spec: ModuleSpec, tensors: dict[str, Tensor], base: Base | None) -> Record:
+        """Keep a sample, what ``base`` has of it left out; it counts from the change that names it on."""
 
-    def read(self, record: Record, spec: ModuleSpec) -> dict[str, Tensor]:
-        """Tensors of a sample; :class:`BankError` if they are not what was written."""
+    def read(self, record: Record, spec: ModuleSpec, base: Base | None) -> dict[str, Tensor]:
+        """Tensors kept with a sample; :class:`BankError` if they are not what was written."""
 
     def check(self, record: Record, spec: ModuleSpec, *, content: bool) -> str | None:
         """Why a sample is damaged, or ``None``."""
+
+    def is_whole(self, record: Record, spec: ModuleSpec) -> bool:
+        """Whether a sample takes nothing from the base."""
+
+    def write_base(self, base: Base, spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> Base:
+        """Keep a base, its tensors only if it is to be stored; what the table of contents says of it."""
+
+    def read_base(self, base: Base, spec: ModuleSpec) -> dict[str, Tensor]:
+        """Tensors of a base that is stored; :class:`BankError` if they are not what was written."""
+
+    def check_base(self, base: Base, spec: ModuleSpec, *, content: bool) -> str | None:
+        """Why a base is damaged, or ``None``."""
 
     def save(self, catalog: Catalog) -> None:
         """Make ``catalog`` the truth."""
@@ -70,82 +83,6 @@ class SampleStore(Protocol):
 
     def clean(self, catalog: Catalog) -> None:
         """Remove what ``catalog.removed`` names, and take out of it what is gone."""
-
-
-class MemoryStore:
-    """Tensors in CPU memory."""
-
-    def __init__(self) -> None:
-        self.location: str | None = None
-        self.unlisted: list[str] = []
-        self.tensors: dict[str, dict[str, Tensor]] = {}
-        self._count = 0
-
-    def acquire(self) -> bool:
-        """Nobody else has it."""
-        return False
-
-    def release(self) -> None:
-        """Nothing to do."""
-
-    def doubt(self) -> None:
-        """Nothing to do."""
-
-    def load(self) -> Catalog:
-        """There is nothing that could be read again."""
-        raise BankError("A bank in memory is not kept anywhere else.")
-
-    def write(self, info: SampleInfo, spec: ModuleSpec, tensors: dict[str, Tensor]) -> Record:
-        """Keep the tensors as they are; the "checksum" of the name is a running number."""
-        self._count += 1
-        record = Record(info, sample_name(info, f"{self._count:040x}"), spec.nbytes + 1)
-        self.tensors[record.file] = tensors
-        return record
-
-    def read(self, record: Record, spec: ModuleSpec) -> dict[str, Tensor]:
-        """The kept tensors."""
-        return self.tensors[record.file]
-
-    def check(self, record: Record, spec: ModuleSpec, *, content: bool) -> str | None:
-        """Memory is not damaged."""
-        return None
-
-    def state(self, catalog: Catalog) -> list[dict[str, Tensor]]:
-        """Tensors of every sample that ``catalog`` names, in its order."""
-        return [dict(self.tensors[record.file]) for record in catalog.records.values()]
-
-    def adopt(self, catalog: Catalog, samples: object) -> list[Record]:
-        """Inverse of :meth:`state`: keep these tensors beside those that are here, under new names.
-
-        Raises:
-            BankError: If ``samples`` are not what ``catalog`` describes; nothing is kept then.
-        """
-        records = list(catalog.records.values())
-        if not isinstance(samples, list) or len(samples) != len(records):
-            raise BankError("The state of a sample bank does not hold as many samples as its manifest names.")
-        for record, tensors in zip(records, samples):
-            plain = isinstance(tensors, Mapping) and all(isinstance(tensor, Tensor) for tensor in tensors.values())
-            if not plain or catalog.spec is None:
-                raise BankError("A sample in the state of a sample bank is not a mapping of tensors.")
-            check_tensors(tensors, catalog.spec, f"The sample of chain {record.info.chain}, step {record.info.step}")
-        assert catalog.spec is not None or not records
-        return [
-            self.write(record.info, catalog.spec, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
-            for record, tensors in zip(records, samples)
-            if catalog.spec is not None
-        ]
-
-    def save(self, catalog: Catalog) -> None:
-        """Nothing to do: the caller's catalog is the truth."""
-
-    def append(self, catalog: Catalog, change: Change) -> None:
-        """Nothing to do: the caller's catalog is the truth."""
-
-    def clean(self, catalog: Catalog) -> None:
-        """Drop tensors that are no sample's any more."""
-        for file in catalog.removed:
-            self.tensors.pop(file, None)
-        catalog.removed.clear()
 
 
 class FileStore:
@@ -316,37 +253,66 @@ class FileStore:
 
     # ------------------------------------------------------------------------------------------------------ samples
 
-    def write(self, info: SampleInfo, spec: ModuleSpec, tensors: dict[str, Tensor]) -> Record:
+    def write(self, info: SampleInfo, spec: ModuleSpec, tensors: dict[str, Tensor], base: Base | None) -> Record:
         """Write a sample file, whole or not at all."""
-        data = sample_bytes(info, spec, tensors)
+        data = sample_bytes(info, spec, tensors, base)
         record = Record(info, sample_name(info, checksum(data)), len(data))
         self.folder.write(record.file, data, unnamed=True)
         return record
 
-    def read(self, record: Record, spec: ModuleSpec) -> dict[str, Tensor]:
+    def read(self, record: Record, spec: ModuleSpec, base: Base | None) -> dict[str, Tensor]:
         """Read a sample file; size, checksum, names, dtypes, shapes and codes are checked first."""
-        return parse_sample(self._content(record), spec, record.file)
+        return parse_sample(self._content(record.file, record.size, record.checksum), spec, record.file, base)
 
-    def _content(self, record: Record) -> bytes:
-        data = self.folder.read(record.file, record.size)
-        if len(data) != record.size:
-            raise BankError(f"{record.file} is torn: it has {len(data)} bytes, {record.size} were written.")
-        if checksum(data) != record.checksum:
-            raise BankError(f"{record.file} was altered: its checksum does not match.")
+    def _content(self, file: str, size: int, digest: str) -> bytes:
+        data = self.folder.read(file, size)
+        if len(data) != size:
+            raise BankError(f"{file} is torn: it has {len(data)} bytes, {size} were written.")
+        if checksum(data) != digest:
+            raise BankError(f"{file} was altered: its checksum does not match.")
         return data
 
     def check(self, record: Record, spec: ModuleSpec, *, content: bool) -> str | None:
         """Why a sample is damaged: its size, and its checksum if ``content`` is asked for."""
+        return self._why_damaged(record.file, record.size, record.checksum, content)
+
+    def _why_damaged(self, file: str, size: int, digest: str, content: bool) -> str | None:
         try:
-            data = self.folder.head(record.file, record.size + 1) if content else b""
-            size = self.folder.size(record.file) if len(data) != record.size else record.size
-            if size != record.size:
-                return f"{record.file} is torn: it has {size} bytes, {record.size} were written."
-            if content and checksum(data) != record.checksum:
-                return f"{record.file} was altered: its checksum does not match."
+            data = self.folder.head(file, size + 1) if content else b""
+            found = self.folder.size(file) if len(data) != size else size
+            if found != size:
+                return f"{file} is torn: it has {found} bytes, {size} were written."
+            if content and checksum(data) != digest:
+                return f"{file} was altered: its checksum does not match."
         except (BankError, OSError) as error:
             return str(error)
         return None
+
+    def is_whole(self, record: Record, spec: ModuleSpec) -> bool:
+        """Whether a sample takes nothing from the base; reads its file."""
+        with contextlib.suppress(BankError, OSError):
+            self.read(record, spec, None)
+            return True
+        return False
+
+    def write_base(self, base: Base, spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> Base:
+        """Write the file of a base, whole or not at all."""
+        data = base_bytes(base, spec, tensors)
+        file = base_name(checksum(data))
+        self.folder.write(file, data, unnamed=True)
+        return Base(base.kind, base.digests, file, len(data))
+
+    def read_base(self, base: Base, spec: ModuleSpec) -> dict[str, Tensor]:
+        """Read the file of a base; everything is checked first."""
+        if base.file is None:
+            raise BankError(f"The manifest of {self.location} names no file for its base.")
+        return parse_base(self._content(base.file, base.size, base_checksum(base.file) or ""), spec, base)
+
+    def check_base(self, base: Base, spec: ModuleSpec, *, content: bool) -> str | None:
+        """Why a base is damaged: its size, and its checksum if ``content`` is asked for."""
+        if base.file is None:
+            return "the manifest names no file for it."
+        return self._why_damaged(base.file, base.size, base_checksum(base.file) or "", content)
 
     def rebuild(self) -> None:
         """Write a manifest of all intact samples over whatever is there; remove nothing else.
@@ -364,9 +330,13 @@ class FileStore:
         except BankError:
             catalog = self._from_files()
         else:
-            for record, spec in intact_samples(self.folder, self.unlisted):
-                if catalog.spec in (None, spec) and record.key not in catalog.records:
-                    catalog.spec = spec
+            for found in intact_samples(self.folder, self.unlisted):
+                if catalog.spec not in (None, found.spec) or found.record.key in catalog.records:
+                    continue
+                catalog.spec, catalog.base = found.spec, catalog.base or found.base
+                catalog.kind = catalog.kind if catalog.base is None else catalog.base.kind
+                record = self._beside(found, catalog.base)
+                if record is not None:
                     catalog.apply(Change((record.key,), (record,)))
         self.save(catalog)
 
@@ -374,15 +344,33 @@ class FileStore:
         found = list(intact_samples(self.folder, self.folder.names()))
         if not found:
             raise BankError(f"{self.location} holds no intact sample.")
-        specs = {spec.fingerprint: spec for _, spec in found}
+        specs = {one.spec.fingerprint for one in found}
         if len(specs) > 1:
             raise BankError(f"{self.location} holds samples of {len(specs)} modules; move those of one elsewhere.")
-        catalog = from_records((record for record, _ in found), found[0][1])
+        old: Catalog | None = None
         with contextlib.suppress(BankError):
             old = Manifest.loads(self.folder.read(MANIFEST, MAX_MANIFEST_BYTES)).catalog
+        base = most_common_base(found) if old is None or old.base is None else old.base
+        records = (self._beside(one, base) for one in found)
+        catalog = from_records((record for record in records if record is not None), found[0].spec)
+        catalog.base, catalog.kind = base, "stored" if base is None else base.kind
+        if old is not None:
             catalog.adopt_retention(old)
             catalog.runs = dict(old.runs)
         return catalog
+
+    def _beside(self, found: Found, base: Base | None) -> Record | None:
+        """A sample as one of the bank with that base; written anew if it has left out what another base has."""
+        record, spec, theirs = found
+        if theirs is None or theirs == base:
+            return record
+        if theirs.kind == "reference":
+            log.warning(
+                "%s is left where it is: what it lacks is only known as checksums, in %s.", record.file, theirs.file
+            )
+            return None
+        sample = Sample.of(record.info, spec, self.read(record, spec, theirs), theirs, self.read_base(theirs, spec))
+        return self.write(record.info, spec, sample.beside(base), base)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_lpsgld.arguments import require_count
-from lightning_lpsgld.bank import BankError, SampleBank, module_tensors
+from lightning_lpsgld.bank import BankError, BaseKind, SampleBank, constant_names, module_tensors
 from lightning_lpsgld.callbacks.chains import add_sample, begin_new_chain, chain_count, settle_samplers
 from lightning_lpsgld.callbacks.ranks import raise_everywhere
 from lightning_lpsgld.callbacks.run_facts import (
@@ -57,6 +57,8 @@ class SampleCollector(Callback):
         policy: What a full bank does, see :class:`~lightning_lpsgld.bank.SampleBank`.
         chain: Label of the chain. Two collectors in one trainer need different ones. Of parallel chains, that of the
             first; the others follow.
+        base: Frozen parameters stand in the bank once (``"stored"``), or only their checksums do (``"reference"``), and
+            the module has to have them again when samples are loaded; see :class:`~lightning_lpsgld.bank.SampleBank`.
         append: Add to samples that are at ``path`` already, as a new chain if the label is taken.
 
     Raises:
@@ -88,6 +90,7 @@ class SampleCollector(Callback):
         capacity: int | None = None,
         policy: Literal["thin", "reservoir", "last"] = "thin",
         chain: int = 0,
+        base: BaseKind = "stored",
         append: bool = False,
     ) -> None:
         check_start(start)
@@ -99,7 +102,7 @@ class SampleCollector(Callback):
         require_count("chain", chain, low=0, owner="SampleCollector")
         if cycle_length is not None and per_cycle is None:
             raise ValueError("SampleCollector: `cycle_length` has no effect without `per_cycle`.")
-        SampleBank(capacity=capacity, policy=policy)  # refuses bad values now, not after hours of burn-in
+        SampleBank(capacity=capacity, policy=policy, base=base)  # refuses bad values now, not after hours of burn-in
         self.path = None if path is None else os.fspath(path)
         self.start = start
         self.every = every
@@ -108,6 +111,7 @@ class SampleCollector(Callback):
         self.capacity = capacity
         self.policy = policy
         self.chain = chain
+        self.base: BaseKind = base
         self.append = append
         self._stage: str | None = None
         self._pending: dict[str, Any] | None = None
@@ -119,8 +123,7 @@ class SampleCollector(Callback):
         self._bank: SampleBank | None = None
         self.schedule: CollectionSchedule | None = None
         self.collected = 0
-        #: Id of the run, 16 hexadecimal digits; ``None`` before training starts.
-        self.run: str | None = None
+        self.run: str | None = None  #: Id of the run, 16 hexadecimal digits; ``None`` before training starts.
         self._label = self.chain
         self._burn_in: int | None = None
         self._seen: int | None = None
@@ -139,12 +142,9 @@ class SampleCollector(Callback):
         Raises:
             BankError: If there is nothing at ``path`` yet.
         """
-        if self._bank is not None:
-            return self._bank
-        if self.path is None:
-            self._bank = SampleBank(capacity=self.capacity, policy=self.policy)
-            return self._bank
-        return SampleBank.open(self.path, verify=False)
+        if self._bank is None and self.path is None:
+            self._bank = self._open()
+        return SampleBank.open(str(self.path), verify=False) if self._bank is None else self._bank
 
     # ------------------------------------------------------------------------------------------------------ the run
 
@@ -226,10 +226,9 @@ class SampleCollector(Callback):
         return self.every == "epoch" and not self._dry
 
     def _description(self) -> str:
-        cycles = "" if self.schedule is None or self.per_cycle is None else (
-            f", per_cycle={self.per_cycle} of {self.schedule.cycle_length} steps"
-        )  # fmt: skip
-        return f"every={self.every!r}{cycles}"
+        cycles = self.schedule is not None and self.per_cycle is not None
+        of = f", per_cycle={self.per_cycle} of {self.schedule.cycle_length} steps" if self.schedule and cycles else ""
+        return f"every={self.every!r}{of}"
 
     def _advance(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step, seen = trainer.global_step, self._seen
@@ -259,6 +258,7 @@ class SampleCollector(Callback):
                 temperature=None if temperature is None else float(temperature),
                 lr=self._lr,
                 formats=formats_of(trainer, pl_module, self._bank),
+                constant=constant_names(pl_module),
             )
         except (BankError, OSError) as error:
             problem = error
@@ -290,7 +290,7 @@ class SampleCollector(Callback):
 
     def _open(self) -> SampleBank:
         path = None if self._dry else self.path
-        return SampleBank(path, capacity=self.capacity, policy=self.policy, exist_ok=True)
+        return SampleBank(path, capacity=self.capacity, policy=self.policy, base=self.base, exist_ok=True)
 
     def _refuse_foreign_samples(self, chains: int) -> None:
         bank = self._bank

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning_lpsgld.bank import BankError, SampleBank
-from lightning_lpsgld.bank.sample import Sample
 from lightning_lpsgld.cli.built import BuiltCLI, built
 from lightning_lpsgld.cli.errors import CommandError, one_line
 from lightning_lpsgld.cli.parsing import OneLineParser, as_json
 from lightning_lpsgld.cli.plan import optimizer_of, training_loss
 from lightning_lpsgld.precision.num_data import count_examples
+from lightning_lpsgld.precision.weights import read_tensors
 from lightning_lpsgld.predictive import PosteriorEnsemble
 from lightning_lpsgld.predictive.selection import (
     Selection,
@@ -58,6 +58,7 @@ def parser(action: str) -> OneLineParser:
     if action == "export":
         made.add_argument("into", help="folder to write to")
         made.add_argument("--index", type=int, nargs="+", help="only these samples")
+        made.add_argument("--base", help="checkpoint with the frozen weights, if the bank has only their checksums")
     return made
 
 
@@ -133,6 +134,7 @@ def _info(options: Namespace) -> int:
         "fingerprint": bank.fingerprint,
         "bytes": bank.nbytes,
         "bytes_fp32": bank.nbytes_fp32,
+        "base": None if bank.base is None else {"kind": bank.base.kind, "tensors": sorted(bank.base.digests)},
         "tensors": [
             {"name": e.name, "shape": list(e.shape), "dtype": str(e.dtype).removeprefix("torch."),
              "format": None if e.format is None else str(e.format), "bytes": e.nbytes}
@@ -145,8 +147,10 @@ def _info(options: Namespace) -> int:
     share = f"{bank.nbytes / bank.nbytes_fp32:.3f} of float32" if bank.nbytes_fp32 else "empty"
     print(f"{bank.path}: {len(bank)} samples of chains {bank.chains}, steps {data['steps']}")
     print(f"{bank.nbytes} bytes, {share}; {len(bank.damaged)} damaged; module {bank.fingerprint}")
+    shared = () if bank.base is None else bank.base.digests
+    note = "" if bank.base is None else {"stored": ", once", "reference": ", as a checksum"}[bank.base.kind]
     for entry in entries:
-        print(f"  {entry}, {entry.nbytes} bytes")
+        print(f"  {entry}, {entry.nbytes} bytes{note if entry.name in shared else ''}")
     return 0
 
 
@@ -169,26 +173,9 @@ def copy_samples(bank: SampleBank, indices: list[int], into: str) -> SampleBank:
     Raises:
         BankError: If there is a bank already.
     """
-    made = SampleBank(into)
-    for index in indices:
-        sample = bank.sample(index)
-        info = sample.info
-        made.add(
-            sample.state_dict(),
-            step=info.step,
-            cycle=info.cycle,
-            chain=info.chain,
-            temperature=info.temperature,
-            lr=info.lr,
-            formats=formats_of(sample),
-            metrics=info.metrics,
-        )
+    made = SampleBank(into, base="stored" if bank.base is None else bank.base.kind)
+    made.merge(bank, indices=indices)
     return made
-
-
-def formats_of(sample: Sample) -> dict[str, Any]:
-    """Format of every stored tensor that has one."""
-    return {entry.name: entry.format for entry in sample.spec.entries if entry.format is not None}
 
 
 def _thin(options: Namespace) -> int:
@@ -233,6 +220,10 @@ def _export(options: Namespace) -> int:
     from safetensors.torch import save_file
 
     bank = SampleBank.open(options.path)
+    if options.base is not None:
+        bank.give_base(read_tensors(options.base, "--base"))
+    elif bank.needs_base:
+        raise CommandError(f"--base: {options.path} has only checksums of its frozen weights; give their checkpoint.")
     indices = list(range(len(bank))) if options.index is None else options.index
     if any(not 0 <= index < len(bank) for index in indices):
         raise CommandError(f"--index: must be between 0 and {len(bank) - 1}, got {indices}.")

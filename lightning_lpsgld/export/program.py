@@ -78,6 +78,8 @@ def export_program(
         BankError: If the module is not the one that was sampled.
     """
     bank = bank if isinstance(bank, SampleBank) else SampleBank.open(bank)
+    if bank.needs_base:
+        bank.give_base(module)
     inputs, packed = checked_inputs(batch).cpu(), pack(bank)
     ensemble = PosteriorEnsemble(module, bank, task=task, members="streamed")
     kind = kind_of(next(ensemble.outputs(inputs)), task)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
-__all__ = ["load_weights", "read_parameters", "refuse_lazy"]
+__all__ = ["load_weights", "read_parameters", "read_tensors", "refuse_lazy"]
 
 #: Where files keep a ``state_dict`` beside other things.
 _ENTRIES = ("state_dict", "model_state_dict", "model")
@@ -51,6 +51,20 @@ def load_weights(module: Module, path: str | os.PathLike[str]) -> str:
     steps = f" after step {content['global_step']}" if "global_step" in content else ""
     dropped = "; its optimizer state is not used" if content.get("optimizer_states") or content.get("optimizer") else ""
     return f"weights of {os.fspath(path)}{steps}{dropped}"
+
+
+def read_tensors(path: str | os.PathLike[str], argument: str) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by the module's names.
+
+    Args:
+        path: As for :func:`load_weights`.
+        argument: Name of the argument that gave the path, for messages.
+
+    Raises:
+        FileNotFoundError: If there is no file.
+        ValueError: If it is none of these.
+    """
+    return _tensors(_read(path, argument))
 
 
 def read_parameters(

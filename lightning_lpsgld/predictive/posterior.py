@@ -99,6 +99,8 @@ class PosteriorEnsemble(nn.Module):
         _check_options(task, members, noise_std, memory_limit, chunk)
         if not len(bank):
             raise ValueError(f"PosteriorEnsemble: {bank!r} has no usable sample; collect some first.")
+        if bank.needs_base:
+            bank.give_base(module)
         self.called = Called(getattr(module, "_orig_mod", module), forward)
         self.bank, self.task, self.chunk = bank, task, chunk
         self.noise_variance = 0.0 if noise_std is None else float(noise_std) ** 2

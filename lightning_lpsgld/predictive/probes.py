@@ -60,7 +60,7 @@ def chain_draws(
     seed: int = 0,
     cache: dict[tuple[int, int], dict[str, float]] | None = None,
 ) -> dict[str, Tensor]:
-    """Probe quantities of all samples of a bank, chain by chain.
+    """Probe quantities of all samples of a bank, chain by chain; of their weights, what is frozen left out.
 
     Args:
         bank: The samples.
@@ -104,7 +104,7 @@ def _probe(
     projections: int,
     seed: int,
 ) -> dict[str, float]:
-    probes = weight_probes(sample.state_dict(), projections=projections, seed=seed)
+    probes = weight_probes(sample.state_dict(base=False), projections=projections, seed=seed)
     if module is None or measure is None:
         return probes
     with swapped_weights(module), torch.no_grad():

@@ -79,10 +79,17 @@ def _card(bank: SampleBank) -> dict[str, str]:
         "steps": f"{min(bank.steps)} to {max(bank.steps)}",
         "temperature": ", ".join(f"{value:g}" for value in temperatures) or "not recorded",
         "formats": ", ".join(formats) or "float32",
-        "size": f"{bank.nbytes} bytes, {bank.nbytes / bank.nbytes_fp32:.3f} of float32",
+        "size": f"{bank.nbytes} bytes, {bank.nbytes / bank.nbytes_fp32:.3f} of float32" + _base_note(bank),
         "damaged": str(len(bank.damaged)),
         "module": str(bank.fingerprint)[:16],
     }
+
+
+def _base_note(bank: SampleBank) -> str:
+    if bank.base is None:
+        return ""
+    where = "once" if bank.base.kind == "stored" else "as checksums"
+    return f"; {len(bank.base.digests)} frozen tensors stand there {where}"
 
 
 def _scored(p: Tensor, y: Tensor) -> dict[str, float]:

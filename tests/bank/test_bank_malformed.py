@@ -33,6 +33,11 @@ def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("root")
     filled_bank(root / "bank", STEPS).compact()
     filled_bank(root / "journaled" / "bank", STEPS)
+    with SampleBank(root / "based" / "bank") as based:
+        for step in STEPS:
+            constant = ["conv.weight", "norm.running_mean"]  # which the second sample has otherwise
+            based.add(fill(Net(), step), step=step, formats="bfp8", constant=constant)
+        based.compact()
     (root / "secret.safetensors").write_bytes(next((root / "bank").glob("*-s1-*")).read_bytes())
     return root
 
@@ -131,6 +136,15 @@ def mutated_manifest(place, data):
     if isinstance(manifest, dict):
         with contextlib.suppress(BankError):
             manifest = resealed(manifest)
+    check_manifest(place, json.dumps(manifest).encode())
+
+
+def mutated_base(place, data):
+    """Alter what a manifest says of the tensors that samples leave out, and seal it again."""
+    place = place / "based"
+    manifest = manifest_of(place)
+    with contextlib.suppress(BankError):
+        manifest = resealed({**manifest, "base": mutated(data, manifest["base"])})
     check_manifest(place, json.dumps(manifest).encode())
 
 
@@ -237,6 +251,7 @@ ATTACKS = {
     "manifest": mutated_manifest,
     "text": mutated_text,
     "journal": mutated_journal,
+    "base": mutated_base,
     "sample": mutated_sample,
     "state": mutated_state,
 }
@@ -369,7 +384,7 @@ def test_a_link_in_the_way_is_replaced_not_followed(place, tmp_path):
         (b'{"version": ' + b"9" * 5000 + b"}", "not valid JSON"),
         (b"[]", "is not the manifest of a sample bank"),
         (b"null", "is not the manifest of a sample bank"),
-        (b'{"format": "lightning_lpsgld.bank", "version": 3}', "has format version 3, this release reads 1 to 2"),
+        (b'{"format": "lightning_lpsgld.bank", "version": 4}', "has format version 4, this release reads 1 to 3"),
         (b'{"format": "lightning_lpsgld.bank", "version": true}', "has format version True"),
         (b'{"format": "lightning_lpsgld.bank", "version": 1}', "must have exactly the fields"),
     ],

@@ -65,11 +65,13 @@ class killed_at:
         return kind is Killed
 
 
-def module_of(value):
-    module = nn.Linear(1, 1, bias=False)
-    with torch.no_grad():
-        module.weight.fill_(float(value))
-    return module
+class Module(nn.Module):
+    """A weight that says whose sample it is, and one that may be frozen; its value is that of ``body``."""
+
+    def __init__(self, value, body=0, frozen=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((1, 1), float(value)))
+        self.body = nn.Parameter(torch.full((3,), float(body)), requires_grad=not frozen)
 
 
 class Run:
@@ -82,6 +84,11 @@ class Run:
         return 1000 * self.number + step
 
 
+def body_of(value):
+    """Frozen weights of the sample with that value: some runs have others."""
+    return value // 1000 % 3 // 2
+
+
 class Promises(RuleBasedStateMachine):
     """``held``: (chain, step) -> value. ``arrivals``: chain -> steps offered. ``owners``: chain -> id of a run."""
 
@@ -92,10 +99,14 @@ class Promises(RuleBasedStateMachine):
         self.held, self.arrivals, self.owners, self.runs = {}, {}, {}, []
         self.bank, self.active, self.unfinished = None, None, {}
 
-    @initialize(capacity=st.sampled_from([None, 1, 3]))
-    def choose(self, capacity):
-        self.options = {"capacity": capacity, "policy": "last", "exist_ok": True}
+    @initialize(capacity=st.sampled_from([None, 1, 3]), base=st.sampled_from([None, "stored", "reference"]))
+    def choose(self, capacity, base):
+        self.options = {"capacity": capacity, "policy": "last", "exist_ok": True, "base": base or "stored"}
+        self.frozen = base is not None
         SampleBank(self.path, **self.options).close()
+
+    def module_of(self, value):
+        return Module(value, body_of(value), self.frozen)
 
     # ------------------------------------------------------------------------------------------------ the model's rules
 
@@ -137,7 +148,7 @@ class Promises(RuleBasedStateMachine):
         run = self.active
         for gap in gaps:
             run.step += gap
-            self.bank.add(module_of(run.value(run.step)), step=run.step, chain=run.chain)
+            self.bank.add(self.module_of(run.value(run.step)), step=run.step, chain=run.chain)
             self.offered(run.chain, run.step, run.value(run.step))
             self.unfinished.pop((run.chain, run.step), None)
 
@@ -154,7 +165,7 @@ class Promises(RuleBasedStateMachine):
         self.bank = self.active = None
 
     @precondition(lambda self: self.active is not None)
-    @rule(at=st.integers(0, 12), compact=st.booleans())
+    @rule(at=st.integers(0, 18), compact=st.booleans())
     def kill(self, at, compact):
         """In the middle of an addition, or of writing the manifest anew: before or after, nothing in between."""
         run, before = self.active, (copy.deepcopy(self.held), copy.deepcopy(self.arrivals))
@@ -163,7 +174,7 @@ class Promises(RuleBasedStateMachine):
             if compact:
                 self.bank.compact()
             else:
-                self.bank.add(module_of(run.value(step)), step=step, chain=run.chain)
+                self.bank.add(self.module_of(run.value(step)), step=step, chain=run.chain)
         self.bank.close()
         self.bank = self.active = None
         if compact:
@@ -202,7 +213,7 @@ class Promises(RuleBasedStateMachine):
         with pytest.raises(BankError, match="another writer"):
             SampleBank(self.path, **self.options)
         with pytest.raises(BankError, match="another writer"):
-            SampleBank.open(self.path).add(module_of(0), step=0)
+            SampleBank.open(self.path).add(self.module_of(0), step=0)
 
     # ---------------------------------------------------------------------------------------------------------- sharing
 
@@ -214,7 +225,7 @@ class Promises(RuleBasedStateMachine):
         other, number = SampleBank(capacity=self.options["capacity"], policy="last"), 50 + len(self.arrivals)
         other.claim(f"{number:016x}", [0])
         for step in sorted(steps):
-            other.add(module_of(1000 * number + step), step=step)
+            other.add(self.module_of(1000 * number + step), step=step)
         chain = max([*self.arrivals, *self.owners, -1]) + 1
         bank = self.bank if self.bank is not None else SampleBank.open(self.path)
         bank.merge(other, chains="renumber")
@@ -262,7 +273,17 @@ class Promises(RuleBasedStateMachine):
     def on_disk(self):
         bank = SampleBank.open(self.path)
         assert not bank.damaged
-        return {(sample.chain, sample.step): float(sample.tensors["values.weight"]) for sample in bank}
+        if bank.needs_base:
+            try:
+                bank.give_base(Module(0, 0))
+            except BankError:
+                bank.give_base(Module(0, 1))
+        held, module = {}, Module(-1, -1)
+        for number, sample in enumerate(bank):
+            bank.load_into(module, number)
+            held[sample.chain, sample.step] = value = int(module.weight)
+            assert (module.body == body_of(value)).all()
+        return held
 
     @invariant()
     def the_directory_holds_what_the_model_says(self):

@@ -274,6 +274,39 @@ def test_bank_export(run_folder, lpsgld):
     assert all(torch.equal(loaded[key], value) for key, value in expected.items())
 
 
+@pytest.mark.parametrize("kind", ["stored", "reference"])
+def test_banks_with_a_base(run_folder, lpsgld, kind):
+    """Listed, merged, thinned and exported; with only checksums of the frozen weights, given their checkpoint."""
+    from safetensors.torch import load_file
+
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4).requires_grad_(False), torch.nn.Linear(4, 2))
+    with SampleBank("based", base=kind) as bank:
+        for step in (1, 2, 3):
+            torch.nn.init.normal_(net[1].weight)
+            bank.add(net, step=step)
+    code, out, _ = lpsgld("bank", "info", "based")
+    assert code == 0
+    assert f"`0.weight` (4, 3) float32 as it is, 48 bytes, {'once' if kind == 'stored' else 'as a checksum'}" in out
+    assert json.loads(lpsgld("bank", "info", "based", "--json")[1])["base"] == {
+        "kind": kind, "tensors": ["0.bias", "0.weight"]
+    }  # fmt: skip
+    assert lpsgld("bank", "merge", "twice", "based", "based")[0] == 0
+    assert lpsgld("bank", "thin", "twice", "less", "--keep", "2", "--method", "last")[0] == 0
+    assert lpsgld("bank", "verify", "less")[0] == 0
+    less = SampleBank.open("less")
+    assert less.base.kind == kind
+    less.load_into(net, 1)
+    torch.save({"state_dict": net.state_dict()}, "frozen.ckpt")
+    if kind == "reference":
+        code, _, errors = lpsgld("bank", "export", "less", "plain")
+        assert code == 2
+        assert "--base: less has only checksums of its frozen weights; give their checkpoint" in errors[0]
+    code, out, _ = lpsgld("bank", "export", "less", "plain", "--index", "1", "--base", "frozen.ckpt")
+    assert code == 0
+    loaded = load_file(out.strip())
+    assert all(torch.equal(loaded[name], value) for name, value in net.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
