@@ -493,7 +493,7 @@ def test_a_base_of_a_foreign_name_is_not_opened(tmp_path):
         (lambda b: b["digests"].update({"0.0.weight": "x"}), "is not 40 hexadecimal digits"),
         (lambda b: b.update(kind="twice"), "`base` must be one of"),
         (lambda b: b.update(size=True), "`size` of the base must be an int"),
-        (lambda b: b.pop("size"), "must have `kind`, `file`, `size`, `digests`"),
+        (lambda b: b.pop("size"), "must have `kind`, `file`, `size` and `digests`"),
         (lambda b: b["digests"].clear(), "a sample of this module takes"),
     ],
 )
