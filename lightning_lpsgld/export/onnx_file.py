@@ -17,7 +17,7 @@ from lightning_lpsgld.export.network import Kind, Single, checked_inputs, kind_o
 from lightning_lpsgld.export.outcome import Export, median_seconds
 from lightning_lpsgld.export.weights import PackedTensor, pack
 from lightning_lpsgld.predictive import PosteriorEnsemble
-from lightning_lpsgld.predictive.reduction import Task
+from lightning_lpsgld.predictive.reading import TaskName
 from lightning_lpsgld.predictive.swap import swapped_weights
 
 __all__ = ["export_onnx"]
@@ -157,7 +157,7 @@ def export_onnx(
     path: str | os.PathLike[str],
     batch: Any,
     *,
-    task: Task = "auto",
+    task: TaskName = "auto",
     threads: int = 1,
 ) -> Export:
     """Write the ensemble of a bank as one ONNX file, and check it against PyTorch with onnxruntime.

@@ -30,8 +30,10 @@ from lightning_lpsgld.predictive.members import (
     streamed_outputs,
 )
 from lightning_lpsgld.predictive.prediction import ClassPrediction, Prediction, RegressionPrediction
-from lightning_lpsgld.predictive.reduction import TASKS, Task, reduce_outputs, task_of
+from lightning_lpsgld.predictive.reading import TaskName, named_task
+from lightning_lpsgld.predictive.reduction import open_output, reduce_outputs, task_of
 from lightning_lpsgld.predictive.swap import swapped_weights
+from lightning_lpsgld.predictive.tasks import Multilabel, Task
 
 __all__ = ["PosteriorEnsemble"]
 
@@ -58,10 +60,11 @@ class PosteriorEnsemble(nn.Module):
         module: Built like the one that was sampled. It becomes a submodule, so ``.to(device)`` moves everything.
         bank: The samples, at least one.
         task: ``"multiclass"`` (logits ``(n, classes, ...)``), ``"binary"`` (one logit a point), ``"multilabel"``
-            (logits ``(n, labels)``), ``"regression"`` (values, or a pair of mean and variance), or ``"auto"``: a pair
-            is a regression, ``(n, 2 or more, ...)`` is multiclass, anything else has to be said.
+            (logits ``(n, labels)``), ``"regression"`` (values, or a pair of mean and variance), a task with arguments
+            such as :class:`.Multiclass` for classes in the last dim, or ``"auto"``: what has a variance is a
+            regression, ``(n, 2 or more, ...)`` is multiclass, anything else has to be said.
         forward: ``forward(module, batch)`` gives the output; by default ``module(inputs)`` of the first element of a
-            tuple, a mapping's usual key, or the batch itself.
+            tuple, a mapping's usual key, or the batch itself. Outputs are read as :func:`.read_output` does.
         noise_std: Standard deviation of the targets around the mean, for a regression that gives no variance.
         members: ``"auto"``, ``"stacked"`` or ``"streamed"``.
         memory_limit: Most bytes of stacked float values under ``"auto"``.
@@ -88,7 +91,7 @@ class PosteriorEnsemble(nn.Module):
         module: nn.Module,
         bank: SampleBank,
         *,
-        task: Task = "auto",
+        task: TaskName | Task = "auto",
         forward: Callable[[nn.Module, Any], Any] = default_logits,
         noise_std: float | None = None,
         members: Literal["auto", "stacked", "streamed"] = "auto",
@@ -96,13 +99,13 @@ class PosteriorEnsemble(nn.Module):
         chunk: int = 16,
     ) -> None:
         super().__init__()
-        _check_options(task, members, noise_std, memory_limit, chunk)
+        _check_options(members, noise_std, memory_limit, chunk)
         if not len(bank):
             raise ValueError(f"PosteriorEnsemble: {bank!r} has no usable sample; collect some first.")
         if bank.needs_base:
             bank.give_base(module)
         self.called = Called(getattr(module, "_orig_mod", module), forward)
-        self.bank, self.task, self.chunk = bank, task, chunk
+        self.bank, self.task, self.chunk = bank, named_task(task), chunk
         self.noise_variance = 0.0 if noise_std is None else float(noise_std) ** 2
         self.coverage: float | None = None
         self.score: SetScore = "threshold"
@@ -243,10 +246,10 @@ class PosteriorEnsemble(nn.Module):
         return result
 
     def _reduced(self, batch: Any) -> tuple[Prediction, torch.dtype]:
-        outputs = self.outputs(batch)
+        outputs = (open_output(output, self.task) for output in self.outputs(batch))
         head = next(outputs)
         task = task_of(head, self.task)
-        first = head[0] if isinstance(head, (tuple, list)) else head
+        first = head if isinstance(head, Tensor) else head.mean
         dtype = torch.promote_types(first.dtype, torch.float32)
         return reduce_outputs(itertools.chain([head], outputs), task, self.noise_variance), dtype
 
@@ -302,7 +305,7 @@ class PosteriorEnsemble(nn.Module):
     def _scores(self, prediction: Prediction, truth: Tensor, score: SetScore) -> Tensor:
         if isinstance(prediction, RegressionPrediction):
             return interval_scores(prediction.mean, prediction.variance, truth.reshape(prediction.mean.shape))
-        if prediction.mean.ndim != 2 or self.task == "multilabel":
+        if prediction.mean.ndim != 2 or isinstance(self.task, Multilabel):
             raise ValueError(
                 "PosteriorEnsemble.calibrate: prediction sets are for one class label a point; outputs per pixel or "
                 f"per label (shape {tuple(prediction.mean.shape)}) are not exchangeable points."
@@ -340,7 +343,7 @@ class PosteriorEnsemble(nn.Module):
                 raise TypeError("PosteriorEnsemble.predict_proba: a regression has no probabilities; use predict.")
             rows.append(prediction.mean.double().cpu())
         p = torch.cat(rows)
-        return (p / p.sum(1, keepdim=True) if self.task != "multilabel" else p).numpy()
+        return (p / p.sum(1, keepdim=True) if not isinstance(self.task, Multilabel) else p).numpy()
 
     def predict(self, inputs: Any, batch_size: int = 256) -> np.ndarray[Any, Any]:
         """Most probable class of each row, or the mean of a regression.
@@ -356,7 +359,7 @@ class PosteriorEnsemble(nn.Module):
         for prediction in self._in_batches(inputs, batch_size):
             if not isinstance(prediction, ClassPrediction):
                 found.append(prediction.mean.cpu())
-            elif self.task == "multilabel":
+            elif isinstance(self.task, Multilabel):
                 found.append((prediction.mean > 0.5).long().cpu())
             else:
                 found.append(prediction.labels.cpu())
@@ -386,9 +389,7 @@ class PosteriorEnsemble(nn.Module):
             self._stack()
 
 
-def _check_options(task: str, members: str, noise_std: float | None, memory_limit: int, chunk: int) -> None:
-    if task not in TASKS:
-        raise ValueError(f"PosteriorEnsemble: `task` must be one of {TASKS}, got {task!r}.")
+def _check_options(members: str, noise_std: float | None, memory_limit: int, chunk: int) -> None:
     if members not in ("auto", "stacked", "streamed"):
         raise ValueError(f"PosteriorEnsemble: `members` must be 'auto', 'stacked' or 'streamed', got {members!r}.")
     if noise_std is not None and not 0.0 <= noise_std < float("inf"):

@@ -22,11 +22,32 @@ from lightning_lpsgld.predictive.tasks import (
     same_points,
 )
 
-__all__ = ["TaskName", "TaskReader", "decide_task"]
+__all__ = ["TaskName", "TaskReader", "decide_task", "named_task"]
 
 TaskName = Literal["auto", "multiclass", "binary", "multilabel", "regression"]
 
 _TASKS = {"multiclass": Multiclass, "binary": Binary, "multilabel": Multilabel, "regression": Regression}
+
+
+def named_task(task: TaskName | Task, ignore_index: int | None = None) -> Task | None:
+    """A task by its name, or the task itself; ``None`` for ``"auto"``.
+
+    Raises:
+        ValueError: If the name is unknown, or ``ignore_index`` is given beside a task that has its own.
+
+    Example:
+        >>> named_task("binary").name
+        'binary'
+    """
+    if isinstance(task, str):
+        if task not in ("auto", *_TASKS):
+            raise ValueError(f"`task` must be 'auto', {', '.join(map(repr, _TASKS))} or a task, got {task!r}.")
+        return None if task == "auto" else _TASKS[task](ignore_index=ignore_index)
+    if not isinstance(task, tuple(_TASKS.values())):
+        raise ValueError(f"`task` must be a name or a task such as Regression(), got {task!r}.")
+    if ignore_index is not None:
+        raise ValueError(f"Give `ignore_index` to {type(task).__name__}(...), not beside it.")
+    return task
 
 
 def decide_task(output: Any, targets: Tensor | None, ignore_index: int | None = None) -> Task:
@@ -70,11 +91,16 @@ def decide_task(output: Any, targets: Tensor | None, ignore_index: int | None = 
         return Multiclass(ignore_index, dim)
     if targets is not None and same_points(logits, targets):
         return _elementwise(logits, targets, ignore_index)
-    shape = None if targets is None else tuple(targets.shape)
+    if targets is None:
+        raise ValueError(
+            f"An output of shape {tuple(logits.shape)} may be a logit or a value; say task='binary', 'multilabel' or "
+            "'regression'."
+        )
     raise ValueError(
-        f"Predictions of shape {tuple(logits.shape)} and targets of shape {shape} fit no task: classes have logits of "
-        "shape (batch, classes), (batch, classes, ...) or (batch, ..., classes) and targets (batch, ...); numbers, one "
-        "logit or several labels have predictions and targets of one shape. Pass `task`, or a function as `logits`."
+        f"Predictions of shape {tuple(logits.shape)} and targets of shape {tuple(targets.shape)} fit no task: classes "
+        "have logits of shape (batch, classes), (batch, classes, ...) or (batch, ..., classes) and targets (batch, "
+        "...); numbers, one logit or several labels have predictions and targets of one shape. Pass `task`, or a "
+        "function as `logits`."
     )
 
 
@@ -123,17 +149,7 @@ class TaskReader:
         self, task: TaskName | Task = "auto", ignore_index: int | None = None, say: Callable[[str], Any] = warnings.warn
     ) -> None:
         self.ignore_index, self._say = ignore_index, say
-        self.task: Task | None
-        if isinstance(task, str):
-            if task not in ("auto", *_TASKS):
-                raise ValueError(f"`task` must be 'auto', {', '.join(map(repr, _TASKS))} or a task, got {task!r}.")
-            self.task = None if task == "auto" else _TASKS[task](ignore_index=ignore_index)
-        elif isinstance(task, tuple(_TASKS.values())):
-            if ignore_index is not None:
-                raise ValueError(f"Give `ignore_index` to {type(task).__name__}(...), not beside it.")
-            self.task = task
-        else:
-            raise ValueError(f"`task` must be a name or a task such as Regression(), got {task!r}.")
+        self.task = named_task(task, ignore_index)
 
     def open(self, output: Any) -> Any:
         """Logits, mean or :class:`GaussianOutput` from what a module gave."""

@@ -3,71 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.metrics.simplex import refuse_probabilities
+from lightning_lpsgld.predictive.outputs import GaussianOutput, read_output
 from lightning_lpsgld.predictive.prediction import ClassPrediction, Prediction, RegressionPrediction
+from lightning_lpsgld.predictive.reading import decide_task
+from lightning_lpsgld.predictive.tasks import Binary, Multiclass, Multilabel, Regression, Task
 
-__all__ = ["TASKS", "Task", "reduce_outputs", "task_of"]
-
-Task = Literal["auto", "multiclass", "binary", "multilabel", "regression"]
-TASKS = ("auto", "multiclass", "binary", "multilabel", "regression")
+__all__ = ["open_output", "reduce_outputs", "task_of"]
 
 
-def task_of(output: Any, task: Task) -> Task:
-    """The task that an output belongs to; with ``"auto"``, as far as its form tells.
+def open_output(output: Any, task: Task | None) -> Tensor | GaussianOutput:
+    """Logits, a mean, or a mean with its variance, from whatever a member gave; a bare pair is (mean, variance).
 
     Raises:
-        ValueError: If ``"auto"`` cannot tell.
-        TypeError: If the output is no floating tensor and no pair of them.
+        TypeError: If there is nothing of the kind in it.
     """
-    first = output[0] if isinstance(output, (tuple, list)) and len(output) == 2 else output
+    pair = type(output) in (tuple, list) and len(output) == 2
+    form = "auto" if task is None else task.outputs
+    opened = read_output(output, "mean_variance" if pair and form in ("auto", "mean") else form)
+    first = opened.mean if isinstance(opened, GaussianOutput) else opened
     if not isinstance(first, Tensor) or not first.is_floating_point():
         raise TypeError(
             f"PosteriorEnsemble: the module gave {type(output).__name__}; it takes logits, means, or a pair (mean, "
             "variance). Pass forward=function(module, batch) that returns one of them."
         )
-    if task != "auto":
-        return task
-    if first is not output:
-        return "regression"
-    if first.ndim >= 2 and first.shape[1] >= 2:
-        return "multiclass"
-    raise ValueError(
-        f"PosteriorEnsemble: an output of shape {tuple(first.shape)} may be a logit or a value; say task='binary', "
-        "'multilabel' or 'regression'."
-    )
+    return opened
 
 
-def _probabilities(logits: Tensor, task: Task) -> Tensor:
-    """Probabilities with classes in dim 1: ``(n, classes, ...)``; two classes per label of a binary or multilabel."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if task == "multiclass":
-        if logits.ndim < 2 or logits.shape[1] < 2:
-            raise ValueError(
-                f"PosteriorEnsemble: logits must have shape (n, classes, ...) with classes >= 2, got "
-                f"{tuple(logits.shape)}. Say task='binary' for one logit a point."
-            )
-        refuse_probabilities(logits.movedim(1, -1).reshape(-1, logits.shape[1]))
-        return logits.softmax(1).double()
-    if task == "binary":
-        logits = logits.flatten()
-    return torch.stack([(-logits).sigmoid(), logits.sigmoid()], dim=1).double()
+def task_of(opened: Tensor | GaussianOutput, task: Task | None) -> Task:
+    """The task; where none was said, as far as the form of an output tells.
+
+    Raises:
+        ValueError: If it does not tell.
+    """
+    return decide_task(opened, None) if task is None else task
 
 
-def _classes(outputs: Iterable[Tensor], task: Task) -> ClassPrediction:
+def _classes(outputs: Iterable[Any], task: Multiclass | Binary | Multilabel) -> ClassPrediction:
     total, entropies, count = torch.zeros(()), torch.zeros(()), 0
     for output in outputs:
-        p = _probabilities(output, task)
+        p = task.probabilities(output).double()
         terms = torch.special.entr(p).sum(1)
         total, entropies = (p, terms) if count == 0 else (total + p, entropies + terms)
         count += 1
     mean, expected = total / count, entropies / count
     predictive = torch.special.entr(mean).sum(1)
-    mean = mean[:, 1] if task == "multilabel" else mean
+    mean = mean[:, 1] if isinstance(task, Multilabel) else mean
     return ClassPrediction(mean, predictive, expected, (predictive - expected).clamp(min=0.0))
 
 
@@ -75,9 +60,9 @@ def _moments(outputs: Iterable[Any], noise_variance: float) -> RegressionPredict
     """Welford's recurrence: no cancellation where the members agree."""
     mean, spread, aleatoric, count = torch.zeros(()), torch.zeros(()), torch.zeros(()), 0
     for output in outputs:
-        pair = isinstance(output, (tuple, list))
-        value = (output[0] if pair else output).double()
-        noise = output[1].double() if pair else torch.full_like(value, noise_variance)
+        given = isinstance(output, GaussianOutput)
+        value = (output.mean if given else output).double()
+        noise = output.variance.double().expand_as(value) if given else torch.full_like(value, noise_variance)
         if not bool((noise >= 0).all()):
             raise ValueError("PosteriorEnsemble: a predicted variance is negative or NaN; return (mean, variance).")
         count += 1
@@ -95,11 +80,15 @@ def reduce_outputs(outputs: Iterable[Any], task: Task, noise_variance: float) ->
     """One prediction, in float64, from what the members gave.
 
     Args:
-        outputs: Of each member, at least one: logits, values, or pairs (mean, variance).
-        task: Not ``"auto"``.
-        noise_variance: Aleatoric variance of members that give values only.
+        outputs: Of each member, at least one, as :func:`open_output` gives them.
+        task: Their task.
+        noise_variance: Aleatoric variance of members that give values only, where the task does not say it.
 
     Raises:
+        TypeError: If an output is no tensor that the task can read.
         ValueError: If a shape does not fit the task, or a variance is negative.
     """
-    return _moments(outputs, noise_variance) if task == "regression" else _classes(outputs, task)
+    if isinstance(task, Regression):
+        return _moments(outputs, noise_variance if task.noise_variance is None else task.noise_variance)
+    assert isinstance(task, (Multiclass, Binary, Multilabel)), task
+    return _classes(outputs, task)

@@ -94,6 +94,23 @@ class Multiclass(_ClassTask):
     ignore_index: int | None = None
     class_dim: int | None = None
 
+    def probabilities(self, output: Any) -> Tensor:
+        """Probabilities with the classes in dim 1, whatever dim of the logits held them: ``(batch, classes, ...)``.
+
+        Raises:
+            TypeError: If ``output`` is no floating tensor.
+            ValueError: If there are no two classes.
+        """
+        logits = logits_in(output, self.name)
+        dim = 1 if self.class_dim is None else self.class_dim
+        if logits.ndim < 2 or logits.shape[dim] < 2:
+            raise ValueError(
+                f"task='multiclass': logits must have shape (n, classes, ...) with classes >= 2, got "
+                f"{tuple(logits.shape)}. Say task='binary' for one logit a point."
+            )
+        last = logits.movedim(dim, -1)
+        return probabilities_of(last.reshape(-1, last.shape[-1])).reshape(last.shape).movedim(-1, 1)
+
     def read(self, output: Any, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Probabilities, shape ``(points, classes)``, and targets, shape ``(points,)`` or ``(points, classes)``."""
         logits = logits_in(output, self.name)
@@ -143,6 +160,15 @@ class _BinaryTask(_ClassTask):
     name: ClassVar[str]
     ignore_index: int | None
 
+    def probabilities(self, output: Any) -> Tensor:
+        """Probabilities of no and yes in dim 1: ``(points, 2)``, of several labels ``(batch, 2, labels)``.
+
+        Raises:
+            TypeError: If ``output`` is no floating tensor.
+        """
+        logits = logits_in(output, self.name)
+        return _no_and_yes(logits if self.name == "multilabel" else logits.reshape(-1))
+
     def read(self, output: Any, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Probabilities of no and yes, shape ``(points, 2)``, and targets, shape ``(points,)`` or, soft, the same."""
         logits = logits_in(output, self.name)
@@ -158,9 +184,7 @@ class _BinaryTask(_ClassTask):
             if not bool(keep.all()):
                 flat, labels = flat[keep], labels[keep]
         warn_of_sigmoids(flat, self.name)
-        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
-        probabilities = torch.stack([torch.sigmoid(-flat), torch.sigmoid(flat)], dim=1)
-        return probabilities, None if labels is None else self._labels(labels)
+        return _no_and_yes(flat), None if labels is None else self._labels(labels)
 
     def _labels(self, labels: Tensor) -> Tensor:
         if bool(((labels < 0) | (labels > 1)).any()):
@@ -172,6 +196,11 @@ class _BinaryTask(_ClassTask):
         if labels.is_floating_point() and not bool(((labels == 0) | (labels == 1)).all()):
             return torch.stack([1.0 - labels, labels], dim=1)
         return labels.long()
+
+
+def _no_and_yes(logits: Tensor) -> Tensor:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.stack([torch.sigmoid(-logits), torch.sigmoid(logits)], dim=1)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """The posterior predictive as a module: equal to the naive average either way, exact sets, saved state."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,13 @@ from lightning_lpsgld import PosteriorEnsemble
 from lightning_lpsgld.bank import BankError, SampleBank
 from lightning_lpsgld.metrics import entropy
 from lightning_lpsgld.ops import quantize
-from lightning_lpsgld.predictive import class_scores, conformal_quantile, refresh_batch_norm
+from lightning_lpsgld.predictive import (
+    Multiclass,
+    Regression,
+    class_scores,
+    conformal_quantile,
+    refresh_batch_norm,
+)
 
 
 def classifier():
@@ -196,6 +204,63 @@ def test_regression_of_values_takes_the_noise():
         PosteriorEnsemble(build(), bank)(vectors(6))
 
 
+class Wrapped(nn.Module):
+    """Gives what ``wrap`` makes of the output of a linear layer."""
+
+    def __init__(self, wrap, outputs=4):
+        super().__init__()
+        self.linear, self.wrap = nn.Linear(3, outputs).double(), wrap
+
+    def forward(self, x):
+        return self.wrap(self.linear(x))
+
+
+WRAPS = {
+    "mapping": lambda out: {"loss": out.sum(), "logits": out},
+    "object": lambda out: types.SimpleNamespace(loss=None, logits=out),
+    "distribution": lambda out: torch.distributions.Categorical(logits=out),
+}
+
+
+@pytest.mark.parametrize("members", ["auto", "streamed"])
+@pytest.mark.parametrize("name", WRAPS)
+def test_logits_are_found_in_what_wraps_them(name, members):
+    """As models of Hugging Face give them; what vmap does not know is streamed."""
+    bank = bank_of(Wrapped(WRAPS[name]))
+    got = PosteriorEnsemble(Wrapped(WRAPS[name]), bank, members=members)(vectors(6))
+    plain = PosteriorEnsemble(Wrapped(lambda out: out), bank)(vectors(6))
+    torch.testing.assert_close(got.mean, plain.mean, rtol=0, atol=1e-12)
+    assert got.mean.shape == (6, 4)
+
+
+def test_variances_by_name_and_by_task():
+    named = lambda: Wrapped(lambda out: {"mean": out[:, :2], "log_variance": out[:, 2:]})  # noqa: E731
+    bank = bank_of(named())
+    got = PosteriorEnsemble(named(), bank)(vectors(6))
+    halves = PosteriorEnsemble(Wrapped(lambda out: out), bank, task=Regression("mean_log_variance"))(vectors(6))
+    pair = PosteriorEnsemble(Wrapped(lambda out: (out[:, :2], out[:, 2:].exp())), bank)(vectors(6))
+    for other in (halves, pair):
+        for part in ("mean", "epistemic", "aleatoric"):
+            torch.testing.assert_close(getattr(got, part), getattr(other, part), rtol=1e-12, atol=1e-12)
+    told = PosteriorEnsemble(Wrapped(lambda out: out), bank, task=Regression(noise_variance=0.3))(vectors(6))
+    assert torch.equal(told.aleatoric, torch.full((6, 4), 0.3, dtype=torch.float64))
+
+
+def test_classes_of_tokens_stand_last():
+    last, x = Wrapped(lambda out: out), vectors(10).reshape(2, 5, 3)
+    bank = bank_of(last)
+    got = PosteriorEnsemble(Wrapped(lambda out: out), bank, task=Multiclass(class_dim=-1))(x)
+    flat = PosteriorEnsemble(Wrapped(lambda out: out), bank)(x.reshape(10, 3))
+    torch.testing.assert_close(got.mean, flat.mean.reshape(2, 5, 4).movedim(-1, 1), rtol=0, atol=1e-12)
+    assert got.predictive_entropy.shape == (2, 5)
+
+
+def test_infinite_logits_are_limits():
+    sure = lambda: Wrapped(lambda out: torch.cat([torch.full_like(out[:, :1], torch.inf), out[:, 1:]], 1))  # noqa: E731
+    got = PosteriorEnsemble(sure(), bank_of(sure()))(vectors(6))
+    assert torch.equal(got.mean, torch.tensor([1.0, 0, 0, 0], dtype=torch.float64).expand(6, 4))
+
+
 def test_binary_and_multilabel():
     build = lambda: nn.Linear(3, 1).double()  # noqa: E731
     bank = bank_of(build())
@@ -351,7 +416,7 @@ def test_refusals(tmp_path):
         PosteriorEnsemble(nn.Linear(2, 2).double(), bank_of(classifier()))
     bank = bank_of(classifier())
     for options, message in (
-        ({"task": "ranking"}, "`task` must be one of"),
+        ({"task": "ranking"}, "`task` must be 'auto'"),
         ({"members": "all"}, "`members` must be"),
         ({"noise_std": -1.0}, "`noise_std` must be finite"),
         ({"chunk": 0}, "`chunk` must be an int >= 1"),
@@ -360,4 +425,4 @@ def test_refusals(tmp_path):
         with pytest.raises(ValueError, match=message):
             PosteriorEnsemble(classifier(), bank, **options)
     with pytest.raises(TypeError, match="the module gave dict"):
-        PosteriorEnsemble(classifier(), bank, forward=lambda m, b: {"logits": m(b)})(images())
+        PosteriorEnsemble(classifier(), bank, forward=lambda m, b: {"boxes": m(b)})(images())
