@@ -86,7 +86,7 @@ def test_last_samples_of_each_cycle_of_the_sampler():
     assert collector.bank.infos[0].lr == pytest.approx(0.1 * plugin.schedule.factor(9))
 
 
-@pytest.mark.parametrize("accumulator", ["low", "full"])
+@pytest.mark.parametrize("accumulator", ["low", "full", "bfp16"])
 def test_a_sample_is_what_the_forward_pass_saw(accumulator):
     """Parameters as codes, BatchNorm statistics as they are; loading gives the state after that step, bit for bit."""
     collector, states = SampleCollector(every=5), States()

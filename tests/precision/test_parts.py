@@ -86,13 +86,14 @@ def test_only_the_part_is_sampled_and_rounded(tmp_path):
     assert {name for name, fmt in formats.items() if fmt is not None} == set(plugin.run.parts.sampled)
 
 
+@pytest.mark.parametrize("accumulator", ["low", "bfp16"])
 @pytest.mark.parametrize("sampler", [SGLD, SGHMC, PreconditionedSGLD])
-def test_every_sampler_with_weights_on_a_grid_samples_a_part(sampler):
+def test_every_sampler_with_weights_on_a_grid_samples_a_part(sampler, accumulator):
     """The companion steps once a step, sees no gradient rounding, and one state dict holds both."""
     net = network()
     optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-    options = {"friction": 1.0} if sampler is SGHMC else {}
+    options = {"accumulator": accumulator, **({"friction": 1.0} if sampler is SGHMC else {})}
     head = dict.fromkeys(net[2].parameters(), 0.25)
     opt = sample_part(sampler, optimizer, head, num_data=10, temperature=0.5, weight_format="bfp8", seed=1, **options)
     assert [group["weight_decay"] for group in opt.param_groups] == [0.25, 0.0]
@@ -119,14 +120,16 @@ def test_every_sampler_with_weights_on_a_grid_samples_a_part(sampler):
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again_net.parameters()))
 
 
+@pytest.mark.parametrize("accumulator", ["low", "bfp16"])
 @pytest.mark.parametrize("stop", [3, 4], ids=["epoch-end", "mid-epoch"])
-def test_resume_equals_uninterrupted_bitwise(tmp_path, stop):
+def test_resume_equals_uninterrupted_bitwise(tmp_path, stop, accumulator):
     def run(max_steps, ckpt=None):
         module = Module(network(), optimizer=adamw, scheduler=halving)
         module.net[0].requires_grad_(False)
         plugin = LowPrecisionSGLD(
-            sampled=("net.2",), prior_mean="initial", prior_std=0.5, temperature=0.1, seed=None if ckpt else 9
-        )
+            sampled=("net.2",), prior_mean="initial", prior_std=0.5, temperature=0.1, seed=None if ckpt else 9,
+            accumulator=accumulator,
+        )  # fmt: skip
         saver = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=stop, save_top_k=-1)
         made = trainer(
             tmp_path, plugin, max_epochs=-1, max_steps=max_steps, callbacks=[saver], enable_checkpointing=True

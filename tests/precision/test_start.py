@@ -11,6 +11,7 @@ from test_compatibility import Module, fit, loader, on_grid, trainer
 from torch import nn
 
 from lightning_lpsgld import LowPrecisionSGLD
+from lightning_lpsgld.ops import quantize
 from lightning_lpsgld.precision.changes import ChangedSettingsError
 from lightning_lpsgld.samplers import SGLD
 
@@ -52,6 +53,17 @@ def test_weights_of_a_lightning_checkpoint_and_nothing_else(tmp_path, trained, c
     )
     assert len(said) == 1
     assert not same(start(tmp_path, None), weights)
+
+
+def test_sums_on_a_grid_begin_at_the_weights_of_the_file(tmp_path, trained):
+    """Not at their 8-bit view: with a learning rate of 0 they are still there when the fit ends."""
+    path, weights = trained
+    module = Module(optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.0))
+    plugin = LowPrecisionSGLD(start_from=path, temperature=0.0, **{**UNROUNDED, "weights": "bfp8"}, accumulator="bfp16")
+    (sampler,) = fit(tmp_path, module, plugin).optimizers
+    for name, param in module.named_parameters():
+        assert torch.equal(sampler.accumulator_of(param), quantize(weights[name], "bfp16", rounding="nearest"))
+        assert not torch.equal(sampler.accumulator_of(param), param)
 
 
 def test_plain_weights_in_every_usual_wrapping(tmp_path, trained):

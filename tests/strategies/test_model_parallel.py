@@ -66,7 +66,7 @@ def both_of_a_part(folder):
 
 def both(folder):
     out = {}
-    for accumulator in ("low", "full"):
+    for accumulator in ("low", "full", "bfp16"):
         plain = fit(Classifier, "ddp", accumulator, folder / f"{accumulator}-ddp")
         fsdp = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
         out[accumulator] = (plain, fit(Sharded, fsdp, accumulator, folder / f"{accumulator}-fsdp"))
@@ -80,7 +80,7 @@ def test_fsdp2_gives_the_chain_and_the_bank_of_ddp(tmp_path):
             assert (was_sharded, is_sharded) == (False, True)
             assert plain.keys() == sharded.keys()
             assert all(torch.equal(value, sharded[name]) for name, value in plain.items())
-    for accumulator in ("low", "full"):
+    for accumulator in ("low", "full", "bfp16"):
         plain, sharded = (SampleBank.open(tmp_path / f"{accumulator}-{kind}") for kind in ("ddp", "fsdp"))
         assert plain.steps == sharded.steps == [5, 8, 11]
         for mine, theirs in zip(plain, sharded):
