@@ -108,16 +108,16 @@ def base_checksum(name: object) -> str | None:
 
 
 def constant_names(module: nn.Module) -> set[str]:
-    """Names of what no sampler moves: parameters without gradients and, where there are any, the module's buffers.
+    """Names of what no sampler moves: parameters that need no gradient.
 
-    Only a guess at what stays the same: a sample keeps every tensor of its own that differs from the base.
+    Only a guess at what stays the same: a sample keeps every tensor of its own that differs from the base. Buffers are
+    not among them: statistics move, and what they were at the first sample could not be given again.
     """
     return _constant_among(module_tensors(module))
 
 
 def _constant_among(tensors: Mapping[str, Tensor]) -> set[str]:
-    frozen = {name for name, t in tensors.items() if isinstance(t, nn.Parameter) and not t.requires_grad}
-    return frozen | {name for name, t in tensors.items() if frozen and not isinstance(t, nn.Parameter)}
+    return {name for name, t in tensors.items() if isinstance(t, nn.Parameter) and not t.requires_grad}
 
 
 def constant_entries(

@@ -36,9 +36,9 @@ class SampleBank(WrittenSamples):
     journal of what was added since the manifest was written. A sample is on the disk before the journal names it, so
     that a crash at any moment leaves the bank as it was before or after the call. No pickle is written or read.
 
-    **What no sample changes stands once.** Frozen parameters (and, beside them, buffers) as they are at the first
-    sample are the bank's *base*; a sample keeps only what differs from it, bit for bit. So ten samples of a head on a
-    frozen network take one network and ten heads. With ``base="reference"`` not even that: the bank has the checksums,
+    **What no sample changes stands once.** Frozen parameters as they are at the first sample are the bank's *base*; a
+    sample keeps only what differs from it, bit for bit. So ten samples of a head on a frozen network take one network
+    and ten heads. With ``base="reference"`` not even that: the bank has the checksums,
     and the weights are given again when samples are loaded: by the module itself, or ``open(path, base=module)``.
 
     **One writer.** Creating or continuing a bank locks its directory until :meth:`close`, the end of the object or of
@@ -189,8 +189,8 @@ class SampleBank(WrittenSamples):
                 parameters, or ``None``: none does. Buffers are stored as they are unless a mapping names them.
             metrics: Numbers measured at that step.
             constant: Names of tensors that are expected to be the same in every sample; at the first one they become
-                the bank's base. ``None``: parameters that need no gradient, and buffers if there are such parameters
-                (:func:`~lightning_lpsgld.bank.constant_names`). Whatever turns out to change is kept with its sample.
+                the bank's base. ``None``: parameters that need no gradient. Whatever turns out to change is kept with
+                its sample.
 
         Returns:
             The sample's metadata, or ``None`` if the bank is full and its policy passes the sample over.

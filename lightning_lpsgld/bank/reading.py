@@ -177,6 +177,7 @@ class StoredSamples:
 
         Example:
             >>> import torch
+            >>> from lightning_lpsgld import SampleBank
             >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2).requires_grad_(False), torch.nn.Linear(2, 1))
             >>> bank = SampleBank(base="reference")
             >>> _ = bank.add(net, step=1)

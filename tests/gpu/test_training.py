@@ -211,3 +211,17 @@ def test_a_bank_made_on_the_device_is_read_on_the_cpu(accelerator: str, tmp_path
         assert torch.equal(a.cpu(), b), name
     with pytest.raises(BankError):
         bank.load_into(nn.Linear(3, 3), 0)
+
+
+@pytest.mark.parametrize("base", ["stored", "reference"])
+def test_frozen_weights_stand_once_in_the_bank(base: str, accelerator: str, tmp_path) -> None:
+    """They are compared where they lie, and loaded into a module on either side."""
+    module = net()
+    module.net[0].requires_grad_(False)
+    frozen = module.net[0].weight.detach().cpu().clone()
+    fit(accelerator, SampleCollector(tmp_path / "bank", every=2, base=base), module=module)
+    bank = SampleBank.open(tmp_path / "bank")
+    assert all("net.0.weight" not in sample.own for sample in bank)
+    for place in ("cpu", module.net[0].weight.device):
+        bank.load_into(module.to(place), 0)
+        assert torch.equal(module.net[0].weight.cpu(), frozen)

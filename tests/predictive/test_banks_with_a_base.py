@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from helpers.models import Classifier, SyntheticData, make_trainer
+from helpers.processes import run_ranks
 from torch import nn
 
 from lightning_lpsgld import EnsembleEvaluation, LowPrecisionSGLD, SampleBank, SampleCollector
@@ -22,14 +23,15 @@ def classifier():
     return module
 
 
-def fit(path, kind, *callbacks, steps=8, resume=None, **options):
+def fit(path, kind, *callbacks, steps=8, resume=None, ranks=1, **options):
     collector = SampleCollector(path, start=2, every=2, base=kind, **options)
     module = classifier()
+    several = {"devices": ranks, "strategy": "ddp"} if ranks > 1 else {}
     trainer = make_trainer(
         max_epochs=-1, max_steps=steps, plugins=[LowPrecisionSGLD(seed=3)], callbacks=[collector, *callbacks],
-        limit_val_batches=0,
+        limit_val_batches=0, **several,
     )  # fmt: skip
-    data = SyntheticData(n_train=8, copies=16, shuffle=False)
+    data = SyntheticData(n_train=8 * ranks, copies=16, shuffle=False)
     trainer.fit(module, data, ckpt_path=resume)
     return module, trainer, collector
 
@@ -128,3 +130,39 @@ def test_a_layer_that_is_thawed_in_the_run_goes_into_its_samples(tmp_path):
     for index, moved in ((0, 0.0), (1, 0.5)):
         collector.bank.load_into(module, index)
         assert torch.equal(module.net[0].weight, before + moved)
+
+
+def on_two_ranks(folder):
+    """Fit, save, resume, evaluate: what the bank holds and its scores, with each kind."""
+    found = {}
+    for kind in KINDS:
+        _, trainer, _ = fit(folder / kind, kind, ranks=2, steps=4)
+        trainer.save_checkpoint(folder / f"{kind}.ckpt")
+        module, _, _ = fit(folder / kind, kind, ranks=2, resume=folder / f"{kind}.ckpt")
+        tester = make_trainer(callbacks=[EnsembleEvaluation(folder / kind)], logger=False, devices=2, strategy="ddp")
+        (scores,) = tester.test(module, SyntheticData(), verbose=False)
+        bank = SampleBank.open(folder / kind)
+        found[kind] = bank.steps, [sorted(sample.own) for sample in bank], scores["ensemble/nll"]
+    return found
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_two_ranks(tmp_path):
+    first, second = run_ranks(on_two_ranks, tmp_path, timeout=300)
+    assert first == second
+    assert first["stored"] == first["reference"]
+    assert first["stored"][:2] == ([4, 6, 8], [["net.2.bias", "net.2.weight"]] * 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parallel_chains_share_one_base(tmp_path, kind):
+    """What each chain sends is its sample; its frozen weights are those that the bank has."""
+    bank = SampleBank(tmp_path, base=kind)
+    for chain in range(2):
+        alone = SampleBank()
+        alone.add(fit(None, "stored")[0], step=8, chain=chain)
+        other = SampleBank()
+        other.load_state_dict(alone.state_dict())
+        bank.merge(other)
+    assert [sample.own for sample in bank] == [{"net.2.weight", "net.2.bias"}] * 2
+    assert bank.base.kind == kind
