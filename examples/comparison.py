@@ -135,18 +135,20 @@ def train_and_evaluate(
 def print_table(results: list[Result]) -> None:
     """One line a method: the last weights alone (single) and the average over the samples (ensemble)."""
     print(
-        f"\n{'':<22} | {'single model':^22} | {'ensemble':^28} | {'bank':^17} | {'T_eff/T':>7} | {'time':>5}\n"
+        f"\n{'':<22} | {'single model':^22} | {'ensemble':^28} | {'bank':^17} | {'T_eff/T':>7} {'batch':>6} | "
+        f"{'time':>5}\n"
         f"{'method':<22} | {'err %':>6} {'NLL':>7} {'ECE %':>6}  | {'err %':>6} {'NLL':>7} {'ECE %':>6} {'size':>5}  "
-        f"| {'MB':>7} {'of fp32':>8}  | {'':>7} | {'s':>5}"
+        f"| {'MB':>7} {'of fp32':>8}  | {'':>7} {'noise':>6} | {'s':>5}"
     )
     for r in results:
         m = r.metrics
         ratio = r.extra.get("noise/achieved_over_target", float("nan"))
+        beside = r.extra.get("noise/minibatch_over_target", float("nan"))  # over the variance asked for, too
         print(
             f"{r.label:<22} | {100 * (1 - m['current/accuracy']):6.2f} {m['current/nll']:7.4f} "
             f"{100 * m['current/ece']:6.2f}  | {100 * (1 - m['ensemble/accuracy']):6.2f} {m['ensemble/nll']:7.4f} "
             f"{100 * m['ensemble/ece']:6.2f} {int(m['ensemble/size']):5d}  | {r.bank_bytes / 1e6:7.3f} "
-            f"{r.bank_bytes / r.fp32_bytes:8.3f}  | {ratio:7.2f} | {r.seconds:5.1f}"
+            f"{r.bank_bytes / r.fp32_bytes:8.3f}  | {ratio:7.2f} {beside:6.2f} | {r.seconds:5.1f}"
         )
 
 

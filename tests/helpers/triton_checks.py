@@ -230,6 +230,33 @@ def check_step(weights: str | None, gradients: str | None, mode: Any, dtype: str
             assert all(torch.equal(a, b) for a, b in zip(params, twins))
 
 
+def check_top(text: str) -> None:
+    """Largest elements at 64 positions of the last gap, both signs: draws are the reference's, and blocks are raised."""
+    from lightning_lpsgld.samplers.updates import langevin_steps_
+
+    fmt = parse_format(text)
+    top = (127 + (torch.arange(64) + 0.5) / 64) / 64 * torch.tensor([1.0, -1.0]).repeat(32)
+    x = torch.stack([top, 0.3 * top, torch.linspace(-0.7, 0.7, 64), torch.full((64,), 0.0371)], dim=1).to(DEVICE)
+    raised = 0
+    for part in x.split(4 if text == "bfp8-tensor" else 64):
+        key = key_for(part.shape)
+        for variance in (0.0, 4e-5):
+            ours = quantize_variance_corrected(part, variance, fmt, key=key, backend="triton")
+            theirs = quantize_variance_corrected(part, variance, fmt, key=key, backend="reference")
+            assert (ours != theirs).double().mean() <= DIFFERING_SHARE
+            raised += int((ours.abs() >= 2.0).sum())
+        plain = [quantize(part, fmt, key=key, backend=name) for name in ("triton", "reference")]
+        assert same_bits(*plain)
+    assert raised > 10
+    spec = StepSpec(0.005 / 400, 0.0, 2 * 0.005 / 400, fmt, None, "vc")
+    chain, twin = (torch.full((8, 4), 0.9921875, device=DEVICE) for _ in range(2))
+    for step in range(12):  # of N(1, 1/400)
+        for weights, name in ((chain, "triton"), (twin, "reference")):
+            langevin_steps_([weights], [400.0 * (weights - 1)], None, spec, [DrawKey(9, step=step)], [0], backend=name)
+    assert (chain != twin).double().mean() <= DIFFERING_SHARE
+    assert (chain >= 1.0).any()
+
+
 def check_plan_is_kept() -> None:
     """While addresses stay, a step builds nothing and copies nothing; a new gradient address is followed."""
     from lightning_lpsgld.ops import triton_step
@@ -292,6 +319,8 @@ def cases() -> Iterator[tuple[str, Callable[..., None], tuple[Any, ...]]]:
         yield f"step-{weights}-{gradients}-{mode}-float32", check_step, (weights, gradients, mode, "float32")
     yield "step-bfp8-bfp8-vc-bfloat16", check_step, ("bfp8", "bfp8", "vc", "bfloat16")
     yield "normals", check_normals, ()
+    for text in ("bfp8", "bfp8-tensor", "bfp8b4"):
+        yield f"top-{text}", check_top, (text,)
     yield "plan", check_plan_is_kept, ()
     yield "launches", check_launches, ()
     yield "encode-nan", check_encode_refuses_nan, ()

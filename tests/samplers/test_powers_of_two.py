@@ -18,7 +18,7 @@ from lightning_lpsgld.random import DrawKey
 from lightning_lpsgld.samplers import HALP, SGHMC, SGLD, SVRG, PreconditionedSGLD
 
 BOUNDARIES = (1.0, -2.0, 0.25, 0.5)
-CHAINS, TENSORS, STEPS = 3000, 600, 250
+CHAINS, TENSORS, STEPS = 3000, 500, 250
 #: Shape of a parameter, and centres of the elements of a block over that of the first, which is its largest.
 BLOCKS = {
     "bfp8": ((CHAINS,), (1.0,)),
@@ -45,8 +45,9 @@ def chains(case, block, fmt, temperature, backend, seed):
     sampler, options, lr, _ = CASES[case]
     shape, relative = BLOCKS[block]
     scale = torch.tensor(relative)
+    boundaries = BOUNDARIES if block != "bfp8-tensor" else BOUNDARIES[1:2]  # of many small parameters
     params, centres, groups = [], [], []
-    for b in BOUNDARIES:
+    for b in boundaries:
         centre = b * scale.expand(*shape) if len(shape) > 1 else torch.full(shape, b)
         tensors = list(centre.unbind(0)) if block == "bfp8-tensor" else [centre]
         own = [torch.nn.Parameter(0.99 * tensor) for tensor in tensors]
@@ -54,19 +55,20 @@ def chains(case, block, fmt, temperature, backend, seed):
         groups.append({"params": own, "lr": step})
         params.append(own)
         centres.append(tensors)
-    options = {"num_data": 1, "temperature": temperature, "seed": seed, "backend": backend, **options}
+    common = {"num_data": 1, "temperature": temperature, "seed": seed, "backend": backend, "check_finite": False}
+    options = common | options
     if fmt is None:
         options.pop("accumulator", None)
         if options.pop("variant", None):
             options["backend"] = "auto"
     opt = sampler(groups, lr=groups[0]["lr"], weight_format=fmt, **options)
     for _ in range(STEPS):
-        for own, tensors, b in zip(params, centres, BOUNDARIES):
+        for own, tensors, b in zip(params, centres, boundaries):
             for param, centre in zip(own, tensors):
                 param.grad = (400.0 / b**2) * (param.detach() - centre)
         opt.step()
     ends = [torch.stack([p.detach() for p in own]) if len(own) > 1 else own[0].detach() for own in params]
-    return [end.reshape(shape[0], -1) / b for end, b in zip(ends, BOUNDARIES)]
+    return [end.reshape(shape[0], -1) / b for end, b in zip(ends, boundaries)]
 
 
 _RIVALS: dict[tuple[str, str, float], list[torch.Tensor]] = {}
@@ -117,8 +119,11 @@ def test_the_published_rule_does_not():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize(("case", "temperature"), [(case, T) for case in CASES for T in CASES[case][3]])
+@pytest.mark.parametrize(
+    ("case", "temperature", "block"),
+    [(case, T, block) for case in CASES for T in CASES[case][3] for block in BLOCKS if block != "bfp8-tensor"]
+    + [(case, 1.0, "bfp8-tensor") for case in ("vc", "naive", "full")],
+)
 def test_the_whole_cross(case, temperature, block):
     compare(case, block, temperature, "auto")
 
