@@ -44,6 +44,7 @@ from lightning_lpsgld.predictive import (
     layer_arithmetic,
     regression_metrics,
 )
+from lightning_lpsgld.predictive.scoring import Metrics
 
 __all__ = ["EnsembleEvaluation"]
 
@@ -102,6 +103,7 @@ class EnsembleEvaluation(Callback):
             where integer products are exact and faster; ``"integer"``: codes in every linear and convolution layer but
             the first, or an error that names the layer; ``"simulated"``: floats (as far as the plugin's own
             ``arithmetic`` leaves it). See :attr:`layers`.
+        metrics: Scores of your own beside these: number of classes -> ``MetricCollection``, logged by its names.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -133,6 +135,7 @@ class EnsembleEvaluation(Callback):
         task: TaskName | Task = "auto",
         ignore_index: int | None = None,
         arithmetic: Arithmetic = "auto",
+        metrics: Metrics | None = None,
     ) -> None:
         check_choice("EnsembleEvaluation", arithmetic)
         self.stages = (stages,) if isinstance(stages, str) else tuple(stages)
@@ -157,6 +160,7 @@ class EnsembleEvaluation(Callback):
         self.task, self.ignore_index = task, ignore_index
         self._reader()  # refuses an unknown task
         self.arithmetic: Arithmetic = arithmetic
+        self.metrics = metrics
         #: Layer -> ``"integer"``, or why it was simulated; of the last evaluation, empty where all was simulated.
         self.layers: dict[str, str] = {}
         #: One dict per dataloader and number of samples: ``dataloader_idx``, ``index``, ``size``, ``step``, ``chain``,
@@ -280,7 +284,7 @@ class EnsembleEvaluation(Callback):
             logits=logits_of,
             targets=targets_of,
             refresh_batch_norm=training,
-            metrics=functools.partial(_metrics, reader=reader, num_bins=self.num_bins),
+            metrics=functools.partial(_metrics, reader=reader, num_bins=self.num_bins, own=self.metrics),
             predictive=running,
             device=module.device,
             task=reader,
@@ -372,11 +376,11 @@ def _collectors(trainer: pl.Trainer) -> list[SampleCollector]:
     return [callback for callback in trainer.callbacks if isinstance(callback, SampleCollector)]  # type: ignore[attr-defined]
 
 
-def _metrics(num_classes: int, reader: TaskReader, num_bins: int) -> MetricCollection:
-    if isinstance(reader.task, Regression):
-        return regression_metrics()
-    metrics = default_metrics(num_classes)
-    metrics["ece"] = CalibrationError(num_bins=num_bins)
+def _metrics(num_classes: int, reader: TaskReader, num_bins: int, own: Metrics | None) -> MetricCollection:
+    regression = isinstance(reader.task, Regression)
+    metrics = regression_metrics() if regression else default_metrics(num_classes)
+    metrics.add_metrics({} if regression else {"ece": CalibrationError(num_bins=num_bins)})
+    metrics.add_metrics({} if own is None else dict(own(num_classes).items()))
     return metrics
 
 

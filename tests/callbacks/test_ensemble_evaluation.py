@@ -6,8 +6,10 @@ import gc
 import pytest
 import torch
 from helpers.models import Classifier, RecordingLogger, SyntheticData, make_trainer, small_convnet, small_mlp
+from helpers.toy_metric import TopTwo, top_two
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torchmetrics import MetricCollection
 
 from lightning_lpsgld.bank import BankError, SampleBank
 from lightning_lpsgld.callbacks import EnsembleEvaluation, SampleCollector, passes
@@ -90,6 +92,21 @@ def test_scores_are_those_of_the_mean_of_all_probabilities(stage):
             assert point[f"ensemble/{name}"] == pytest.approx(value)
         for name, value in single[k - 1].items():
             assert point[f"sample/{name}"] == pytest.approx(value)
+
+
+def test_a_score_of_ones_own_stands_beside_the_others():
+    """Of the ensemble, of each sample and of the network as it is; in the curve, too."""
+    module, data = small_mlp(), SyntheticData()
+    bank = perturbed_bank(module)
+    callback = EnsembleEvaluation(bank, metrics=lambda num_classes: MetricCollection({"top_two": TopTwo()}))
+    trainer = evaluate(callback, module, data)
+    targets, every = data.test.tensors[1], predictions(bank, module, data.test)
+    whole, alone = float(top_two(every.mean(0), targets).mean()), [float(top_two(p, targets).mean()) for p in every]
+    assert trainer.callback_metrics["ensemble/top_two"] == pytest.approx(whole)
+    assert trainer.callback_metrics["single/top_two"] == pytest.approx(sum(alone) / len(alone))
+    assert "current/top_two" in trainer.callback_metrics
+    assert [point["sample/top_two"] for point in callback.curve] == pytest.approx(alone)
+    assert trainer.callback_metrics["ensemble/nll"] == pytest.approx(float(categorical_nll(every.mean(0), targets)))
 
 
 def test_current_is_the_network_as_it_is():

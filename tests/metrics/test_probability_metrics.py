@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from helpers.toy_metric import TopTwo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -23,7 +24,7 @@ from lightning_lpsgld.metrics import (
 )
 
 VARIANTS = [(15, "standard"), (10, "standard"), (1, "standard"), (15, "paper")]
-METRICS = [CategoricalNLL, BrierScore, CalibrationError, lambda: CalibrationError(variant="paper")]
+METRICS = [CategoricalNLL, BrierScore, CalibrationError, lambda: CalibrationError(variant="paper"), TopTwo]
 
 
 def exact_bins(probabilities, targets, num_bins, variant):

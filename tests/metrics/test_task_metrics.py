@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.toy_metric import TopTwo, top_two
 from scipy import optimize, special
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.functional.classification import binary_calibration_error
@@ -41,6 +42,7 @@ METRICS = {
     "classwise": lambda: ClasswiseCalibrationError(4),
     "calibrated": CalibratedNLL,
     "accuracy": Accuracy,
+    "toy": TopTwo,
 }
 
 
@@ -220,6 +222,7 @@ def test_a_metric_is_its_function_over_all_batches_and_ranks(name, case):
         "coverage": coverage_at_risk,
         "classwise": classwise_calibration_error,
         "calibrated": lambda p, t: calibrated_nll(p, t)[0],
+        "toy": lambda p, t: top_two(p, t).mean(),
     }
     whole, ranks = METRICS[name](), [METRICS[name](), METRICS[name]()]
     whole.update(probabilities, targets)
