@@ -231,7 +231,7 @@ def check_step(weights: str | None, gradients: str | None, mode: Any, dtype: str
 
 
 def check_top(text: str) -> None:
-    """Largest elements at 64 positions of the last gap, both signs: draws are the reference's, and blocks are raised."""
+    """Largest elements at 64 places of the last gap, both signs: draws are the reference's, and blocks are raised."""
     from lightning_lpsgld.samplers.updates import langevin_steps_
 
     fmt = parse_format(text)
