@@ -146,6 +146,7 @@ def test_published_ranges():
         ("bf16", FloatingPoint(8, 7)),
         ("fp16", FloatingPoint(5, 10)),
         ("mxint8", BlockFloatingPoint(8, block_size=32)),
+        ("mxint16", BlockFloatingPoint(16, block_size=32)),
         ("mxint8-clamp", BlockFloatingPoint(8, block_size=32, top="clamp")),
         ("bfp8-tensor-clamp", BlockFloatingPoint(8, None, top="clamp")),
         ("mxfp4", MicroscalingFloat(2, 1)),

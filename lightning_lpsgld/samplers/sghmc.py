@@ -42,6 +42,7 @@ class SGHMC(GridSampler):
     SGHMCLP-F              ``weight_format=..., accumulator="full"``: θ and v are summed in float32
     naive SGHMCLP-L        ``weight_format=..., velocity_format=..., variance_corrected=False``
     VC SGHMCLP-L           ``weight_format=..., velocity_format=...``
+    between -L and -F      ``weight_format="bfp8", accumulator="bfp16", velocity_format="bfp16"``, say
     =====================  =============================================================================
 
     Args:
