@@ -39,8 +39,13 @@ class Marker(Callback):
 class Part(Classifier):
     """Its first layer is frozen; AdamW, with momenta and a schedule of its own, moves what is not sampled."""
 
+    def __init__(self, net):
+        super().__init__(net)
+        self.net[0].requires_grad_(
+            False
+        )  # before DDP wraps the module, which then expects a gradient of the others only
+
     def configure_optimizers(self):
-        self.net[0].requires_grad_(False)
         optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.02, weight_decay=0.01)
         return {
             "optimizer": optimizer,
@@ -153,10 +158,19 @@ def same_value(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+def compared_groups(run, groups):
+    """All options of the groups; of a run that was killed after its last step not the rate of a step after that.
+
+    Resuming a finished run, Lightning steps its schedulers once more and makes no step with the rate.
+    """
+    left_out = {"lr"} if str(STEPS) in run.kills else set()
+    return [{name: value for name, value in group.items() if name not in left_out} for group in groups]
+
+
 def assert_same(run, outcome, reference, expected):
     for mine, theirs in zip(outcome, expected):
         assert mine["steps"] == theirs["steps"] == STEPS
-        assert mine["groups"] == theirs["groups"], run.kills
+        assert compared_groups(run, mine["groups"]) == compared_groups(run, theirs["groups"]), run.kills
         for name, value in theirs["weights"].items():
             assert torch.equal(mine["weights"][name], value), (name, run.kills)
         assert len(mine["state"]) == len(theirs["state"])
