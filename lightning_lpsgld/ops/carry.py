@@ -18,6 +18,7 @@ bits, and where one block has very different variances. The coin of the j-th tim
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from lightning_lpsgld.ops.exponents import exponent_of, finite_magnitude, power_
 from lightning_lpsgld.ops.microscaling import scale_exponents
 from lightning_lpsgld.random import DrawKey, derive_seed, words
 
-__all__ = ["BOUNDLESS", "carried", "carried_scales", "carry_key", "fitted", "open_bounds", "raised_for_nearest"]
+__all__ = ["BOUNDLESS", "carried", "carried_scales", "carry_key", "carry_seed", "fitted", "open_bounds", "raised_for_nearest"]
 
 #: Beyond every finite value: an infinity is all that is outside of a range that ends here.
 BOUNDLESS = torch.finfo(torch.float64).max
@@ -36,9 +37,15 @@ _NO_BLOCK = -(2**20)
 _FAR, _MOST_DOUBLINGS = 2.0**60, 62
 
 
+@lru_cache(256)
+def carry_seed(seed: int) -> int:
+    """Seed of the coins of every key with this seed."""
+    return derive_seed(seed, "carry")
+
+
 def carry_key(key: DrawKey) -> DrawKey:
     """Key of the coins: draws that share nothing with those of ``key``."""
-    return replace(key, seed=derive_seed(key.seed, "carry"))
+    return replace(key, seed=carry_seed(key.seed))
 
 
 def _doublings(codes: Tensor, coins: Tensor, top: int) -> Tensor:

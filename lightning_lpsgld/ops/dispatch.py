@@ -33,6 +33,12 @@ _SCALED: dict[str, tuple[str, ...]] = {
     "triton": ("quantize", "encode", "decode"),  # Q^vc would wait for the device, to learn which scales there are
 }
 
+#: Where answers of :func:`choose` are kept, by all that they depend on: to ask again costs the host more time there
+#: than a kernel takes. (Elsewhere backends ask for more than shapes, and the answer is cheap.)
+_KEPT_ON = ("cuda",)
+_MOST_KEPT = 16384
+_kept: dict[tuple[Any, ...], Any] = {}
+
 #: Backends whose fused step also rounds weights from their sums, without moving them.
 _VIEWS = ("cpu",)
 
@@ -117,6 +123,20 @@ def choose(backend: str, op: str, x: Tensor, *formats: NumberFormat) -> Any:
         ValueError: If there is no such backend.
         RuntimeError: If the backend that was asked for cannot run this call; the message gives the reason.
     """
+    if x.device.type not in _KEPT_ON:
+        return _chosen(backend, op, x, formats)
+    name = (backend, op, x.shape, x.dtype, x.device, formats)
+    engine = _kept.get(name)
+    if engine is None:
+        engine = _chosen(backend, op, x, formats)
+        put_off = x.is_cuda and torch.cuda.is_current_stream_capturing()  # checks, in a capture
+        if len(_kept) < _MOST_KEPT and not put_off:
+            _kept[name] = engine
+    return engine
+
+
+def _chosen(backend: str, op: str, x: Tensor, formats: tuple[NumberFormat, ...]) -> Any:
+    """:func:`choose`, asked anew."""
     if backend != "auto":
         reason = _refusal(backend, op, x, formats) or _distrust(backend, op, x, formats)
         if reason is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -24,11 +25,21 @@ __all__ = ["decode", "encode", "quantize", "quantize_variance_corrected"]
 
 
 def _checked(x: Tensor, fmt: FormatLike) -> NumberFormat:
-    number = parse_format(fmt)
-    if x.is_sparse or x.layout != torch.strided:
+    if x.layout != torch.strided:
         raise TypeError(f"Quantization takes dense tensors, got layout {x.layout}. Call `.to_dense()` first.")
-    check_dtype(number, x.dtype)
+    if torch.compiler.is_compiling() or not isinstance(fmt, (str, NumberFormat)):  # Dynamo warns of caches
+        return _number(fmt, x.dtype)
+    return _known_number(fmt, x.dtype)
+
+
+def _number(fmt: FormatLike, dtype: torch.dtype) -> NumberFormat:
+    number = parse_format(fmt)
+    check_dtype(number, dtype)
     return number
+
+
+#: Once for each pair; what is refused is looked at again.
+_known_number = lru_cache(1024)(_number)
 
 
 def _check_rounding(rounding: str, key: DrawKey | None) -> None:

@@ -16,6 +16,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -134,16 +135,19 @@ def differing(ours: Tensor, theirs: Tensor, *, exact: bool, what: str) -> str:
     return f"{what}: {count} of {ours.numel()} elements differ, the first is {pair}"
 
 
-def _case_shape(shape: Sequence[int], fmt: NumberFormat, length: int) -> tuple[int, ...]:
-    """A few blocks of the call's length, in a shape whose blocks they are."""
+def _case(fmt: NumberFormat, length: int) -> tuple[tuple[int, ...], NumberFormat]:
+    """A few blocks of the call's length: a shape, and the format whose blocks they are in that shape.
+
+    The kernel sees only how long a block is. Where one is a single element (a scalar, too), a format that makes a block
+    of each entry of dim 0 says that of any number of them.
+    """
     if isinstance(fmt, MicroscalingFloat):
-        return 2, 2 * fmt.block_size
+        return (2, 2 * fmt.block_size), fmt
     if not isinstance(fmt, BlockFloatingPoint):
-        return (260,)
+        return (260,), fmt
     if length <= 1:
-        return (60,) if fmt.block_size is None else (60, 1)
-    whole_tensor = fmt.block_size is None and (fmt.block_dim is None or not tuple(shape))
-    return (length,) if whole_tensor else (2, length)
+        return (60,), replace(fmt, block_dim=0, block_size=None)
+    return (2, length), replace(fmt, block_dim=0, block_size=None)
 
 
 def op_trouble(engine: Any, op: str, x: Tensor, fmt: NumberFormat, shared: int, length: int) -> str | None:
@@ -162,13 +166,14 @@ def op_trouble(engine: Any, op: str, x: Tensor, fmt: NumberFormat, shared: int, 
     if name in _results:
         return _results[name]
     dtype = torch.float32 if op == "decode" else x.dtype
-    values = known_values(_case_shape(x.shape, fmt, length), 1, dtype)
+    shape, known = _case(fmt, length)
+    values = known_values(shape, 1, dtype)
     check = {
         "quantize": _check_quantize, "encode": _check_encode, "decode": _check_decode,
         "quantize_variance_corrected": _check_corrected,
     }[op]  # fmt: skip
     what = f"{op}, {fmt}, {str(x.dtype)[6:]}, shape {tuple(values.shape)}"
-    return first_use(name, op, what, x.device, lambda: check(engine, values, x.device, fmt))
+    return first_use(name, op, what, x.device, lambda: check(engine, values, x.device, known))
 
 
 def _check_quantize(engine: Any, x: Tensor, device: torch.device, fmt: NumberFormat) -> str:

@@ -12,9 +12,9 @@ import math
 import os
 import struct
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,9 +30,10 @@ from lightning_lpsgld.formats import (
 )
 from lightning_lpsgld.ops import reference
 from lightning_lpsgld.ops.blocks import exponents_shape
-from lightning_lpsgld.ops.carry import carry_key
+from lightning_lpsgld.ops.carry import carry_seed
 from lightning_lpsgld.ops.encoded import Encoded
 from lightning_lpsgld.ops.spec import StepSpec
+from lightning_lpsgld.ops.triton_launch import Start
 from lightning_lpsgld.random import DrawKey
 
 __all__ = [
@@ -41,7 +42,6 @@ __all__ = [
     "encode",
     "facts",
     "langevin_step_",
-    "launch",
     "quantize",
     "quantize_variance_corrected",
     "refusal",
@@ -55,6 +55,8 @@ LONGEST_ROW = 8192
 _CHUNK = 1024
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NO_KEY = DrawKey(0)
+#: Plans and answers of so many layouts are kept for every op; those of a network are a few hundred.
+_KEPT = 4096
 #: ``SHARED`` of the kernels: where exponents come from (see :mod:`.triton_kernels`).
 NOTHING, ELEMENT, ROW, LONG_ROW = 0, 1, 2, 3
 
@@ -84,12 +86,17 @@ def refusal(op: str, x: Tensor, formats: Sequence[NumberFormat]) -> str | None:
         return f"the Triton kernels take float32, bfloat16 and float16, got {x.dtype}."
     if op == "langevin_step_" and not x.is_contiguous():
         return "the fused step takes contiguous parameters."
+    return _shape_refusal(x.shape, tuple(formats))
+
+
+@lru_cache(_KEPT)
+def _shape_refusal(shape: tuple[int, ...], formats: tuple[NumberFormat, ...]) -> str | None:
     for fmt in formats:
         if isinstance(fmt, MicroscalingFloat):
             return f"no Triton kernel has the scales of {fmt} built in."
-        if rows_of(x.shape, fmt) is None:
-            return f"the Triton kernels have no blocks of {fmt} for a tensor of shape {tuple(x.shape)}."
-    blocks = {rows_of(x.shape, fmt) for fmt in formats if isinstance(fmt, BlockFloatingPoint)}
+        if rows_of(shape, fmt) is None:
+            return f"the Triton kernels have no blocks of {fmt} for a tensor of shape {tuple(shape)}."
+    blocks = {rows_of(shape, fmt) for fmt in formats if isinstance(fmt, BlockFloatingPoint)}
     if len(blocks) > 1:
         return "the fused step needs the same blocks for weights and gradients."
     return None
@@ -104,9 +111,10 @@ class Rows:
     length: int
 
 
-def rows_of(shape: Sequence[int], fmt: NumberFormat | None) -> Rows | None:
+@lru_cache(_KEPT)
+def rows_of(shape: tuple[int, ...], fmt: NumberFormat | None) -> Rows | None:
     """Row structure of a contiguous tensor under ``fmt``, or ``None`` where blocks are not contiguous."""
-    shape, size = tuple(shape), math.prod(shape)
+    size = math.prod(shape)
     if not isinstance(fmt, BlockFloatingPoint):
         return Rows(NOTHING, 1, size)
     if fmt.block_size is not None and shape:
@@ -175,28 +183,19 @@ def root_bits(variance: float) -> int:
     return bits
 
 
-def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **meta: Any) -> None:
-    """Start a kernel of ``programs`` programs on the device of its tensors; nothing for an empty tensor."""
-    if programs:
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            kernel[(programs,)](*args, **meta)
-
-
 def _kernels() -> Any:
     from lightning_lpsgld.ops import triton_kernels
 
     return triton_kernels
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What the kernels of one tensor have in common."""
+class _Cut(NamedTuple):
+    """How the kernels of one op cut tensors of one shape, and the first of them: for long rows, the one of the keys."""
 
-    x: Tensor
     rows: Rows
-    aligned: bool
     tile: Tile
-    keys: Tensor  # largest key of each long row, else unused
+    aligned: bool
+    keys: Start | None
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -208,25 +207,39 @@ class _Job:
         cut = {"SHARED": self.rows.shared, "R": tile.rows, "Q": tile.quads, "ALIGNED": self.aligned}
         return {**cut, "num_warps": tile.warps}
 
+    def find_keys(self, x: Tensor, offset: int) -> Tensor:
+        """Largest key of each long row (one more kernel, which reads the tensor); else a tensor that is not used."""
+        if self.keys is None:
+            return x
+        keys = torch.zeros(self.rows.count, dtype=torch.int64, device=x.device)
+        self.keys(x, keys, *self.sizes, offset)
+        return keys
 
-def _job(x: Tensor, fmt: NumberFormat, offset: int) -> _Job:
-    """Contiguous tensor, its tiling, and for long rows the keys (one more kernel, which reads the tensor)."""
-    x = x.contiguous()
-    rows = rows_of(x.shape, fmt)
+
+#: What decides how kernels of an op run on a tensor: shape, dtype, device, whether the address takes vector moves, and
+#: whether the first element begins a quad of draws.
+_Layout = tuple[torch.Size, torch.dtype, torch.device, bool, bool]
+
+
+def _layout(x: Tensor, offset: int) -> _Layout:
+    return x.shape, x.dtype, x.device, x.data_ptr() % 16 == 0, offset % 4 == 0
+
+
+def _cut(fmt: NumberFormat, layout: _Layout) -> _Cut:
+    shape, _, device, at_vector, at_quad = layout
+    rows = rows_of(shape, fmt)
     assert rows is not None  # refusal() was asked
-    aligned = is_aligned(rows, offset, x)
-    tile, keys = tile_of(rows, aligned), x
+    aligned = rows.length % 4 == 0 and at_vector and at_quad
+    tile, keys = tile_of(rows, aligned), None
     if rows.shared == LONG_ROW:
-        keys = torch.zeros(rows.count, dtype=torch.int64, device=x.device)
-        sizes = (rows.count, rows.length, tile.chunks, offset)
         meta = {"Q": tile.quads, "ALIGNED": aligned, "num_warps": tile.warps}
-        launch(_kernels().row_keys_kernel, tile.programs, x.device, x, keys, *sizes, **meta)
-    return _Job(x, rows, aligned, tile, keys)
+        keys = Start(_kernels().row_keys_kernel, tile.programs, device, meta)
+    return _Cut(rows, tile, aligned, keys)
 
 
 def _draws(key: DrawKey | None) -> tuple[int, int, int, int, int]:
     key = key or _NO_KEY
-    return key.offset, signed64(key.seed), key.step, key.stream, signed64(carry_key(key).seed)
+    return key.offset, signed64(key.seed), key.step, key.stream, signed64(carry_seed(key.seed))
 
 
 def _in_layout_of(out: Tensor, x: Tensor) -> Tensor:
@@ -234,73 +247,96 @@ def _in_layout_of(out: Tensor, x: Tensor) -> Tensor:
     return out if x.is_contiguous() else torch.empty_like(x).copy_(out)
 
 
-def quantize(x: Tensor, fmt: NumberFormat, rounding: Literal["nearest", "stochastic"], key: DrawKey | None) -> Tensor:
-    """See :func:`lightning_lpsgld.ops.quantize`; the same bits as the reference."""
-    draws = _draws(key)
-    job = _job(x, fmt, draws[0])
-    out = torch.empty_like(job.x)
-    for levels in _passes(job, fmt, rounding):
-        _quantize(job, out, fmt, rounding, draws, levels)
-    return _in_layout_of(out, x)
-
-
-def _passes(job: _Job, fmt: NumberFormat, rounding: str) -> tuple[bool, ...]:
+def _passes(rows: Rows, fmt: NumberFormat, rounding: str) -> tuple[bool, ...]:
     """Of a kernel that rounds: before the last, one that only notes which long rows pass the top."""
-    return (True, False) if job.rows.shared == LONG_ROW and rounding == "stochastic" and _carries(fmt) else (False,)
+    return (True, False) if rows.shared == LONG_ROW and rounding == "stochastic" and _carries(fmt) else (False,)
 
 
 def _carries(fmt: NumberFormat) -> bool:
     return isinstance(fmt, BlockFloatingPoint) and fmt.top == "carry"
 
 
-def _quantize(job: _Job, out: Tensor, fmt: NumberFormat, rounding: str, draws: tuple[int, ...], levels: bool) -> None:
-    launch(
-        _kernels().quantize_kernel, job.tile.programs, job.x.device, job.x, out, job.keys, *job.sizes, *draws,
-        **facts(fmt, job.x.dtype), STOCHASTIC=rounding == "stochastic", LEVELS=levels, **job.meta,
-    )  # fmt: skip
+@lru_cache(_KEPT)
+def _rounding(fmt: NumberFormat, rounding: str, layout: _Layout) -> tuple[_Cut, tuple[Start, ...]]:
+    """The kernels of :func:`quantize`."""
+    cut, kernel = _cut(fmt, layout), _kernels().quantize_kernel
+    meta = {**facts(fmt, layout[1]), "STOCHASTIC": rounding == "stochastic", **cut.meta}
+    starts = [
+        Start(kernel, cut.tile.programs, layout[2], {**meta, "LEVELS": levels})
+        for levels in _passes(cut.rows, fmt, rounding)
+    ]
+    return cut, tuple(starts)
+
+
+def quantize(x: Tensor, fmt: NumberFormat, rounding: Literal["nearest", "stochastic"], key: DrawKey | None) -> Tensor:
+    """See :func:`lightning_lpsgld.ops.quantize`; the same bits as the reference."""
+    draws, source = _draws(key), x.contiguous()
+    cut, starts = _rounding(fmt, rounding, _layout(source, draws[0]))
+    out = torch.empty_like(source)
+    keys = cut.find_keys(source, draws[0])
+    for start in starts:
+        start(source, out, keys, *cut.sizes, *draws)
+    return _in_layout_of(out, x)
+
+
+@lru_cache(_KEPT)
+def _correcting(fmt: NumberFormat, each: bool, at: bool, layout: _Layout) -> tuple[_Cut, tuple[Start, ...]]:
+    """The kernels of :func:`quantize_variance_corrected`; ``at``: the variances' address is a multiple of 16."""
+    cut, kernel = _cut(fmt, layout), _kernels().vc_kernel
+    meta = {**facts(fmt, layout[1]), "PER_ELEMENT": each, **cut.meta}
+    starts = [
+        Start(kernel, cut.tile.programs, layout[2], {**meta, "LEVELS": levels})
+        for levels in _passes(cut.rows, fmt, "stochastic")
+    ]
+    return cut, tuple(starts)
 
 
 def quantize_variance_corrected(mean: Tensor, variance: float | Tensor, fmt: NumberFormat, key: DrawKey) -> Tensor:
     """See :func:`lightning_lpsgld.ops.quantize_variance_corrected`; its thresholds are float32."""
-    draws = _draws(key)
-    rows = rows_of(mean.shape, fmt)
-    spread = variance if isinstance(variance, Tensor) else None
-    if spread is not None and rows is not None and rows.shared == LONG_ROW:
-        return reference.quantize_variance_corrected(mean, variance, fmt, key)
-    job = _job(mean, fmt, draws[0])
-    out = torch.empty_like(job.x)
-    if spread is None:
-        spread, bits = job.x, root_bits(float(variance))
+    draws, each, source = _draws(key), isinstance(variance, Tensor), mean.contiguous()
+    spread, bits = source, 0
+    if isinstance(variance, Tensor):
+        rows = rows_of(mean.shape, fmt)
+        if rows is not None and rows.shared == LONG_ROW:
+            return reference.quantize_variance_corrected(mean, variance, fmt, key)
+        spread = variance.expand(mean.shape).contiguous()
     else:
-        spread, bits = spread.expand(mean.shape).contiguous(), 0
-    for levels in _passes(job, fmt, "stochastic"):
-        launch(
-            _kernels().vc_kernel, job.tile.programs, mean.device,
-            job.x, spread, out, job.keys, bits, *job.sizes, *draws,
-            **facts(fmt, mean.dtype), PER_ELEMENT=isinstance(variance, Tensor), LEVELS=levels, **job.meta,
-        )  # fmt: skip
+        bits = root_bits(float(variance))
+    cut, starts = _correcting(fmt, each, spread.data_ptr() % 16 == 0, _layout(source, draws[0]))
+    out = torch.empty_like(source)
+    keys = cut.find_keys(source, draws[0])
+    for start in starts:
+        start(source, spread, out, keys, bits, *cut.sizes, *draws)
     return _in_layout_of(out, mean)
+
+
+@lru_cache(_KEPT)
+def _encoding(fmt: NumberFormat, rounding: str, layout: _Layout) -> tuple[_Cut, Start | None, Start]:
+    """The kernels of :func:`encode`: for long rows that may be carried, one that says which are; the one that encodes."""
+    cut, dtype, device, kernels = _cut(fmt, layout), layout[1], layout[2], _kernels()
+    meta = {**facts(fmt, dtype), "STOCHASTIC": rounding == "stochastic", **cut.meta}
+    top = 0 if isinstance(fmt, (FixedPoint, BlockFloatingPoint)) else _top_pattern(fmt)
+    bits = {"BITS": fmt.bits, "TOP": top, "WIDTH": torch.iinfo(code_dtype(fmt)).bits}
+    before = None
+    if len(_passes(cut.rows, fmt, rounding)) > 1:
+        before = Start(kernels.quantize_kernel, cut.tile.programs, device, {**meta, "LEVELS": True})
+    return cut, before, Start(kernels.encode_kernel, cut.tile.programs, device, {**meta, **bits})
 
 
 def encode(x: Tensor, fmt: NumberFormat, rounding: Literal["nearest", "stochastic"], key: DrawKey | None) -> Encoded:
     """See :func:`lightning_lpsgld.ops.encode`; waits for the device once, to see whether there was a NaN."""
-    draws = _draws(key)
-    job = _job(x, fmt, draws[0])
-    codes = torch.empty_like(job.x, dtype=code_dtype(fmt))
+    draws, source = _draws(key), x.contiguous()
+    cut, before, start = _encoding(fmt, rounding, _layout(source, draws[0]))
+    codes = torch.empty_like(source, dtype=code_dtype(fmt))
     missing = torch.zeros((), dtype=torch.int32, device=x.device)
-    block, exponents = isinstance(fmt, BlockFloatingPoint), None
+    exponents = None
     if isinstance(fmt, BlockFloatingPoint):
         low, _ = block_exponent_range(fmt, x.dtype)
         exponents = torch.full(exponents_shape(x.shape, fmt), low, dtype=torch.int8, device=x.device)
-    top = 0 if isinstance(fmt, (FixedPoint, BlockFloatingPoint)) else _top_pattern(fmt)
-    if len(_passes(job, fmt, rounding)) > 1:
-        _quantize(job, codes, fmt, rounding, draws, levels=True)
-    launch(
-        _kernels().encode_kernel, job.tile.programs, x.device,
-        job.x, codes, exponents if block else codes, missing, job.keys, *job.sizes, *draws,
-        **facts(fmt, x.dtype), STOCHASTIC=rounding == "stochastic", **job.meta,
-        BITS=fmt.bits, TOP=top, WIDTH=torch.iinfo(codes.dtype).bits,
-    )  # fmt: skip
+    keys = cut.find_keys(source, draws[0])
+    if before is not None:
+        before(source, codes, keys, *cut.sizes, *draws)
+    start(source, codes, codes if exponents is None else exponents, missing, keys, *cut.sizes, *draws)
     has_nan = isinstance(fmt, FloatingPoint) and fmt.specials != "none"
     if not has_nan and (count := int(missing)):
         raise ValueError(f"encode: {fmt} has no NaN, but {count} of {x.numel()} elements are NaN.")
@@ -313,26 +349,33 @@ def _top_pattern(fmt: Any) -> int:
     return ((fmt.exponent_max + fmt.bias) << fmt.mantissa_bits) + mantissa
 
 
+@lru_cache(_KEPT)
+def _decoding(fmt: NumberFormat, dtype: torch.dtype, at: bool, layout: _Layout) -> tuple[tuple[int, int, int], Start]:
+    """The kernel of :func:`decode` and its sizes; ``at``: the exponents' address is a multiple of 16."""
+    rows = rows_of(layout[0], fmt)
+    assert rows is not None
+    flat = rows if rows.shared in (NOTHING, ELEMENT) else Rows(LONG_ROW, rows.count, rows.length)
+    aligned = flat.length % 4 == 0 and layout[3]
+    tile, numbers = tile_of(flat, aligned), facts(fmt, dtype)
+    floating = isinstance(fmt, FloatingPoint)
+    meta = {
+        **{name: numbers[name] for name in ("KIND", "OFFSET", "LOW", "CMAX")}, "SHARED": flat.shared, "Q": tile.quads,
+        "ALIGNED": aligned, "BITS": fmt.bits, "EXPONENT_BITS": fmt.exponent_bits if floating else 0,
+        "HAS_NAN": floating and fmt.specials != "none", "num_warps": tile.warps,
+    }  # fmt: skip
+    start = Start(_kernels().decode_kernel, tile.programs, layout[2], meta)
+    return (flat.count, flat.length, tile.chunks), start
+
+
 def decode(encoded: Encoded, dtype: torch.dtype) -> Tensor:
     """See :func:`lightning_lpsgld.ops.decode`; float64 is left to the reference."""
     if dtype not in _DTYPES:
         return reference.decode(encoded, dtype)
-    fmt, codes = encoded.format, encoded.codes.contiguous()
-    rows = rows_of(codes.shape, fmt)
-    assert rows is not None
-    flat = rows if rows.shared in (NOTHING, ELEMENT) else Rows(LONG_ROW, rows.count, rows.length)
-    aligned = is_aligned(flat, 0, codes)
-    tile, out = tile_of(flat, aligned), torch.empty_like(codes, dtype=dtype)
-    numbers = facts(fmt, dtype)
+    codes = encoded.codes.contiguous()
     exponents = codes if encoded.exponents is None else encoded.exponents.contiguous()
-    floating = numbers["KIND"] == 3
-    launch(
-        _kernels().decode_kernel, tile.programs, codes.device,
-        codes, exponents, out, flat.count, flat.length, tile.chunks,
-        **{name: numbers[name] for name in ("KIND", "OFFSET", "LOW", "CMAX")}, SHARED=flat.shared, Q=tile.quads,
-        ALIGNED=aligned, BITS=fmt.bits, EXPONENT_BITS=fmt.exponent_bits if floating else 0,  # type: ignore[union-attr]
-        HAS_NAN=floating and fmt.specials != "none", num_warps=tile.warps,  # type: ignore[union-attr]
-    )  # fmt: skip
+    sizes, start = _decoding(encoded.format, dtype, exponents.data_ptr() % 16 == 0, _layout(codes, 0))
+    out = torch.empty_like(codes, dtype=dtype)
+    start(codes, exponents, out, *sizes)
     return out
 
 

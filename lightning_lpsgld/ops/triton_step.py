@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_lpsgld.formats import BlockFloatingPoint, FloatingPoint, NumberFormat
-from lightning_lpsgld.ops.carry import carry_key
-from lightning_lpsgld.ops.spec import StepSpec
+from lightning_lpsgld.ops.carry import carry_seed
+from lightning_lpsgld.ops.spec import Accumulation, StepSpec
 from lightning_lpsgld.ops.triton import (
     LONG_ROW,
     NOTHING,
@@ -28,12 +28,12 @@ from lightning_lpsgld.ops.triton import (
     Tile,
     facts,
     is_aligned,
-    launch,
     root_bits,
     rows_of,
     signed64,
     tile_of,
 )
+from lightning_lpsgld.ops.triton_launch import Start
 from lightning_lpsgld.ops.triton_step_kernel import COLUMNS, step_kernel
 from lightning_lpsgld.random import DrawKey, Role, stream_id
 
@@ -69,6 +69,18 @@ class _Launch:
 
     item: _Item
     program_map: Tensor  # int32, (programs, 2): tensor, program within the tensor
+    starts: dict[Accumulation, tuple[Start, ...]] = field(default_factory=dict)
+
+    def starts_for(self, spec: StepSpec) -> tuple[Start, ...]:
+        """The kernels of all phases; formats are those of the plan."""
+        found = self.starts.get(spec.accumulation)
+        if found is None:
+            meta, pairs = step_meta(spec, self.item), self.program_map
+            found = self.starts[spec.accumulation] = tuple(
+                Start(step_kernel, len(pairs), pairs.device, {**meta, "PHASE": phase})
+                for phase in _phases(spec, self.item)
+            )
+        return found
 
 
 @dataclass
@@ -238,16 +250,13 @@ def langevin_step_(
     grads = [grad.contiguous() for grad in grads]
     plan = _plan(params, grads, accumulators, spec, keys, indices)
     plan.counts.zero_()
-    seeds = (signed64(keys[0].seed), signed64(carry_key(keys[0]).seed))
+    seeds = (signed64(keys[0].seed), signed64(carry_seed(keys[0].seed)))
     scalars = (*seeds, keys[0].step, root_bits(spec.noise_variance))
     rates = (float(spec.lr), float(spec.weight_decay))
     if plan.keys.shape[1]:
         plan.keys.zero_()
+    largest = plan.keys.unbind()
     for group in plan.launches:
-        meta, pairs = step_meta(spec, group.item), group.program_map
-        for phase in _phases(spec, group.item):
-            launch(
-                step_kernel, len(pairs), params[0].device, plan.table, pairs, plan.counts, *plan.keys, *scalars, *rates,
-                PHASE=phase, **meta,
-            )  # fmt: skip
+        for start in group.starts_for(spec):
+            start(plan.table, group.program_map, plan.counts, *largest, *scalars, *rates)
     return plan.counts
