@@ -78,10 +78,7 @@ class DrawKey:
 
     def __post_init__(self) -> None:
         if type(self.seed) is type(self.step) is type(self.stream) is type(self.offset) is int and (
-            0 <= self.seed < 2**64
-            and 0 <= self.step < 2**32
-            and 0 <= self.stream < 2**31
-            and 0 <= self.offset < 2**62
+            0 <= self.seed < 2**64 and 0 <= self.step < 2**32 and 0 <= self.stream < 2**31 and 0 <= self.offset < 2**62
         ):
             return  # nearly always; keys are made at every cast
         if isinstance(self.seed, bool) or not isinstance(self.seed, Integral):

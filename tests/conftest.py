@@ -13,8 +13,8 @@ from lightning_lpsgld.ops import backend_report
 #: Backends that draw from keys and so must agree with the reference; a missing one is skipped by name.
 SEEDED_BACKENDS = ("reference", "cpu")
 
-#: Variables that Lightning and torch set for good when they are imported, seeded or set up for a distributed run; on a
-#: CUDA device Lightning's accelerator sets the order of the devices, and inductor where Triton finds its cache and ptxas.
+#: Variables that Lightning and torch set for good when they are imported, seeded or set up for a distributed run. With
+#: a CUDA device Lightning's accelerator sets the order of devices, and inductor where Triton has its cache and ptxas.
 _ENVIRONMENT_THAT_MAY_CHANGE = (
     "PL_GLOBAL_SEED",
     "PL_SEED_WORKERS",

@@ -29,7 +29,16 @@ from lightning_lpsgld.ops.exponents import exponent_of, finite_magnitude, power_
 from lightning_lpsgld.ops.microscaling import scale_exponents
 from lightning_lpsgld.random import DrawKey, derive_seed, words
 
-__all__ = ["BOUNDLESS", "carried", "carried_scales", "carry_key", "carry_seed", "fitted", "open_bounds", "raised_for_nearest"]
+__all__ = [
+    "BOUNDLESS",
+    "carried",
+    "carried_scales",
+    "carry_key",
+    "carry_seed",
+    "fitted",
+    "open_bounds",
+    "raised_for_nearest",
+]
 
 #: Beyond every finite value: an infinity is all that is outside of a range that ends here.
 BOUNDLESS = torch.finfo(torch.float64).max

@@ -166,8 +166,7 @@ def choose_step(
     for name in candidates:
         if name == "reference":
             return None
-        reasons = (_refusal(name, "langevin_step_", tensor, formats) for tensor in tensors)
-        reason = next((r for r in reasons if r is not None), None)
+        reason = _step_refusal(name, tensors, formats)
         if reason is None and name in _COMPARED:
             reason = distrust(_module(name))
         if reason is None:
@@ -176,6 +175,20 @@ def choose_step(
             raise RuntimeError(f"backend={backend!r} cannot run the fused step here: {reason} Use backend='auto'.")
         _say_once(f"The fused step on {tensors[0].device.type} does not use backend {name!r}: {reason}")
     return None
+
+
+def _step_refusal(name: str, tensors: Sequence[Tensor], formats: tuple[NumberFormat, ...]) -> str | None:
+    """Why a backend does not take the fused step of all these tensors; ``None`` if it does, which is kept."""
+    key: Any = None
+    if tensors[0].device.type in _KEPT_ON:
+        key = (name, formats, *((x.shape, x.dtype, x.device, x.is_contiguous()) for x in tensors))
+        if key in _kept:
+            return None
+    reasons = (_refusal(name, "langevin_step_", tensor, formats) for tensor in tensors)
+    reason = next((r for r in reasons if r is not None), None)
+    if reason is None and key is not None and len(_kept) < _MOST_KEPT:
+        _kept[key] = name
+    return reason
 
 
 def choose_views(backend: str, tensors: Sequence[Tensor], fmt: NumberFormat) -> ModuleType | None:

@@ -312,7 +312,7 @@ def quantize_variance_corrected(mean: Tensor, variance: float | Tensor, fmt: Num
 
 @lru_cache(_KEPT)
 def _encoding(fmt: NumberFormat, rounding: str, layout: _Layout) -> tuple[_Cut, Start | None, Start]:
-    """The kernels of :func:`encode`: for long rows that may be carried, one that says which are; the one that encodes."""
+    """The kernels of :func:`encode`: for long rows that may be carried, one that says which are; that which encodes."""
     cut, dtype, device, kernels = _cut(fmt, layout), layout[1], layout[2], _kernels()
     meta = {**facts(fmt, dtype), "STOCHASTIC": rounding == "stochastic", **cut.meta}
     top = 0 if isinstance(fmt, (FixedPoint, BlockFloatingPoint)) else _top_pattern(fmt)
@@ -357,11 +357,11 @@ def _decoding(fmt: NumberFormat, dtype: torch.dtype, at: bool, layout: _Layout) 
     flat = rows if rows.shared in (NOTHING, ELEMENT) else Rows(LONG_ROW, rows.count, rows.length)
     aligned = flat.length % 4 == 0 and layout[3]
     tile, numbers = tile_of(flat, aligned), facts(fmt, dtype)
-    floating = isinstance(fmt, FloatingPoint)
     meta = {
         **{name: numbers[name] for name in ("KIND", "OFFSET", "LOW", "CMAX")}, "SHARED": flat.shared, "Q": tile.quads,
-        "ALIGNED": aligned, "BITS": fmt.bits, "EXPONENT_BITS": fmt.exponent_bits if floating else 0,
-        "HAS_NAN": floating and fmt.specials != "none", "num_warps": tile.warps,
+        "ALIGNED": aligned, "BITS": fmt.bits,
+        "EXPONENT_BITS": fmt.exponent_bits if isinstance(fmt, FloatingPoint) else 0,
+        "HAS_NAN": isinstance(fmt, FloatingPoint) and fmt.specials != "none", "num_warps": tile.warps,
     }  # fmt: skip
     start = Start(_kernels().decode_kernel, tile.programs, layout[2], meta)
     return (flat.count, flat.length, tile.chunks), start
