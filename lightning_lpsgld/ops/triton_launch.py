@@ -68,5 +68,6 @@ class Start:
         """By Triton's own way, which compiles; what it started is kept."""
         compiled: Any = self.kernel[(self.programs,)](*args, **self.meta)
         known = None if compiled is None else _compiled_kernel()
-        if known is not None and isinstance(compiled, known):
+        startable = known is not None and isinstance(compiled, known)
+        if startable:
             self.found = compiled[(self.programs, 1, 1)]

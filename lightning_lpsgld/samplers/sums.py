@@ -115,7 +115,6 @@ class SummingSampler(LangevinOptimizer):
         if self.accumulator_format is not None:
             check_dtype(self.accumulator_format, torch.promote_types(param.dtype, torch.float32))
 
-    @torch.no_grad()
     def accumulator_of(self, param: Tensor) -> Tensor:
         """The sum of a parameter's steps: the parameter itself, or what is kept beside it, float32 or wider.
 
@@ -125,14 +124,19 @@ class SummingSampler(LangevinOptimizer):
             return param
         state = self.state[param]
         if "accumulator" not in state:
-            wide = torch.promote_types(param.dtype, torch.float32)
-            total = param.detach().to(wide, copy=True, memory_format=torch.preserve_format)
-            if self.accumulator_format is not None:
-                fmt = self.accumulator_format
-                apply_to_whole_blocks_(total, fmt, partial(quantize, fmt=fmt, rounding="nearest"))
-            state["accumulator"] = total
+            state["accumulator"] = self._begun(param)
         accumulator: Tensor = state["accumulator"]
         return accumulator
+
+    @torch.no_grad()
+    def _begun(self, param: Tensor) -> Tensor:
+        """A sum that has the value of its parameter."""
+        wide = torch.promote_types(param.dtype, torch.float32)
+        total = param.detach().to(wide, copy=True, memory_format=torch.preserve_format)
+        if self.accumulator_format is not None:
+            fmt = self.accumulator_format
+            apply_to_whole_blocks_(total, fmt, partial(quantize, fmt=fmt, rounding="nearest"))
+        return total
 
     # ------------------------------------------------------------------------------------------------- saved state
 
