@@ -6,6 +6,7 @@
     python tests/benchmarks/gpu.py --budget-seconds 240 --out gpu.json
     python tests/benchmarks/gpu.py kernels training --out gpu.json    # some parts
     python tests/benchmarks/gpu.py --device cpu --dry-run             # tiny sizes, without a GPU: does the script work?
+    python tests/benchmarks/gpu.py --table gpu.json                   # what such a file holds, as a Markdown table
 
 The file is written anew after every measurement, so that a run that is cut short leaves what it had. Times are medians
 by device events, or of whole loops between two synchronizations. A part that is out of time says so and ends.
@@ -14,6 +15,7 @@ by device events, or of whole loops between two synchronizations. A part that is
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
 import logging
 import os
@@ -33,6 +35,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "study"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
@@ -58,6 +61,7 @@ class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         self.device, self.dry, self.out = args.device, args.dry_run, args.out
         self.began, self.budget = time.monotonic(), args.budget_seconds
+        self.last = [*args.parts, *([] if args.parts else PARTS)][-1]
         self.report: dict[str, Any] = {"machine": machine(self.device), "parts": {}}
 
     @property
@@ -144,8 +148,8 @@ def tests(run: Run) -> None:
     """``tests/gpu`` in processes side by side; what was not reached in time is missing from the counts."""
     log = Path(run.out or "gpu.json").resolve().with_suffix(".tests.jsonl")
     log.unlink(missing_ok=True)
-    seconds = max(10.0, run.left - 5)
-    workers = str(min(8, max(1, (os.cpu_count() or 2) // 2)))
+    seconds = max(10.0, run.left - 5 if run.last == "tests" else 0.5 * run.budget)
+    workers = str(min(12, max(1, 3 * (os.cpu_count() or 2) // 4)))
     command = [
         sys.executable,
         "-m",
@@ -161,6 +165,8 @@ def tests(run: Run) -> None:
     if run.dry:
         command += ["-k", "draws_are or block_is", "-n", "0"]
     env = os.environ | {"GPU_TESTS_LOG": str(log), "OMP_NUM_THREADS": "1", "GPU_TESTS_DEVICE": run.device}
+    # Named, because inductor would move it within a process, and the kernels would be compiled again there.
+    env.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
     cut, began = False, time.monotonic()
     with (log.with_suffix(".txt")).open("w") as output:
@@ -332,18 +338,31 @@ class Clock(L.Callback):
 
 
 @contextmanager
-def profiled(run: Run, rows: list[str]) -> Iterator[None]:
-    """The dozen costliest kernels of what runs within, as lines."""
-    if run.device != "cuda":
-        yield
-        return
-    from torch.profiler import ProfilerActivity, profile
+def profiled(run: Run, found: dict[str, Any]) -> Iterator[None]:
+    """The costliest kernels, operators and Python functions of what runs within, as lines.
 
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
-        yield
-        run.wait()
-    events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)[:14]
-    rows += [f"{e.self_device_time_total / 1e3:9.2f} ms {e.count:6d}x {e.key[:90]}" for e in events]
+    Python's own profiler slows Python down, and is told of no other thread: backward is not among the functions.
+    """
+    functions = cProfile.Profile()
+    if run.device != "cuda":
+        with functions:
+            yield
+    else:
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen, functions:
+            yield
+            run.wait()
+        events = seen.key_averages()
+        for name, cost in (("kernels", "self_device_time_total"), ("operators", "self_cpu_time_total")):
+            dear = sorted(events, key=lambda event: -getattr(event, cost))[:14]
+            found[name] = [f"{getattr(e, cost) / 1e3:9.2f} ms {e.count:6d}x {e.key[:90]}" for e in dear]
+    # entries are (code, calls, recursive calls, total time, own time, callees)
+    dear = sorted(functions.getstats(), key=lambda entry: -entry.inlinetime)[:24]
+    found["functions"] = [f"{1e3 * e.inlinetime:9.2f} ms {e.callcount:6d}x {code_name(e.code)}" for e in dear]
+
+
+def code_name(code: Any) -> str:
+    """File, line and function of a profiler's entry."""
+    return code if isinstance(code, str) else f"{'/'.join(Path(code.co_filename).parts[-2:])}:{code.co_name}"
 
 
 class Batches:
@@ -400,6 +419,15 @@ def training(run: Run) -> None:
     """ResNet-18 at 32x32, batch 128: seconds a step, peak memory, and the costliest kernels of ours."""
     size, number = (128, 40) if not run.dry else (4, 3)
     data = Batches(run, number, size)
+
+    def costliest() -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        net = resnet8(3) if run.dry else resnet18(3, 10)
+        trained(run, net, Batches(run, 2, size), OURS(), first=1)  # what is compiled and planned once is not shown
+        with profiled(run, found):
+            trained(run, net, Batches(run, 4, size), OURS(), first=1)
+        return {"four steps": found}
+
     for name, (make, precision) in PLUGINS.items():
 
         def row(make: Any = make, precision: Any = precision) -> dict[str, Any]:
@@ -411,18 +439,13 @@ def training(run: Run) -> None:
             return found
 
         run.attempt("training", name, row, needs=8)
+        if name == "ours, simulated":
+            run.attempt("training", "costliest of ours, simulated", costliest, needs=10)
     base = run.report["parts"].get("training", {}).get("fp32 SGD", {}).get("ms a step")
     for row_ in run.report["parts"].get("training", {}).values():
         if base and "ms a step" in row_:
             row_["of fp32 SGD"] = row_["ms a step"] / base
 
-    def costliest() -> dict[str, Any]:
-        lines: list[str] = []
-        with profiled(run, lines):
-            trained(run, resnet8(3) if run.dry else resnet18(3, 10), Batches(run, 4, size), OURS(), first=1)
-        return {"four steps": lines}
-
-    run.attempt("training", "costliest kernels of ours, simulated", costliest, needs=10)
     little = Batches(run, 3 * number, 100, 1, 28) if not run.dry else Batches(run, 3, 4, 1, 28)
     for name in ("fp32 SGD", "ours, simulated"):
         make, precision = PLUGINS[name]
@@ -481,6 +504,30 @@ def ensembles(run: Run) -> None:
         run.attempt("ensembles", f"one sample, EnsembleEvaluation, arithmetic={arithmetic!r}", row, needs=8)
 
 
+# ---------------------------------------------------------------------------------------------------------------- table
+
+
+def table(path: Path) -> str:
+    """What a report holds, as Markdown: one row for each measurement, one column for its figures."""
+    report = json.loads(path.read_text())
+    known = report["machine"]
+    names = ("gpu", "driver", "torch", "triton", "lightning", "python", "cores")
+    lines = [", ".join(f"{name} {known.get(name)}" for name in names), "", "| | | |", "|---|---|---|"]
+    for part, rows in report["parts"].items():
+        for what, row in rows.items():
+            figures = [f"{name}: {_figure(value)}" for name, value in row.items() if isinstance(value, (int, float))]
+            if "counts" in row:
+                figures = [f"{number} {outcome}" for outcome, number in row["counts"].items()]
+            reason = row.get("skipped") or row.get("error")
+            if figures or reason:
+                lines.append(f"| {part} | {what} | {', '.join(figures) or reason} |")
+    return "\n".join(lines)
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+
+
 PARTS = {"kernels": kernels, "steps": steps, "training": training, "ensembles": ensembles, "tests": tests}
 
 
@@ -492,7 +539,11 @@ def main() -> None:
     parser.add_argument("--budget-seconds", type=float, default=570.0)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes")
+    parser.add_argument("--table", type=Path, help="print the table of such a file, and run nothing")
     args = parser.parse_args()
+    if args.table:
+        print(table(args.table))
+        return
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     run = Run(args)
