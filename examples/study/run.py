@@ -24,6 +24,7 @@ import platform
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,7 @@ def main() -> None:
     epochs = args.epochs or EPOCHS[args.size]
     args.cache.mkdir(parents=True, exist_ok=True)
     data = Fashion(args.data_dir, args.size, test=args.test_images, device=args.accelerator)
-    began = time.monotonic()
+    began, failed = time.monotonic(), []
     for row in rows_of(args.size, args.seeds):
         key = (*(str(getattr(row, name)) for name in COLUMNS[:4]), _text(row.temperature), str(row.seed))
         cell = f"{row.method}/{row.format}"
@@ -210,9 +211,13 @@ def main() -> None:
             continue
         try:
             table, probabilities = run_row(row, data, epochs)
-        except BaseException:
+        except BaseException as error:
             _claim_of(args.cache, row).unlink()
-            raise
+            if not isinstance(error, Exception):
+                raise
+            failed.append(row.name)  # the other runs are not to suffer
+            traceback.print_exc()
+            continue
         np.savez_compressed(args.cache / f"{row.name}.npz", **probabilities)
         store(args.out, table)
         record = {"epochs": epochs, "batch_size": data.batch_size, "weight_decay": WEIGHT_DECAY}
@@ -220,6 +225,8 @@ def main() -> None:
         (args.out.with_suffix(".json")).write_text(json.dumps(record, indent=1) + "\n")
         summary = (f"{e['of']} {100 * e['error']:.2f} {e['nll']:.4f} {100 * e['ece']:.2f}" for e in table)
         print(row.name, *summary, flush=True)
+    if failed:
+        raise SystemExit(f"not run, for the reasons above: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 ::
 
-    python examples/study/tables.py                     # reads examples/results/study/rows.csv
+    python examples/study/tables.py            # reads and writes examples/results/study/
+
+``rows.csv`` and, if it is there, ``deep_ensembles.csv`` are read; ``tables.md`` and ``study.png`` are written.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from deep import equivalent
 from scipy import stats
 
-__all__ = ["CLAIMS", "Cell", "judge", "read", "table"]
+__all__ = ["CLAIMS", "LOSSES", "NO_WORSE", "Cell", "claims", "judge", "read", "table"]
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "study"
 SCORES = ("error", "nll", "calibrated_nll", "brier", "ece", "ece_paper")
@@ -31,8 +34,28 @@ CLAIMS = [
     ("full accumulator better than VC, fixed point", "nll", "sgldlp-f/fixed8", "vc-sgldlp-l/fixed8", "ensemble"),
     ("cyclical VC better calibrated than VC, block", "ece", "vc-csgldlp-l/bfp8", "vc-sgldlp-l/bfp8", "ensemble"),
     ("SGLD better calibrated than SGD, fp32", "ece", "sgld/fp32", "sgd/fp32", "last"),
+    ("cyclical better calibrated than not, fp32", "ece", "csgld/fp32", "sgld/fp32", "ensemble"),
+    ("16-bit accumulator better than VC of 8 bits, block", "nll", "vc-sgldlp-16/bfp8", "vc-sgldlp-l/bfp8", "ensemble"),
+    ("VC better than naive, SGHMC, block", "nll", "vc-sghmclp-l/bfp8", "naive-sghmclp-l/bfp8", "ensemble"),
     ("blocks that carry better than blocks that clamp, VC", "nll", "vc-sgldlp-l/bfp8", "vc-sgldlp-l/bfp8-clamp",
      "ensemble"),
+    ("blocks that carry better than blocks that clamp, SGD-L", "nll", "sgdlp-l/bfp8", "sgdlp-l/bfp8-clamp", "last"),
+]  # fmt: skip
+
+#: (what is claimed, score, method and format, reference, how much worse it may be, of which): no worse than.
+NO_WORSE = [
+    ("full accumulator no worse than fp32 SGLD, block", "nll", "sgldlp-f/bfp8", "sgld/fp32", 0.01, "ensemble"),
+    ("full accumulator no worse than fp32 SGLD, fixed point", "nll", "sgldlp-f/fixed8", "sgld/fp32", 0.01, "ensemble"),
+    ("16-bit accumulator no worse than the full one, block", "nll", "vc-sgldlp-16/bfp8", "sgldlp-f/bfp8", 0.01,
+     "ensemble"),
+]  # fmt: skip
+
+#: Losses by 8 bits that are compared: (what is claimed, score, (8 bits, fp32), (8 bits, fp32) that should lose more).
+LOSSES = [
+    ("SGLD loses less by 8 bits than SGD, fixed point", "nll", ("vc-sgldlp-l/fixed8", "sgld/fp32", "ensemble"),
+     ("sgdlp-l/fixed8", "sgd/fp32", "last")),
+    ("SGLD loses less by 8 bits than SGD, block", "nll", ("vc-sgldlp-l/bfp8", "sgld/fp32", "ensemble"),
+     ("sgdlp-l/bfp8", "sgd/fp32", "last")),
 ]  # fmt: skip
 
 
@@ -71,20 +94,38 @@ def read(path: Path, size: int) -> dict[Key, dict[str, Cell]]:
     return {key: {name: Cell(by_seed) for name, by_seed in scores.items()} for key, scores in values.items()}
 
 
-def table(cells: dict[Key, dict[str, Cell]], of: str) -> str:
-    """Markdown: one line a row, mean and standard error over the seeds."""
-    lines = [
-        "| method/format | T | seeds | error % | NLL | calibrated NLL | Brier | ECE % | ECE (paper) % | T_eff |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+def read_deep(path: Path, size: int) -> list[dict[str, float]]:
+    """Scores of deep ensembles by their size; empty if none are stored."""
+    if not path.exists():
+        return []
+    with path.open() as file:
+        entries = [{k: float(v) for k, v in entry.items()} for entry in csv.DictReader(file)]
+    return [entry for entry in entries if entry["size"] == size]
+
+
+def table(cells: dict[Key, dict[str, Cell]], of: str, deep: list[dict[str, float]]) -> str:
+    """Markdown: one line a row, mean and standard error over the seeds; DEE is the deep ensemble equivalent."""
+    names = (
+        "method/format | T | seeds | error % | NLL | calibrated NLL | Brier | ECE % | ECE (paper) % | T_eff | MB | DEE"
+    )
+    lines = [f"| {names} |", "|---" * 12 + "|"]
     for (name, temperature, kind), scores in sorted(cells.items(), key=lambda item: (item[0][1], item[0][0])):
         if kind != of:
             continue
         shown = [_shown(scores[score], 100.0 if score in PERCENT else 1.0) for score in SCORES]
-        seeds = len(scores["error"].values)
-        lines.append(
-            f"| {name} | {temperature:g} | {seeds} | " + " | ".join(shown) + f" | {scores['t_eff'].mean:.3g} |"
-        )
+        worth = f"{equivalent(scores['calibrated_nll'].mean, deep):.1f}" if deep else ""
+        measured = [f"{scores[score].mean:.3g}" for score in ("t_eff", "sample_mb")]
+        seeds = str(len(scores["error"].values))
+        lines.append("| " + " | ".join([name, f"{temperature:g}", seeds, *shown, *measured, worth]) + " |")
+    return "\n".join(lines)
+
+
+def deep_table(deep: list[dict[str, float]]) -> str:
+    """Markdown: deep ensembles by their size."""
+    lines = ["| networks | error % | NLL | calibrated NLL | Brier | ECE % |", "|---|---|---|---|---|---|"]
+    for entry in deep:
+        shown = [f"{100 * entry['error']:.2f}", *(f"{entry[s]:.4f}" for s in ("nll", "calibrated_nll", "brier"))]
+        lines.append(f"| {entry['members']:.0f} | " + " | ".join(shown) + f" | {100 * entry['ece']:.2f} |")
     return "\n".join(lines)
 
 
@@ -94,36 +135,101 @@ def _shown(cell: Cell, scale: float) -> str:
     return f"{scale * cell.mean:.{digits}f}{spread}"
 
 
-def judge(cells: dict[Key, dict[str, Cell]], better: str, worse: str, score: str, of: str) -> str:
+def _row(cells: dict[Key, dict[str, Cell]], name: str, of: str) -> dict[str, Cell]:
+    """A row at the paper's temperature (or of SGD); empty if it was not run."""
+    return next((scores for (n, t, kind), scores in cells.items() if (n, kind) == (name, of) and t in (0.0, 1e-3)), {})
+
+
+def _differences(first: Cell | None, second: Cell | None) -> Cell:
+    """Of the seeds that both have."""
+    if first is None or second is None:
+        return Cell({})
+    return Cell({s: v - second.values[s] for s, v in first.values.items() if s in second.values})
+
+
+def _judged(cell: Cell, margin: float = 0.0) -> str:
+    """Whether a mean is below a margin, at 95 %."""
+    n = len(cell.values)
+    if n < 2:
+        return f"open: one seed, difference {cell.mean:+.4f}" if n else "not run"
+    reach = float(stats.t.ppf(0.975, n - 1)) * cell.error
+    verdict = "shown" if cell.mean + reach < margin else "refuted" if cell.mean - reach > margin else "open"
+    return f"{verdict}: {cell.mean:+.4f} [{cell.mean - reach:+.4f}, {cell.mean + reach:+.4f}], {n} seeds"
+
+
+def judge(cells: dict[Key, dict[str, Cell]], better: str, worse: str, score: str, of: str, margin: float = 0.0) -> str:
     """Difference of two rows over the seeds they share, paired, with a 95 % interval.
 
+    Args:
+        cells: Of :func:`read`.
+        better: Row that is claimed to have the smaller score.
+        worse: The other.
+        score: Which.
+        of: ``"last"`` or ``"ensemble"``.
+        margin: The claim is that the difference is below it; above 0: no worse by more than that.
+
     Returns:
-        ``"shown"``, ``"refuted"`` or ``"open"`` with the numbers; ``"not run"`` below two shared seeds.
+        ``"shown"``, ``"refuted"`` or ``"open"`` with the numbers; ``"not run"`` without a shared seed.
     """
-    rows = {name: scores for (name, t, kind), scores in cells.items() if kind == of and t in (0.0, 1e-3)}
-    if better not in rows or worse not in rows:
-        return "not run"
-    first, second = rows[better][score].values, rows[worse][score].values
-    seeds = sorted(first.keys() & second.keys())
-    if len(seeds) < 2:
-        return f"open: one seed, difference {first[seeds[0]] - second[seeds[0]]:+.4f}" if seeds else "not run"
-    cell = Cell({seed: first[seed] - second[seed] for seed in seeds})
-    reach = float(stats.t.ppf(0.975, len(seeds) - 1)) * cell.error
-    verdict = "shown" if cell.mean + reach < 0 else "refuted" if cell.mean - reach > 0 else "open"
-    return f"{verdict}: {cell.mean:+.4f} [{cell.mean - reach:+.4f}, {cell.mean + reach:+.4f}], {len(seeds)} seeds"
+    first, second = _row(cells, better, of), _row(cells, worse, of)
+    return _judged(_differences(first.get(score), second.get(score)), margin)
+
+
+def claims(cells: dict[Key, dict[str, Cell]]) -> str:
+    """Markdown: every claim and what the rows say of it."""
+    lines = ["| claim | score | of | verdict (difference, 95 % interval) |", "|---|---|---|---|"]
+    for claim, score, better, worse, of in CLAIMS:
+        lines.append(f"| {claim} | {score} | {of} | {judge(cells, better, worse, score, of)} |")
+    for claim, score, name, reference, margin, of in NO_WORSE:
+        verdict = judge(cells, name, reference, score, of, margin)
+        lines.append(f"| {claim} (by more than {margin:g}) | {score} | {of} | {verdict} |")
+    for claim, score, less, more in LOSSES:
+        lost = [_differences(*(_row(cells, n, of).get(score) for n in (a, b))) for a, b, of in (less, more)]
+        lines.append(f"| {claim} | {score} | both | {_judged(_differences(*lost))} |")
+    return "\n".join(lines)
+
+
+def figure(cells: dict[Key, dict[str, Cell]], deep: list[dict[str, float]], path: Path) -> None:
+    """NLL of the last weights and of the ensemble at T = 1e-3, and of deep ensembles as lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = sorted({n for n, t, of in cells if t in (0.0, 1e-3) and of == "ensemble"})
+    fig, axes = plt.subplots(1, 2, figsize=(11, 0.32 * len(names) + 1.2), sharey=True, layout="constrained")
+    for ax, (score, label, scale) in zip(axes, (("nll", "NLL", 1.0), ("ece", "ECE, %", 100.0))):
+        for of, color in (("last", "0.6"), ("ensemble", "C0")):
+            found = [_row(cells, name, of)[score] for name in names]
+            errors = [0.0 if math.isnan(c.error) else scale * c.error for c in found]
+            ax.errorbar([scale * c.mean for c in found], range(len(names)), xerr=errors, fmt="o", color=color, label=of)
+        for entry in deep:
+            if entry["members"] in (1, 4, 8) and score == "nll":
+                ax.axvline(entry[score], color="C3", alpha=0.4, linewidth=1)
+                ax.annotate(f"{entry['members']:.0f} SGD", (entry[score], len(names) - 0.4), color="C3", fontsize=7)
+        ax.set_xlabel(label)
+        ax.grid(alpha=0.3)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[1].legend()
+    fig.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=Path, default=RESULTS / "rows.csv")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--size", type=int, default=5_000)
     args = parser.parse_args()
-    cells = read(args.rows, args.size)
-    for of in ("last", "ensemble"):
-        print(f"\nOf the {of}:\n\n{table(cells, of)}")
-    print("\n| claim | score | of | verdict (difference, 95 % interval) |\n|---|---|---|---|")
-    for claim, score, better, worse, of in CLAIMS:
-        print(f"| {claim} | {score} | {of} | {judge(cells, better, worse, score, of)} |")
+    cells = read(args.results / "rows.csv", args.size)
+    deep = read_deep(args.results / "deep_ensembles.csv", args.size)
+    kinds = {"last": "last weights", "ensemble": "ensemble"}
+    parts = [f"Of the {words}:\n\n{table(cells, of, deep)}" for of, words in kinds.items()]
+    if deep:
+        parts.append(f"Deep ensembles of float32 SGD:\n\n{deep_table(deep)}")
+    text = "\n\n".join([*parts, claims(cells)]) + "\n"
+    suffix = "" if args.size == 5_000 else f"-{args.size}"
+    (args.results / f"tables{suffix}.md").write_text(text)
+    figure(cells, deep, args.results / f"study{suffix}.png")
+    print(text)
 
 
 if __name__ == "__main__":

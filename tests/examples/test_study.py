@@ -117,3 +117,56 @@ def test_claims_are_judged_by_paired_differences(better, worse, verdict):
     cells = {("a/x", 1e-3, "last"): {"nll": Cell(dict(enumerate(better)))},
              ("b/x", 1e-3, "last"): {"nll": Cell(dict(enumerate(worse)))}}  # fmt: skip
     assert judge(cells, "a/x", "b/x", "nll", "last").startswith(verdict)
+
+
+def test_no_worse_than_a_margin_is_judged_by_the_margin():
+    from tables import Cell, judge
+
+    cells = {("a/x", 1e-3, "last"): {"nll": Cell({0: 0.105, 1: 0.104, 2: 0.106})},
+             ("b/x", 1e-3, "last"): {"nll": Cell({0: 0.1, 1: 0.1, 2: 0.1})}}  # fmt: skip
+    assert judge(cells, "a/x", "b/x", "nll", "last").startswith("refuted")
+    assert judge(cells, "a/x", "b/x", "nll", "last", margin=0.01).startswith("shown")
+
+
+def test_deep_ensembles_and_the_number_of_networks_that_a_posterior_is_worth():
+    from deep import deep_ensembles, equivalent
+
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(0, 3, (400,), generator=generator)
+    logits = torch.nn.functional.one_hot(targets, 3) + 1.5 * torch.randn(6, 400, 3, generator=generator)
+    table = deep_ensembles(logits.softmax(-1), targets)
+    nlls = [entry["calibrated_nll"] for entry in table]
+    assert [entry["members"] for entry in table] == [1, 2, 3, 4, 5, 6]
+    assert nlls == sorted(nlls, reverse=True)
+    assert equivalent(nlls[2], table) == pytest.approx(3.0)
+    assert equivalent((nlls[0] + nlls[1]) / 2, table) == pytest.approx(1.5)
+    assert equivalent(nlls[0] + 0.1, table) == 0.0
+    assert equivalent(nlls[-1] - 0.1, table) == math.inf
+
+
+def test_tables_and_the_figure_come_from_stored_results(tmp_path):
+    from rows import rows_of
+    from run import COLUMNS
+    from tables import CLAIMS, LOSSES, NO_WORSE
+
+    lines = [",".join(COLUMNS)]
+    for number, row in enumerate(rows_of(5_000, 2)):
+        for of in ("last", "ensemble"):
+            key = (row.data, row.size, row.method, row.format, f"{row.temperature:g}", row.seed, of, 30)
+            scores = (0.1, 0.3 + number / 1000, 0.29, 0.15, 0.02, 0.03, 0.001, 10.0, 0.1)
+            lines.append(",".join(map(str, key + scores)))
+    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
+    deep = ("size,members,error,nll,calibrated_nll,brier,ece,ece_paper", "5000,1,0.1,0.35,0.3,0.15,0.02,0.03",
+            "5000,2,0.1,0.33,0.28,0.15,0.02,0.03")  # fmt: skip
+    (tmp_path / "deep_ensembles.csv").write_text("\n".join(deep) + "\n")
+    done = subprocess.run(
+        [sys.executable, STUDY / "tables.py", "--results", tmp_path], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "tables.md").read_text()
+    assert "not run" not in text  # every claim is about rows that the study has
+    assert text.count("| open") + text.count("| shown") + text.count("| refuted") == sum(
+        map(len, (CLAIMS, NO_WORSE, LOSSES))
+    )
+    assert "| 1.5 |" in text  # of 0.29, half way between one network and two
+    assert (tmp_path / "study.png").stat().st_size > 10_000

@@ -1,0 +1,95 @@
+"""Deep ensembles of the study's float32 SGD networks, and how many of them a posterior is worth.
+
+::
+
+    python examples/study/run.py --data-dir FOLDER --only sgd/fp32 --seeds 8     # the networks
+    python examples/study/deep.py --data-dir FOLDER                              # deep_ensembles.csv
+
+An ensemble of m is scored over several choices of m of the networks; :func:`equivalent` reads off how many independent
+networks have the calibrated log likelihood of a row (Ashukha et al., 2020, arXiv:2002.06470, section 5).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+
+import numpy as np
+import torch
+from fashion import Fashion
+from rows import Row
+from scores import scores_of
+from torch import Tensor
+
+__all__ = ["deep_ensembles", "equivalent"]
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "study"
+#: Choices of members over which an ensemble's scores are averaged.
+_CHOICES = 8
+
+
+def deep_ensembles(members: Tensor, targets: Tensor, choices: int = _CHOICES) -> list[dict[str, float]]:
+    """Scores of ensembles of 1 to all networks.
+
+    Args:
+        members: Probabilities, shape (networks, n, classes).
+        targets: Labels, shape (n,).
+        choices: Random choices of members of each size; every network once for ensembles of one.
+
+    Returns:
+        One dictionary a size: ``members`` and the mean scores.
+    """
+    generator = torch.Generator().manual_seed(0)
+    table = []
+    for size in range(1, len(members) + 1):
+        sets = [torch.randperm(len(members), generator=generator)[:size] for _ in range(choices)]
+        if size == 1:
+            sets = list(torch.arange(len(members)).unsqueeze(1))
+        elif size == len(members):
+            sets = sets[:1]
+        found = [scores_of(members[chosen].double().mean(0), targets) for chosen in sets]
+        table.append({"members": float(size)} | {name: sum(f[name] for f in found) / len(found) for name in found[0]})
+    return table
+
+
+def equivalent(calibrated_nll: float, table: list[dict[str, float]]) -> float:
+    """How many independent networks, averaged, have a calibrated NLL; linear between sizes.
+
+    Returns:
+        Below 1 there is no answer: 0. ``inf`` where the largest ensemble of the table is not enough.
+    """
+    sizes = [entry["members"] for entry in table]
+    values = list(np.minimum.accumulate([entry["calibrated_nll"] for entry in table]))
+    if calibrated_nll > values[0]:
+        return 0.0
+    if calibrated_nll < values[-1]:
+        return float("inf")
+    return float(np.interp(-calibrated_nll, [-v for v in values], sizes))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--size", type=int, default=5_000)
+    parser.add_argument("--cache", type=Path, default=Path("runs/study"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "deep_ensembles.csv")
+    args = parser.parse_args()
+    data = Fashion(args.data_dir, args.size)
+    data.setup("test")
+    paths = [args.cache / f"{Row('fashion-mnist', args.size, 'sgd', 'fp32', 0.0, s).name}.npz" for s in range(100)]
+    members = [torch.from_numpy(np.load(path)["last"]) for path in paths if path.exists()]
+    if not members:
+        raise SystemExit(f"{args.cache} has no run of sgd/fp32; run examples/study/run.py --only sgd/fp32 first.")
+    table = deep_ensembles(torch.stack(members), data.test[1].cpu())
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["size", *table[0]])
+        writer.writeheader()
+        for entry in table:
+            writer.writerow({"size": args.size} | {name: f"{value:.6g}" for name, value in entry.items()})
+    print(args.out.read_text())
+
+
+if __name__ == "__main__":
+    main()
