@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.stats import assert_moments, draws_for_moments
+from helpers.stats import assert_moments, assert_same_mean, draws_for_moments
 
 from lightning_lpsgld.analysis import naive_law, rounding_variance_after_noise, variance_budget, vc_law
 from lightning_lpsgld.analysis.onestep import finite_grid
 from lightning_lpsgld.formats import parse_format
-from lightning_lpsgld.ops import quantize_variance_corrected
+from lightning_lpsgld.ops import quantize, quantize_variance_corrected
 from lightning_lpsgld.ops.reference import variance_plan
 from lightning_lpsgld.random import DrawKey, normals
 
@@ -96,3 +96,22 @@ def test_refusals():
         variance_budget(MEAN, 1.0, "fixed8.3", update="lattice")
     with pytest.raises(ValueError, match="`variance` must be >= 0"):
         variance_budget(MEAN, -1.0, "fixed8.3")
+
+
+@pytest.mark.parametrize("update", ["vc", "naive"])
+def test_the_budget_of_a_row_counts_the_next_exponent(update):
+    """Against draws: mean square over the row, 0.4 of a gap above the top code, small and large noise."""
+    gap = 1 / 64
+    x = torch.tensor([[127.4, 0.25, -126.7, 76.2]]) * gap
+    for variance in (0.05 * gap**2, 0.6 * gap**2):
+        budget = variance_budget(x, variance, "bfp8", update=update)
+        many = x.repeat(20_000, 1)
+        if update == "vc":
+            got = quantize_variance_corrected(many, variance, "bfp8", key=DrawKey(5))
+        else:
+            got = quantize(many + variance**0.5 * normals(many.shape, DrawKey(6)), "bfp8", key=DrawKey(5))
+        squares = (got - many).double().square().mean(1)
+        rival = torch.full((20_000,), float(budget.achieved), dtype=torch.float64)
+        assert_same_mean(squares / gap**2, rival / gap**2, detect=0.1)
+        assert float(budget.carried) > 0.02 * gap**2
+        assert 0.2 < float(budget.crossing) < 0.9

@@ -157,3 +157,19 @@ def test_refusals():
             plan(net, None, loss, **{"lr": 0.1, "num_data": 10, **change})
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
         plan(nn.Linear(2, 2).requires_grad_(False), None, loss, lr=0.1, num_data=10)
+
+
+def test_what_a_clamp_holds_is_in_the_verdict_and_what_carries_is_in_the_noise():
+    """Scales just below 1, each a block, that the step would take over."""
+    net = torch.nn.BatchNorm1d(6, affine=True)
+    torch.nn.init.constant_(net.weight, 0.9921875)
+    data = torch.randn(32, 6, generator=torch.Generator().manual_seed(1)), torch.zeros(32, 6)
+    options = {"lr": 0.001, "num_data": 10**6}
+    loss = lambda module, batch: -module(batch[0]).square().mean()  # noqa: E731  # pushes scales up
+    clamp, carry = (plan(net, data, loss, weights=fmt, **options) for fmt in ("bfp8-clamp", "bfp8"))
+    assert "100.0% of the blocks held below a power of two by clamping" in clamp.layers[0].verdict
+    assert "held" not in carry.layers[0].verdict
+    held, carried = clamp.layers[0].budgets[0], carry.layers[0].budgets[0]
+    assert (float(held.held), float(carried.held)) == (1.0, 0.0)
+    assert float(held.bias) > 0.0 == float(carried.bias)
+    assert 0.0 == float(held.crossing) < float(carried.crossing) < 0.1
