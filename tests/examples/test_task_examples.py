@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
+import language_model_adapters as adapters
 import regression
 import segmentation
 
@@ -56,6 +58,30 @@ def test_shapes_have_three_classes_and_a_void_border():
     border[1:-1, 1:-1] = False
     assert bool((targets[:, border] == segmentation.VOID).all())
     assert not bool((targets[:, ~border] == segmentation.VOID).any())
+
+
+def test_adapters_of_a_language_model_in_small(capsys):
+    """A small random transformer; of each sample only adapters and head are stored anew, and in 8 bits."""
+    pytest.importorskip("peft")
+    pytest.importorskip("sklearn")
+    rows = adapters.compare(per_library=12, held_out=12, epochs=2, samples=2, random_weights=True)
+    assert [row["size"] for row in rows.values()] == [1, 1, 2]
+    assert all(math.isfinite(rows["8-bit SGLD, ensemble"][name]) for name in adapters.COLUMNS)
+    trained = 2 * 2 * 2 * 4 * 32 + 4 * 32 + 4  # two layers, query and value, two factors of rank 4; and the head
+    plain, _, ensemble = rows.values()
+    assert plain["bytes"] == 4 * trained
+    assert trained < ensemble["bytes"] < 1.15 * trained
+    adapters.print_table(rows)
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_the_texts_are_different_sentences_without_names_of_libraries():
+    pytest.importorskip("sklearn")
+    train, test = adapters.corpus(40, 20)
+    assert len({text for text, _ in train + test}) == 4 * 60
+    assert [sum(label == number for _, label in train) for number in range(4)] == [40] * 4
+    assert not any(re.search(r"(?i)numpy|scipy|sklearn|torch\b|tensor\b|ndarray", text) for text, _ in train + test)
+    assert adapters.corpus(40, 20) == (train, test)
 
 
 @pytest.mark.parametrize("name", ["regression", "segmentation"])

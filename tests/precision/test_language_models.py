@@ -97,9 +97,9 @@ def trainer(folder, sampled, callbacks, max_steps=6, **options):
     )  # fmt: skip
 
 
-def fit(folder, name, max_steps=6, ckpt=None, bank=None, ranks=1):
+def fit(folder, name, max_steps=6, ckpt=None, bank=None, ranks=1, base="stored"):
     build, sampled, _ = MODELS[name]
-    module, collector = Language(build()), SampleCollector(bank, start=1)
+    module, collector = Language(build()), SampleCollector(bank, start=1, base=base)
     strategy = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto"}
     run = trainer(folder, sampled, [collector], max_steps, **strategy)
     run.fit(module, loader(ranks), ckpt_path=ckpt)
@@ -168,13 +168,21 @@ def test_frozen_layers_are_not_cast(tmp_path, name):
     assert all("lora_" in site or "classifier" in site for site in seen), seen
 
 
-@pytest.mark.parametrize("in_memory", [False, True])
-@pytest.mark.parametrize("name", ["adapters", "whole"])
-def test_resume_equals_uninterrupted_bitwise(tmp_path, name, in_memory):
-    banks = [None if in_memory else tmp_path / which / "bank" for which in ("whole", "halves")]
-    module, _, bank = fit(tmp_path / "whole", name, bank=banks[0])
-    fit(tmp_path / "halves", name, 3, bank=banks[1])
-    resumed, _, again = fit(tmp_path / "halves", name, ckpt=tmp_path / "halves" / "step=3.ckpt", bank=banks[1])
+@pytest.mark.parametrize(
+    ("name", "where", "base"),
+    [
+        ("adapters", "memory", "stored"),
+        ("adapters", "disk", "stored"),
+        ("adapters", "disk", "reference"),
+        ("whole", "disk", "stored"),
+    ],
+)
+def test_resume_equals_uninterrupted_bitwise(tmp_path, name, where, base):
+    banks = [None if where == "memory" else tmp_path / which / "bank" for which in ("whole", "halves")]
+    module, _, bank = fit(tmp_path / "whole", name, bank=banks[0], base=base)
+    fit(tmp_path / "halves", name, 3, bank=banks[1], base=base)
+    ckpt = tmp_path / "halves" / "step=3.ckpt"
+    resumed, _, again = fit(tmp_path / "halves", name, ckpt=ckpt, bank=banks[1], base=base)
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), resumed.parameters()))
     assert len(bank) == 5
     assert same_values(sample_values(bank), sample_values(again))
@@ -182,10 +190,11 @@ def test_resume_equals_uninterrupted_bitwise(tmp_path, name, in_memory):
 
 def two_ranks(folder):
     """Adapters on two ranks, whole and resumed."""
-    module, _, _ = fit(folder / "whole", "adapters", bank=folder / "bank", ranks=2)
-    fit(folder / "halves", "adapters", 3, bank=folder / "other", ranks=2)
+    options = {"ranks": 2, "base": "reference"}
+    module, _, _ = fit(folder / "whole", "adapters", bank=folder / "bank", **options)
+    fit(folder / "halves", "adapters", 3, bank=folder / "other", **options)
     ckpt = folder / "halves" / "step=3.ckpt"
-    resumed, _, _ = fit(folder / "halves", "adapters", ckpt=ckpt, bank=folder / "other", ranks=2)
+    resumed, _, _ = fit(folder / "halves", "adapters", ckpt=ckpt, bank=folder / "other", **options)
     return [[p.detach().clone() for p in found.parameters()] for found in (module, resumed)]
 
 
@@ -194,7 +203,7 @@ def test_two_ranks_stay_bit_identical_and_resume(tmp_path):
     (first, again), (second, other) = run_ranks(two_ranks, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(first, second))
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, again, other))
-    bank, resumed = SampleBank.open(tmp_path / "bank"), SampleBank.open(tmp_path / "other")
+    bank, resumed = (SampleBank.open(tmp_path / name, base=Language(with_adapters())) for name in ("bank", "other"))
     assert bank.steps == [2, 3, 4, 5, 6]
     assert same_values(sample_values(bank), sample_values(resumed))
     module = Language(with_adapters())

@@ -155,6 +155,23 @@ def _rank():
     return [p.detach() for p in module.parameters()]
 
 
+def _thawing():
+    """What a fit says that unfreezes a backbone on two ranks, which DDP then does not average."""
+    thaw = BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)
+    plugin = LowPrecisionSGLD(sampled=("net.2",), seed=0, check_replicas=1)
+    try:
+        fit(None, Backboned(), plugin, devices=2, strategy="ddp", callbacks=[thaw], max_epochs=3)
+    except RuntimeError as error:
+        return str(error)
+    return "went on"
+
+
+def test_replicas_that_a_thawed_backbone_drives_apart_are_stopped():
+    for message in run_ranks(_thawing):
+        assert "rank" in message
+        assert message != "went on"
+
+
 def test_two_ranks_stay_bit_identical():
     first, second = run_ranks(_rank)
     assert all(torch.equal(a, b) for a, b in zip(first, second))
