@@ -59,7 +59,7 @@ def chance_at_top(fmt: NumberFormat) -> float:
     Example:
         >>> from lightning_lpsgld.formats import parse_format
         >>> [round(100 * chance_at_top(parse_format(name)), 2) for name in ("bfp8", "bfp8-clamp", "mxfp8e4m3")]
-        [1.13, 1.7, 24.51]
+        [1.14, 1.7, 24.51]
     """
     if not isinstance(fmt, (BlockFloatingPoint, MicroscalingFloat)):
         return 0.0
