@@ -211,6 +211,7 @@ def test_killed_runs_of_a_part_become_the_uninterrupted_one(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_killed_at_fifty_points(tmp_path):
     kill_and_compare(tmp_path, 1, 50, random.Random())
 

@@ -187,6 +187,7 @@ def test_a_killed_writer_leaves_a_whole_bank(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_a_writer_killed_fifty_times_leaves_a_whole_bank(tmp_path):
     killed_runs(tmp_path / "bank", 50, seed=1)

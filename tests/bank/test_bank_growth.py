@@ -59,6 +59,7 @@ def test_five_thousand_additions_take_at_most_twenty_seconds(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)  # 300,000 waits for the disk
 def test_a_hundred_thousand_samples_are_added_in_linear_time_and_opened_in_five_seconds(tmp_path):
     with SampleBank(tmp_path / "bank") as bank:
         first = timed(lambda: additions(bank, 0, 10_000))

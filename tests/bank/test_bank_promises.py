@@ -314,5 +314,6 @@ def test_a_bank_keeps_its_promises():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_a_bank_keeps_its_promises_over_thousands_of_steps():
     check(*LONG)
