@@ -180,7 +180,7 @@ def trainer_of(epochs: int, callbacks: list[L.Callback], **options: Any) -> L.Tr
 
 
 def compare(
-    per_library: int = 80, held_out: int = 80, epochs: int = 6, samples: int = 8, *, random_weights: bool = False
+    per_library: int = 60, held_out: int = 60, epochs: int = 5, samples: int = 6, *, random_weights: bool = False
 ) -> dict[str, dict[str, float]]:
     """Rows of the table: AdamW's last weights, one 8-bit sample on average, the ensemble.
 
@@ -219,7 +219,7 @@ def compare(
 
 
 def sampling() -> LowPrecisionSGLD:
-    """Adapters and head in 8 bits, at a temperature at which 320 texts have a say against 38,000 weights."""
+    """Adapters and head in 8 bits, at a temperature at which 240 texts have a say against 38,000 weights."""
     return LowPrecisionSGLD(
         sampled=("*lora*", "head*"), sampler=PreconditionedSGLD, temperature=0.01, prior_mean="initial", prior_std=0.5
     )
