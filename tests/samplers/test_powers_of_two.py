@@ -18,7 +18,7 @@ from lightning_lpsgld.random import DrawKey
 from lightning_lpsgld.samplers import HALP, SGHMC, SGLD, SVRG, PreconditionedSGLD
 
 BOUNDARIES = (1.0, -2.0, 0.25, 0.5)
-CHAINS, TENSORS, STEPS = 3000, 500, 250
+CHAINS, TENSORS, STEPS = 3000, 700, 250
 #: Shape of a parameter, and centres of the elements of a block over that of the first, which is its largest.
 BLOCKS = {
     "bfp8": ((CHAINS,), (1.0,)),
@@ -87,7 +87,7 @@ def compare(case, block, temperature, backend, fmt=None):
     if backend != "auto":
         runs(backend, "quantize_variance_corrected", torch.ones(4, 4), fmt)
     unit = 1 / 20 if temperature == 1.0 else 1 / 64
-    detect = 0.35 if block != "bfp8-tensor" else 0.7  # of the published rule's 0.87 to 1.13 standard deviations
+    detect = 0.35 if block != "bfp8-tensor" else 0.85  # of the published rule's 0.87 to 1.13 standard deviations
     for ours, exact in zip(chains(case, block, fmt, temperature, backend, seed=5), rival(case, block, temperature)):
         if temperature == 0.0:  # full precision is deterministic: every chain is the same draw
             exact = exact + torch.zeros_like(ours)
