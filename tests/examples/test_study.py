@@ -170,3 +170,16 @@ def test_tables_and_the_figure_come_from_stored_results(tmp_path):
     )
     assert "| 1.5 |" in text  # of 0.29, half way between one network and two
     assert (tmp_path / "study.png").stat().st_size > 10_000
+
+
+def test_committed_results_have_the_studys_columns_and_tables():
+    from run import COLUMNS
+
+    results = STUDY.parent / "results" / "study"
+    with (results / "rows.csv").open() as file:
+        entries = list(csv.DictReader(file))
+    assert entries
+    assert tuple(entries[0]) == COLUMNS
+    assert all(math.isfinite(float(e["nll"])) and 0 <= float(e["error"]) <= 1 for e in entries)
+    assert (results / "tables.md").exists()
+    assert (results / "rows.json").exists()
