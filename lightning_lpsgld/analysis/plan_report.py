@@ -32,7 +32,7 @@ class LayerPlan:
         effective_temperature: Mean over the schedule of T·(achieved/target + gradient_noise).
         weight_bytes: Codes and shared exponents.
         accumulator_bytes: Of what is kept beside the weights, if anything.
-        remedy_bits: Bits of ``least``.
+        remedy_bits: Bits of ``least`` where it is of the kind of the grid in use; else ``None``: no longer word helps.
         verdict: One sentence.
         least: Narrowest grid of sums that meets the target: that in use, else the shortest longer word of the same kind
             (blocks, where it is a kind of floats); ``None`` if none up to 24 bits does.
@@ -183,7 +183,7 @@ class Plan:
             options.insert(0, f'accumulator="{least}" ({-(-least.bits // 8)} bytes a weight)')
         if self.update == "naive":
             options.append("variance_corrected=True")
-        if least is not None and self.accumulator == "low":
+        if least is not None and self.accumulator == "low" and type(least) is type(self.weights):
             options.append(f"{least.bits}-bit weights")
         if self.update == "vc":
             options.append("a higher temperature (rounding noise is then part of it)")

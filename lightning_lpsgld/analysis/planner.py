@@ -123,7 +123,13 @@ def _gradient_variance(grad: Tensor, fmt: NumberFormat | None) -> float:
 
 
 def _verdict(
-    heat: float, clipped: float, held: float, from_gradient: float, least: NumberFormat | None, fraction: int | None
+    heat: float,
+    clipped: float,
+    held: float,
+    from_gradient: float,
+    least: NumberFormat | None,
+    sums: NumberFormat,
+    fraction: int | None,
 ) -> str:
     notes = []
     if held > 0:
@@ -133,7 +139,13 @@ def _verdict(
     if from_gradient > TOLERANCE - 1.0:
         notes.append(f"gradient rounding adds {from_gradient:.2g} x the target noise: finer gradients")
     if heat > TOLERANCE:
-        more = f"{least.bits} bits" if least is not None else "a full accumulator"
+        more = (
+            "a full accumulator"
+            if least is None
+            else f"{least.bits} bits"
+            if type(least) is type(sums)
+            else f"sums in {least}"
+        )
         notes.append(f"{heat:.3g} times too much noise: {more}, or T x {heat:.3g}")
     return "; ".join(notes) or "ok"
 
@@ -256,7 +268,7 @@ def _layer(
         effective_temperature=temperature * (heat + sum(extra) / len(extra)),
         weight_bytes=_bytes(theta.shape, fmt),
         accumulator_bytes=4 * theta.numel() if update == "full" else 0 if sums is fmt else _bytes(theta.shape, sums),
-        remedy_bits=None if least is None else least.bits,
-        verdict=_verdict(heat, clipped, held, max(extra), least, own),
+        remedy_bits=least.bits if type(least) is type(sums) else None,
+        verdict=_verdict(heat, clipped, held, max(extra), least, sums, own),
         least=least,
     )

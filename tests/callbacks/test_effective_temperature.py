@@ -356,7 +356,7 @@ def test_arguments_are_checked_at_once(options):
 
 def pushed_up(weights, **options):
     """200 scales, each a block, which their gradients push towards 1.2 from between 0.9 and 0.99: 40 steps."""
-    module = GivenGradients(lr=1e-3, shapes=((200,),))
+    module = GivenGradients(lr=3e-3, shapes=((200,),))
     with torch.no_grad():
         module.weights[0].copy_(torch.linspace(0.9, 0.99, 200))
     module.training_step = lambda batch, batch_idx: (module.weights[0] - 1.2).square().sum() / 2
