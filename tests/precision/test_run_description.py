@@ -80,7 +80,9 @@ def test_the_command_line_lists_the_common_options():
     given = ["--sampler.lr=0.1", "--sampler.num_data=3", "--sampler.friction=2", "--sampler.accumulator=full"]
     assert parser.parse_args(given).sampler.accumulator == "full"
     with pytest.raises(SystemExit):
-        parser.parse_args([*given, "--sampler.accumulator=wide"])
+        parser.parse_args([*given, "--sampler.backend=wide"])
+    with pytest.raises(ValueError, match="wide"):  # any format is an accumulator, so the sampler itself refuses
+        SGHMC([torch.nn.Parameter(torch.zeros(2))], 0.1, num_data=3, friction=2.0, accumulator="wide")
 
 
 # ------------------------------------------------------------------------------------------- a sampler of one's own
