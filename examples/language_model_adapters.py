@@ -29,6 +29,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from score_table import score_table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -234,10 +235,7 @@ def changing_bytes(module: nn.Module, bank: SampleBank, sampled: tuple[str, ...]
 
 def print_table(rows: dict[str, dict[str, float]]) -> None:
     """One line a method."""
-    print(f"{'':<28}" + "".join(f"{name:>15}" for name in (*COLUMNS, "size", "bytes", "seconds")))
-    for label, row in rows.items():
-        cells = "".join(f"{row[name]:15.4f}" if name in row else f"{'':>15}" for name in COLUMNS)
-        print(f"{label:<28}{cells}{row['size']:15.0f}{row['bytes']:15.0f}{row['seconds']:15.1f}")
+    print(score_table(rows, COLUMNS, label=28))
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from score_table import score_table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -113,10 +114,7 @@ def diabetes(epochs: int = 100, samples: int = 30) -> dict[str, dict[str, float]
 
 def print_table(rows: dict[str, dict[str, float]]) -> None:
     """One line a method."""
-    print(f"{'':<26}" + "".join(f"{name:>13}" for name in (*COLUMNS, "size", "bytes", "seconds")))
-    for label, row in rows.items():
-        cells = "".join(f"{row[name]:13.3f}" if name in row else f"{'':>13}" for name in COLUMNS)
-        print(f"{label:<26}{cells}{row['size']:13.0f}{row['bytes']:13.0f}{row['seconds']:13.1f}")
+    print(score_table(rows, COLUMNS, width=13, digits=3))
 
 
 def curve_data(points: int = 400) -> TensorDataset:

@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from score_table import score_table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -99,10 +100,7 @@ def compare(epochs: int = 24, images: int = 256, samples: int = 12) -> dict[str,
 
 def print_table(rows: dict[str, dict[str, float]]) -> None:
     """One line a method."""
-    print(f"{'':<26}" + "".join(f"{name:>15}" for name in (*COLUMNS, "size", "bytes", "seconds")))
-    for label, row in rows.items():
-        cells = "".join(f"{row[name]:15.4f}" if name in row else f"{'':>15}" for name in COLUMNS)
-        print(f"{label:<26}{cells}{row['size']:15.0f}{row['bytes']:15.0f}{row['seconds']:15.1f}")
+    print(score_table(rows, COLUMNS))
 
 
 def main() -> None:

@@ -5,7 +5,7 @@
     python examples/study/run.py --data-dir FOLDER --only sgd/fp32 --seeds 8     # the networks
     python examples/study/deep.py --data-dir FOLDER                              # deep_ensembles.csv
 
-An ensemble of m is scored over several choices of m of the networks; :func:`equivalent` reads off how many independent
+An ensemble of m is scored over several choices of m of the networks; ``tables.py`` reads off how many independent
 networks have the calibrated log likelihood of a row (Ashukha et al., 2020, arXiv:2002.06470, section 5).
 """
 
@@ -22,7 +22,7 @@ from rows import Row
 from scores import scores_of
 from torch import Tensor
 
-__all__ = ["deep_ensembles", "equivalent"]
+__all__ = ["deep_ensembles"]
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "study"
 #: Choices of members over which an ensemble's scores are averaged.
@@ -51,21 +51,6 @@ def deep_ensembles(members: Tensor, targets: Tensor, choices: int = _CHOICES) ->
         found = [scores_of(members[chosen].double().mean(0), targets) for chosen in sets]
         table.append({"members": float(size)} | {name: sum(f[name] for f in found) / len(found) for name in found[0]})
     return table
-
-
-def equivalent(calibrated_nll: float, table: list[dict[str, float]]) -> float:
-    """How many independent networks, averaged, have a calibrated NLL; linear between sizes.
-
-    Returns:
-        Below 1 there is no answer: 0. ``inf`` where the largest ensemble of the table is not enough.
-    """
-    sizes = [entry["members"] for entry in table]
-    values = list(np.minimum.accumulate([entry["calibrated_nll"] for entry in table]))
-    if calibrated_nll > values[0]:
-        return 0.0
-    if calibrated_nll < values[-1]:
-        return float("inf")
-    return float(np.interp(-calibrated_nll, [-v for v in values], sizes))
 
 
 def main() -> None:

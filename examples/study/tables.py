@@ -16,10 +16,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from deep import equivalent
+import numpy as np
 from scipy import stats
 
-__all__ = ["CLAIMS", "LOSSES", "NO_WORSE", "Cell", "claims", "judge", "read", "table"]
+__all__ = ["CLAIMS", "LOSSES", "NO_WORSE", "Cell", "claims", "equivalent", "judge", "read", "table"]
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "study"
 SCORES = ("error", "nll", "calibrated_nll", "brier", "ece", "ece_paper")
@@ -101,6 +101,21 @@ def read_deep(path: Path, size: int) -> list[dict[str, float]]:
     with path.open() as file:
         entries = [{k: float(v) for k, v in entry.items()} for entry in csv.DictReader(file)]
     return [entry for entry in entries if entry["size"] == size]
+
+
+def equivalent(calibrated_nll: float, table: list[dict[str, float]]) -> float:
+    """How many independent networks, averaged, have a calibrated NLL; linear between sizes.
+
+    Returns:
+        Below 1 there is no answer: 0. ``inf`` where the largest ensemble of the table is not enough.
+    """
+    sizes = [entry["members"] for entry in table]
+    values = list(np.minimum.accumulate([entry["calibrated_nll"] for entry in table]))
+    if calibrated_nll > values[0]:
+        return 0.0
+    if calibrated_nll < values[-1]:
+        return float("inf")
+    return float(np.interp(-calibrated_nll, [-v for v in values], sizes))
 
 
 def table(cells: dict[Key, dict[str, Cell]], of: str, deep: list[dict[str, float]]) -> str:

@@ -129,7 +129,8 @@ def test_no_worse_than_a_margin_is_judged_by_the_margin():
 
 
 def test_deep_ensembles_and_the_number_of_networks_that_a_posterior_is_worth():
-    from deep import deep_ensembles, equivalent
+    from deep import deep_ensembles
+    from tables import equivalent
 
     generator = torch.Generator().manual_seed(0)
     targets = torch.randint(0, 3, (400,), generator=generator)
