@@ -48,7 +48,8 @@ def run(args: list[str]) -> int:
     write = export_onnx if suffix == ".onnx" else export_program
     try:
         batch = next(iter(cli.loader(cli.config["inputs"])))
-        print(write(cli.model, str(options.bank), str(options.output), batch, task=options.task))
+        known = {"task": options.task, "noise_std": options.noise_std}
+        print(write(cli.model, str(options.bank), str(options.output), batch, **known))
     except CommandError:
         raise
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:

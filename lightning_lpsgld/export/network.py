@@ -1,76 +1,187 @@
-"""The network of one sample as a function of its input and its tensors."""
+"""The network of one sample as a function of its input and its tensors, and what becomes of all samples' answers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from lightning_lpsgld.predictive import default_inputs
+from lightning_lpsgld.bank import SampleBank
+from lightning_lpsgld.export.weights import PackedTensor, pack
+from lightning_lpsgld.predictive import PosteriorEnsemble
+from lightning_lpsgld.predictive.batches import by_keyword, default_inputs
+from lightning_lpsgld.predictive.members import Called
+from lightning_lpsgld.predictive.outputs import GaussianOutput
+from lightning_lpsgld.predictive.reading import TaskName
+from lightning_lpsgld.predictive.reduction import open_output, task_of
+from lightning_lpsgld.predictive.tasks import Multiclass, Regression, Task, logits_in
 
-__all__ = ["Kind", "Single", "checked_inputs", "kind_of", "posterior"]
+__all__ = ["Head", "Inputs", "Single", "Subject", "checked_inputs", "free_dims", "posterior", "prepared"]
 
-Kind = Literal["multiclass", "regression"]
+#: What a module is called with: one tensor, or tensors by name (as tokenizers give them).
+Inputs = Tensor | dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Head:
+    """How the output of one sample becomes tensors that can be averaged over samples.
+
+    Attributes:
+        task: What is predicted.
+        noise_variance: Variance around values that come without one.
+    """
+
+    task: Task
+    noise_variance: float = 0.0
+
+    @property
+    def kind(self) -> Literal["classes", "labels", "numbers"]:
+        """One of several classes (also no and yes), several labels, or numbers."""
+        if isinstance(self.task, Regression):
+            return "numbers"
+        return "labels" if self.task.name == "multilabel" else "classes"
+
+    def __call__(self, output: Any) -> tuple[Tensor, ...]:
+        """Probabilities with the classes in dim 1, or mean and variance; float32."""
+        opened = open_output(output, self.task)
+        if self.kind == "numbers":
+            if isinstance(opened, GaussianOutput):
+                return opened.mean.float(), opened.variance.float().expand_as(opened.mean)
+            return opened.float(), torch.full_like(opened.float(), self.noise_variance)
+        logits = logits_in(opened, self.task.name).float()
+        if isinstance(self.task, Multiclass):
+            dim = 1 if self.task.class_dim is None else self.task.class_dim
+            return (logits.movedim(dim, 1).softmax(1),)
+        logits = logits if self.kind == "labels" else logits.reshape(-1)
+        return (torch.stack([torch.sigmoid(-logits), torch.sigmoid(logits)], dim=1),)
 
 
 class Single(nn.Module):
-    """``forward(x, *tensors)``: output of a module with these tensors in place of its own.
+    """``forward(x, *tensors)``: what one sample says, with these tensors in place of the module's own.
 
     Args:
-        module: The module; runs in evaluation mode.
+        called: The module and how it is called; runs in evaluation mode.
         names: Names of the tensors, in order.
+        head: What to make of its output.
     """
 
-    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+    def __init__(self, called: Called, names: Sequence[str], head: Head) -> None:
         super().__init__()
-        self.module, self.names = module, list(names)
+        self.called, self.names, self.head = called, list(names), head
 
-    def forward(self, x: Tensor, *tensors: Tensor) -> Tensor:
-        """Output for a batch ``x``."""
-        out: Tensor = functional_call(self.module, dict(zip(self.names, tensors)), (x,))
-        return out
+    def forward(self, x: Inputs, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """What the head makes of the output for a batch ``x``."""
+        return self.head(self.called.call_with(dict(zip(self.names, tensors)), x))
 
 
-def checked_inputs(batch: Any) -> Tensor:
-    """The one input tensor of a batch.
+@dataclass(frozen=True)
+class Subject:
+    """What is exported.
+
+    Attributes:
+        bank: The samples.
+        ensemble: Them as PyTorch averages them.
+        inputs: What the file is checked on, on the CPU.
+        packed: Tensors of all samples.
+        head: What to make of an output.
+    """
+
+    bank: SampleBank
+    ensemble: PosteriorEnsemble
+    inputs: Inputs
+    packed: list[PackedTensor]
+    head: Head
+
+    @property
+    def points(self) -> int:
+        """Rows of the inputs."""
+        return len(next(iter(self.named.values())))
+
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """Inputs by name; ``input`` if there is one that has none."""
+        return {"input": self.inputs} if isinstance(self.inputs, Tensor) else self.inputs
+
+    @property
+    def single(self) -> Single:
+        """The network of one sample."""
+        return Single(self.ensemble.called, [tensor.name for tensor in self.packed], self.head)
+
+
+def checked_inputs(batch: Any) -> Inputs:
+    """The inputs of a batch: one tensor, or those of a mapping that is passed on by keyword.
 
     Raises:
-        ValueError: If there is not exactly one, of two rows or more.
+        ValueError: If they are something else, or not of two rows or more.
     """
-    inputs = default_inputs(batch)
-    if not isinstance(inputs, Tensor) or len(inputs) < 2:
-        what = f"{len(inputs)} rows" if isinstance(inputs, Tensor) else type(inputs).__name__
-        raise ValueError(f"export: takes modules of one input tensor, and a batch of two rows or more, got {what}.")
-    return inputs
+    named = by_keyword(batch)
+    parts = {"input": default_inputs(batch)} if named is None else named
+    if not all(isinstance(part, Tensor) and part.ndim for part in parts.values()):
+        wrong = next(type(part).__name__ for part in parts.values() if not isinstance(part, Tensor) or not part.ndim)
+        raise ValueError(
+            f"export: takes modules of one input tensor, or tensors by name as tokenizers give, got {wrong}."
+        )
+    rows = {len(part) for part in parts.values()}
+    if len(rows) > 1 or min(rows) < 2:
+        raise ValueError(f"export: takes a batch of two rows or more, got {', '.join(map(str, sorted(rows)))} rows.")
+    here = {name: part.detach().cpu() for name, part in parts.items()}
+    return here["input"] if named is None else here
 
 
-def kind_of(output: Any, task: str) -> Kind:
-    """What the outputs of an exported file are.
+def prepared(
+    module: nn.Module,
+    bank: SampleBank | str | os.PathLike[str],
+    batch: Any,
+    task: TaskName | Task,
+    forward: Callable[[nn.Module, Any], Any],
+    noise_std: float | None,
+) -> Subject:
+    """Open and check what is to be exported.
 
     Raises:
-        ValueError: If the task cannot be exported.
+        ValueError: If the bank is empty, or the task or the inputs cannot be exported.
+        BankError: If the module is not the one that was sampled.
     """
-    tensor = isinstance(output, Tensor) and output.is_floating_point()
-    if task in ("auto", "multiclass") and tensor and output.ndim >= 2 and output.shape[1] >= 2:
-        return "multiclass"
-    if task == "regression" and tensor:
-        return "regression"
-    what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    raise ValueError(
-        f"export: takes logits (n, classes, ...), or values with task='regression'; got task={task!r} and {what}."
-    )
+    bank = bank if isinstance(bank, SampleBank) else SampleBank.open(bank)
+    if bank.needs_base:
+        bank.give_base(module)
+    inputs, packed = checked_inputs(batch), pack(bank)
+    ensemble = PosteriorEnsemble(module, bank, task=task, forward=forward, noise_std=noise_std, members="streamed")
+    opened = open_output(next(ensemble.outputs(inputs)), ensemble.task)
+    found = task_of(opened, ensemble.task)
+    first = opened.mean if isinstance(opened, GaussianOutput) else opened
+    wrong = first.ndim == 0 or (isinstance(found, Multiclass) and (first.ndim < 2 or first.shape[1] < 2))
+    if wrong or (found.name == "binary" and first.ndim == 2 and first.shape[1] > 1):
+        raise ValueError(
+            "export: takes logits (n, classes, ...), one logit a point with task='binary', (n, labels) with task="
+            f"'multilabel', or values with task='regression'; got task={found.name!r} and {tuple(first.shape)}."
+        )
+    known = found.noise_variance if isinstance(found, Regression) else None
+    return Subject(bank, ensemble, inputs, packed, Head(found, ensemble.noise_variance if known is None else known))
 
 
-def posterior(outputs: Tensor, kind: Kind) -> dict[str, Tensor]:
-    """Outputs of all samples, shape ``(samples, n, ...)``, to the named outputs of the file."""
-    if kind == "regression":
-        mean = outputs.mean(0)
-        return {"mean": mean, "epistemic": (outputs - mean).square().mean(0)}
-    p = outputs.softmax(2)
+def free_dims(inputs: Inputs) -> Any:
+    """``dynamic_shapes`` of inputs whose first dim is free."""
+    batch = torch.export.Dim("batch", min=2)
+    return {0: batch} if isinstance(inputs, Tensor) else {name: {0: batch} for name in inputs}
+
+
+def posterior(answers: Sequence[tuple[Tensor, ...]], head: Head) -> dict[str, Tensor]:
+    """What all samples said to the named outputs of the file."""
+    if head.kind == "numbers":
+        means, variances = (torch.stack(parts) for parts in zip(*answers))
+        mean = means.mean(0)
+        return {"mean": mean, "epistemic": (means - mean).square().mean(0), "aleatoric": variances.mean(0)}
+    p = torch.stack([answer[0] for answer in answers])
     mean = p.mean(0)
     total = -(mean * mean.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(1)
     expected = -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(2).mean(0)
-    return {"mean": mean, "predictive_entropy": total, "mutual_information": (total - expected).clamp(min=0.0)}
+    return {
+        "mean": mean[:, 1] if head.kind == "labels" else mean,
+        "predictive_entropy": total,
+        "mutual_information": (total - expected).clamp(min=0.0),
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lpsgld.bank import SampleBank
-from lightning_lpsgld.export.network import Kind, Single, checked_inputs, kind_of
+from lightning_lpsgld.export.network import Inputs, Subject, free_dims, prepared
 from lightning_lpsgld.export.outcome import Export, median_seconds
-from lightning_lpsgld.export.weights import PackedTensor, pack
-from lightning_lpsgld.predictive import PosteriorEnsemble
+from lightning_lpsgld.export.weights import PackedTensor
+from lightning_lpsgld.predictive.batches import default_logits
+from lightning_lpsgld.predictive.members import evaluation_mode
 from lightning_lpsgld.predictive.reading import TaskName
 from lightning_lpsgld.predictive.swap import swapped_weights
+from lightning_lpsgld.predictive.tasks import Task
 
 __all__ = ["export_onnx"]
 
@@ -40,13 +43,12 @@ def _packages() -> Any:
     return onnx, onnxscript, onnxruntime
 
 
-def _exported(module: nn.Module, args: tuple[Tensor, ...]) -> Any:
-    """ONNX model of a module whose first argument has a free first dim."""
-    batch = torch.export.Dim("batch", min=2)
-    shapes: Any = ({0: batch},) if len(args) == 1 else ({0: batch}, tuple({} for _ in args[1:]))
+def _exported(module: nn.Module, inputs: Inputs, tensors: tuple[Tensor, ...]) -> Any:
+    """ONNX model of a module whose inputs have a free first dim."""
+    shapes = (free_dims(inputs), tuple({} for _ in tensors)) if tensors else (free_dims(inputs),)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(module, (inputs, *tensors), dynamic_shapes=shapes, strict=False)
         made = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=True, verbose=False)
     assert made is not None
     return made.model_proto
@@ -62,55 +64,58 @@ def _dequantized(onnx: Any, number: int, name: str, packed: PackedTensor) -> tup
     return [code, scale], [cast, node("Mul", [real, scale], [name])]
 
 
-def _calls(onnx: Any, network: Any, packed: list[PackedTensor]) -> tuple[Any, list[Any], list[Any]]:
-    """The network as a function, its calls whose outputs become ``all`` ``(samples, n, ...)``, and its tensors."""
+def _calls(onnx: Any, network: Any, names: list[str], packed: list[PackedTensor]) -> tuple[Any, list[Any], list[Any]]:
+    """The network as a function; its calls, whose outputs become ``all_0`` ``(samples, n, ...)`` etc.; its tensors."""
     node, graph = onnx.helper.make_node, network.graph
     read = {name for one in graph.node for name in one.input} | {value.name for value in graph.output}
     inputs: list[str] = []
     steps: list[Any] = []
     tensors: list[list[Any]] = [[] for _ in packed[0].values]
-    for number, (value, tensor) in enumerate(zip(list(graph.input)[1:], packed)):
+    for number, (value, tensor) in enumerate(zip(list(graph.input)[len(names) :], packed)):
         if value.name not in read:
             continue  # num_batches_tracked and the like
-        names, made = _dequantized(onnx, number, value.name, tensor)
-        inputs += names
+        parts, made = _dequantized(onnx, number, value.name, tensor)
+        inputs += parts
         steps += made
         for sample, kept in enumerate(tensors):
-            for name, array in zip(names, (tensor.values, tensor.scales)):
+            for name, array in zip(parts, (tensor.values, tensor.scales)):
                 assert array is not None
                 kept.append(onnx.numpy_helper.from_array(array[sample].contiguous().numpy(), f"{name}_of_{sample}"))
     constants = [node("Constant", [], [value.name], value=value) for value in graph.initializer]
+    firsts = [value.name for value in list(graph.input)[: len(names)]]
     function = onnx.helper.make_function(
-        _DOMAIN, "OneSample", [graph.input[0].name, *inputs], [graph.output[0].name],
+        _DOMAIN, "OneSample", [*firsts, *inputs], [value.name for value in graph.output],
         [*constants, *steps, *graph.node], list(network.opset_import),
     )  # fmt: skip
     nodes = []
     for sample, kept in enumerate(tensors):
-        call = ["input", *(tensor.name for tensor in kept)]
-        nodes.append(node("OneSample", call, [f"output_{sample}"], domain=_DOMAIN))
-        nodes.append(node("Unsqueeze", [f"output_{sample}", "axis_0"], [f"row_{sample}"]))
-    nodes.append(node("Concat", [f"row_{sample}" for sample in range(len(tensors))], ["all"], axis=0))
+        answers = [f"output_{sample}_{part}" for part in range(len(graph.output))]
+        nodes.append(node("OneSample", [*names, *(tensor.name for tensor in kept)], answers, domain=_DOMAIN))
+        nodes += [node("Unsqueeze", [answer, "axis_0"], [f"row_{answer}"]) for answer in answers]
+    for part in range(len(graph.output)):
+        rows = [f"row_output_{sample}_{part}" for sample in range(len(tensors))]
+        nodes.append(node("Concat", rows, [f"all_{part}"], axis=0))
     return function, nodes, [tensor for kept in tensors for tensor in kept]
 
 
-def _tail(onnx: Any, kind: Kind) -> tuple[list[Any], list[Any], list[str]]:
-    """Nodes from ``all`` to the outputs, constants they need, names of the outputs."""
+def _moments(onnx: Any) -> tuple[list[Any], list[Any]]:
+    """Nodes from ``all_0``, means, and ``all_1``, variances, to the outputs, and constants they need."""
     node, array = onnx.helper.make_node, onnx.numpy_helper.from_array
-    constants = [array(np.array([0], np.int64), "axis_0")]
-    if kind == "regression":
-        nodes = [
-            node("ReduceMean", ["all", "axis_0"], ["mean"], keepdims=0),
-            node("Sub", ["all", "mean"], ["apart"]),
-            node("Mul", ["apart", "apart"], ["squared"]),
-            node("ReduceMean", ["squared", "axis_0"], ["epistemic"], keepdims=0),
-        ]
-        return nodes, constants, ["mean", "epistemic"]
-    constants += [
-        array(np.array([1], np.int64), "axis_1"),
-        array(np.array([2], np.int64), "axis_2"),
-        array(np.array(_TINY, np.float32), "tiny"),
-        array(np.array(0.0, np.float32), "zero"),
+    nodes = [
+        node("ReduceMean", ["all_0", "axis_0"], ["mean"], keepdims=0),
+        node("Sub", ["all_0", "mean"], ["apart"]),
+        node("Mul", ["apart", "apart"], ["squared"]),
+        node("ReduceMean", ["squared", "axis_0"], ["epistemic"], keepdims=0),
+        node("ReduceMean", ["all_1", "axis_0"], ["aleatoric"], keepdims=0),
     ]
+    return nodes, [array(np.array([0], np.int64), "axis_0")]
+
+
+def _entropies(onnx: Any, kind: str) -> tuple[list[Any], list[Any]]:
+    """Nodes from ``all_0``, probabilities, to the outputs, and constants they need."""
+    node, array = onnx.helper.make_node, onnx.numpy_helper.from_array
+    constants = [array(np.array([axis], np.int64), f"axis_{axis}") for axis in (0, 1, 2)]
+    constants += [array(np.array(_TINY, np.float32), "tiny"), array(np.array(0.0, np.float32), "zero")]
 
     def entropy(p: str, axis: str, out: str) -> list[Any]:
         return [
@@ -122,27 +127,43 @@ def _tail(onnx: Any, kind: Kind) -> tuple[list[Any], list[Any], list[str]]:
         ]
 
     nodes = [
-        node("Softmax", ["all"], ["each"], axis=2),
-        node("ReduceMean", ["each", "axis_0"], ["mean"], keepdims=0),
-        *entropy("mean", "axis_1", "predictive_entropy"),
-        *entropy("each", "axis_2", "entropies"),
+        node("ReduceMean", ["all_0", "axis_0"], ["average"], keepdims=0),
+        *entropy("average", "axis_1", "predictive_entropy"),
+        *entropy("all_0", "axis_2", "entropies"),
         node("ReduceMean", ["entropies", "axis_0"], ["expected"], keepdims=0),
         node("Sub", ["predictive_entropy", "expected"], ["apart"]),
         node("Max", ["apart", "zero"], ["mutual_information"]),
     ]
-    return nodes, constants, ["mean", "predictive_entropy", "mutual_information"]
+    if kind == "labels":
+        constants.append(array(np.array(1, np.int64), "yes"))
+        nodes.append(node("Gather", ["average", "yes"], ["mean"], axis=1))
+    else:
+        nodes.append(node("Identity", ["average"], ["mean"]))
+    return nodes, constants
 
 
-def _assemble(onnx: Any, network: Any, packed: list[PackedTensor], kind: Kind) -> Any:
-    function, calls, tensors = _calls(onnx, network, packed)
-    nodes, constants, outputs = _tail(onnx, kind)
-    first = copy.deepcopy(network.graph.input[0])
-    first.name = "input"
+def _outputs(onnx: Any, network: Any, kind: str) -> list[Any]:
+    """Names, types and shapes of the outputs."""
     dims = [d.dim_value or d.dim_param for d in network.graph.output[0].type.tensor_type.shape.dim]
-    entropy = [dims[0], *dims[2:]]
-    shapes = {name: entropy if kind == "multiclass" and name != "mean" else dims for name in outputs}
-    infos = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shapes[name]) for name in outputs]
-    graph = onnx.helper.make_graph([*calls, *nodes], "posterior", [first], infos, initializer=[*tensors, *constants])
+    points = [dims[0], *dims[2:]]
+    if kind == "numbers":
+        shapes = {"mean": dims, "epistemic": dims, "aleatoric": dims}
+    else:
+        mean = points if kind == "labels" else dims
+        shapes = {"mean": mean, "predictive_entropy": points, "mutual_information": points}
+    return [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, shape) for n, shape in shapes.items()]
+
+
+def _assemble(onnx: Any, network: Any, subject: Subject) -> Any:
+    names, kind = list(subject.named), subject.head.kind
+    function, calls, tensors = _calls(onnx, network, names, subject.packed)
+    nodes, constants = _moments(onnx) if kind == "numbers" else _entropies(onnx, kind)
+    firsts = [copy.deepcopy(value) for value in list(network.graph.input)[: len(names)]]
+    for value, name in zip(firsts, names):
+        value.name = name
+    graph = onnx.helper.make_graph(
+        [*calls, *nodes], "posterior", firsts, _outputs(onnx, network, kind), initializer=[*tensors, *constants]
+    )
     opsets = [*network.opset_import, onnx.helper.make_opsetid(_DOMAIN, 1)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, producer_name="lightning_lpsgld")
     model.functions.extend([*network.functions, function])
@@ -157,7 +178,9 @@ def export_onnx(
     path: str | os.PathLike[str],
     batch: Any,
     *,
-    task: TaskName = "auto",
+    task: TaskName | Task = "auto",
+    forward: Callable[[nn.Module, Any], Any] = default_logits,
+    noise_std: float | None = None,
     threads: int = 1,
 ) -> Export:
     """Write the ensemble of a bank as one ONNX file, and check it against PyTorch with onnxruntime.
@@ -165,16 +188,21 @@ def export_onnx(
     The network stands once, as a function that the graph calls for every sample; weights are int8 (int16) codes and
     power-of-two scales, multiplied in the graph, so nothing is rounded. (onnxruntime multiplies them when it loads the
     file, so a call is as fast as float32, and then takes float32's memory.) One-dimensional tensors, which have an
-    exponent an element, and formats that are not linear keep float32 values. Input ``input``; outputs ``mean``,
-    ``predictive_entropy``, ``mutual_information``, or ``mean`` and ``epistemic`` of a regression. The first dim is
-    free.
+    exponent an element, and formats that are not linear keep float32 values.
+
+    Input ``input``, or the names of a tokenized batch; the first dim is free, the others are those of ``batch``.
+    Outputs as :class:`.PosteriorEnsemble` has them: ``mean`` (probabilities ``(n, classes, ...)``, of yes and no ``(n,
+    2)``, of several labels ``(n, labels)``), ``predictive_entropy``, ``mutual_information``; of a regression ``mean``,
+    ``epistemic`` and ``aleatoric`` (variances).
 
     Args:
-        module: Built like the one that was sampled, float32, with one input tensor; not changed.
+        module: Built like the one that was sampled, float32; not changed.
         bank: The samples, or their path.
         path: The file; its folder must exist.
         batch: Real inputs (or a batch with targets), two rows or more, for the check and the latency.
-        task: ``"auto"`` or ``"multiclass"`` for logits, ``"regression"`` for values.
+        task: As for :class:`.PosteriorEnsemble`.
+        forward: ``forward(module, inputs)`` gives the output, where it is not ``module(inputs)``.
+        noise_std: Standard deviation around values of a regression that gives no variance.
         threads: Threads of onnxruntime when latencies are measured.
 
     Returns:
@@ -186,40 +214,33 @@ def export_onnx(
         BankError: If the module is not the one that was sampled.
     """
     onnx, onnxscript, runtime = _packages()
-    bank = bank if isinstance(bank, SampleBank) else SampleBank.open(bank)
-    if bank.needs_base:
-        bank.give_base(module)
-    inputs, packed = checked_inputs(batch).cpu(), pack(bank)
-    ensemble = PosteriorEnsemble(module, bank, task=task, members="streamed")
-    kind = kind_of(next(ensemble.outputs(inputs)), task)
-    if sum(tensor.nbytes for tensor in packed) > _LIMIT:
+    subject = prepared(module, bank, batch, task, forward, noise_std)
+    if sum(tensor.nbytes for tensor in subject.packed) > _LIMIT:
         raise ValueError("export_onnx: a file of more than 2 GiB is not possible; thin the bank first.")
-    with swapped_weights(module):
-        module.eval()
-        bank.load_into(module, 0)
-        firsts = tuple(tensor.decoded()[0].clone() for tensor in packed)
-        network = _exported(Single(module, [tensor.name for tensor in packed]), (inputs, *firsts))
-        alone = _exported(module, (inputs,))
-    model = _assemble(onnx, network, packed, kind)
+    with swapped_weights(module), evaluation_mode(subject.ensemble.called):
+        subject.bank.load_into(module, 0)
+        firsts = tuple(tensor.decoded()[0].clone() for tensor in subject.packed)
+        network = _exported(subject.single, subject.inputs, firsts)
+        alone = _exported(subject.ensemble.called, subject.inputs, ())
     target = Path(path)
-    onnx.save(model, target)
+    onnx.save(_assemble(onnx, network, subject), target)
     onnx.checker.check_model(str(target), full_check=True)
     session = _session(runtime, target.read_bytes(), threads)
     single = _session(runtime, alone.SerializeToString(), threads)
-    feed = {"input": inputs.numpy()}
+    feed = {name: tensor.numpy() for name, tensor in subject.named.items()}
+    first = dict(zip([value.name for value in single.get_inputs()], feed.values()))
     names = [output.name for output in session.get_outputs()]
-    answer = dict(zip(names, session.run(None, feed)))
-    expected = ensemble(inputs).tensors()
-    first = {single.get_inputs()[0].name: inputs.numpy()}
+    answer, samples = dict(zip(names, session.run(None, feed))), len(subject.bank)
+    expected = subject.ensemble(subject.inputs).tensors()
     return Export(
         path=target,
-        samples=len(bank),
+        samples=samples,
         bytes=target.stat().st_size,
-        bytes_fp32=len(bank) * alone.ByteSize(),
+        bytes_fp32=samples * alone.ByteSize(),
         difference={name: float(np.abs(answer[name] - expected[name].numpy()).max()) for name in names},
-        points=len(inputs),
+        points=subject.points,
         seconds=median_seconds(lambda: session.run(None, feed)),
-        seconds_fp32=len(bank) * median_seconds(lambda: single.run(None, first)),
+        seconds_fp32=samples * median_seconds(lambda: single.run(None, first)),
         versions=f"opset {OPSET}, onnx {onnx.__version__}, onnxscript {onnxscript.__version__}, "
         f"onnxruntime {runtime.__version__}, torch {torch.__version__}, {threads} thread(s)",
     )

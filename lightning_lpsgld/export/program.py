@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lpsgld.bank import SampleBank
-from lightning_lpsgld.export.network import Kind, Single, checked_inputs, kind_of, posterior
+from lightning_lpsgld.export.network import Inputs, Single, Subject, free_dims, posterior, prepared
 from lightning_lpsgld.export.outcome import Export, median_seconds
-from lightning_lpsgld.export.weights import PackedTensor, pack
-from lightning_lpsgld.predictive import PosteriorEnsemble
+from lightning_lpsgld.predictive.batches import default_logits
+from lightning_lpsgld.predictive.members import evaluation_mode
 from lightning_lpsgld.predictive.reading import TaskName
 from lightning_lpsgld.predictive.swap import swapped_weights
+from lightning_lpsgld.predictive.tasks import Task
 
 __all__ = ["export_program"]
 
@@ -24,17 +26,17 @@ __all__ = ["export_program"]
 class _Stacked(nn.Module):
     """All samples one after the other: vectorized over samples, convolutions would fix the size of the batch."""
 
-    def __init__(self, module: nn.Module, packed: list[PackedTensor], kind: Kind) -> None:
+    def __init__(self, subject: Subject) -> None:
         super().__init__()
-        self._single: list[Single] = [Single(module, [tensor.name for tensor in packed])]  # its weights are no part
-        self.kind: Kind = kind
-        for number, tensor in enumerate(packed):
+        self._single: list[Single] = [subject.single]  # its weights are no part
+        self.head = subject.head
+        for number, tensor in enumerate(subject.packed):
             self.register_buffer(f"values_{number}", tensor.values.clone())
             if tensor.scales is not None:
                 self.register_buffer(f"scales_{number}", tensor.scales.clone())
-        self.count, self.samples = len(packed), len(packed[0].values)
+        self.count, self.samples = len(subject.packed), len(subject.bank)
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
+    def forward(self, x: Inputs) -> dict[str, Tensor]:
         members = []
         for sample in range(self.samples):
             tensors = []
@@ -43,8 +45,7 @@ class _Stacked(nn.Module):
                 own = values[sample]
                 tensors.append(own if scales is None else own.float() * scales[sample])
             members.append(self._single[0](x, *tensors))
-        outputs = torch.stack(members)
-        return posterior(outputs, self.kind)
+        return posterior(members, self.head)
 
 
 @torch.no_grad()
@@ -54,20 +55,24 @@ def export_program(
     path: str | os.PathLike[str],
     batch: Any,
     *,
-    task: TaskName = "auto",
+    task: TaskName | Task = "auto",
+    forward: Callable[[nn.Module, Any], Any] = default_logits,
+    noise_std: float | None = None,
 ) -> Export:
     """Write the ensemble of a bank as a ``torch.export`` program (``.pt2``), and check it against the ensemble.
 
-    ``torch.export.load(path).module()(x)`` gives a mapping with the outputs of :func:`.export_onnx`; neither this
-    package nor the module's class is needed for that. Weights are codes and power-of-two scales; the graph has the
-    network once a sample. The first dim of ``x`` is free.
+    ``torch.export.load(path).module()(x)`` gives a mapping with the outputs of :func:`.export_onnx`; ``x`` is a
+    tensor, or a dict of tensors for tokenized batches. Neither this package nor the module's class is needed for that.
+    Weights are codes and power-of-two scales; the graph has the network once a sample. The first dim of ``x`` is free.
 
     Args:
-        module: Built like the one that was sampled, float32, with one input tensor; not changed.
+        module: Built like the one that was sampled, float32; not changed.
         bank: The samples, or their path.
         path: The file.
         batch: Real inputs (or a batch with targets), two rows or more.
-        task: ``"auto"`` or ``"multiclass"`` for logits, ``"regression"`` for values.
+        task: As for :func:`.export_onnx`.
+        forward: ``forward(module, inputs)`` gives the output, where it is not ``module(inputs)``.
+        noise_std: Standard deviation around values of a regression that gives no variance.
 
     Returns:
         Size, largest difference, latency (both in PyTorch).
@@ -77,29 +82,24 @@ def export_program(
         RuntimeError: If ``torch.export`` cannot trace the module.
         BankError: If the module is not the one that was sampled.
     """
-    bank = bank if isinstance(bank, SampleBank) else SampleBank.open(bank)
-    if bank.needs_base:
-        bank.give_base(module)
-    inputs, packed = checked_inputs(batch).cpu(), pack(bank)
-    ensemble = PosteriorEnsemble(module, bank, task=task, members="streamed")
-    kind = kind_of(next(ensemble.outputs(inputs)), task)
-    shapes = ({0: torch.export.Dim("batch", min=2)},)
-    with swapped_weights(module), warnings.catch_warnings():
+    subject = prepared(module, bank, batch, task, forward, noise_std)
+    called, inputs = subject.ensemble.called, subject.inputs
+    with swapped_weights(module), evaluation_mode(called), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module.eval()
-        program = torch.export.export(_Stacked(module, packed, kind), (inputs,), dynamic_shapes=shapes, strict=False)
-        alone = median_seconds(lambda: module(inputs))
+        shapes = (free_dims(inputs),)
+        program = torch.export.export(_Stacked(subject), (inputs,), dynamic_shapes=shapes, strict=False)
+        alone = median_seconds(lambda: called(inputs))
     torch.export.save(program, str(path))
     loaded = torch.export.load(str(path)).module()
-    answer, expected = loaded(inputs), ensemble(inputs).tensors()
+    answer, expected = loaded(inputs), subject.ensemble(inputs).tensors()
     return Export(
         path=Path(path),
-        samples=len(bank),
+        samples=len(subject.bank),
         bytes=Path(path).stat().st_size,
-        bytes_fp32=bank.nbytes_fp32,
+        bytes_fp32=subject.bank.nbytes_fp32,
         difference={name: float((value - expected[name]).abs().max()) for name, value in answer.items()},
-        points=len(inputs),
+        points=subject.points,
         seconds=median_seconds(lambda: loaded(inputs)),
-        seconds_fp32=len(bank) * alone,
+        seconds_fp32=len(subject.bank) * alone,
         versions=f"torch {torch.__version__}, {torch.get_num_threads()} thread(s)",
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["default_logits", "default_targets", "device_of", "to_device"]
+__all__ = ["by_keyword", "default_inputs", "default_logits", "default_targets", "device_of", "to_device"]
 
 _INPUTS = ("inputs", "input", "images", "image", "x", "features", "data")
 _TARGETS = ("targets", "target", "labels", "label", "y")
@@ -62,13 +62,20 @@ def default_targets(batch: Any) -> Tensor | None:
     return batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
 
 
+def by_keyword(batch: Any) -> dict[str, Any] | None:
+    """Tensors of a tokenized batch by name, without the labels; ``None`` of any other batch."""
+    if not isinstance(batch, Mapping) or any(name in batch for name in _INPUTS):
+        return None
+    if not any(name in batch for name in _KEYWORDS):
+        return None
+    return {name: value for name, value in batch.items() if name not in _TARGETS}
+
+
 def default_logits(module: nn.Module, batch: Any) -> Any:
     """``module(inputs)`` of :func:`default_inputs`; ``module(**inputs)`` without the labels for tokenized batches.
 
     A batch counts as tokenized if it is a mapping with ``input_ids``, ``pixel_values`` or the like, and none of the
     usual names of inputs.
     """
-    tokenized = isinstance(batch, Mapping) and any(name in batch for name in _KEYWORDS)
-    if tokenized and not any(name in batch for name in _INPUTS):
-        return module(**{name: value for name, value in batch.items() if name not in _TARGETS})
-    return module(default_inputs(batch))
+    named = by_keyword(batch)
+    return module(default_inputs(batch)) if named is None else module(**named)

@@ -9,6 +9,7 @@ from lightning_lpsgld import PosteriorEnsemble
 from lightning_lpsgld.bank import BankError, SampleBank
 from lightning_lpsgld.export import export_onnx, export_program, pack
 from lightning_lpsgld.ops import quantize
+from lightning_lpsgld.predictive import Multiclass, Regression
 
 
 def convnet():
@@ -45,12 +46,16 @@ def write(kind, *args, **options):
 
 
 def answers(path, inputs):
+    if isinstance(inputs, dict):
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
     if path.suffix == ".pt2":
         return {name: value.numpy() for name, value in torch.export.load(str(path)).module()(inputs).items()}
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return dict(zip([output.name for output in session.get_outputs()], session.run(None, {"input": inputs.numpy()})))
+    named = inputs if isinstance(inputs, dict) else {"input": inputs}
+    feed = {name: value.numpy() for name, value in named.items()}
+    return dict(zip([output.name for output in session.get_outputs()], session.run(None, feed)))
 
 
 @pytest.mark.parametrize("fmt", ["bfp8", "fixed8.6", "bfp8-tensor", "e4m3"])
@@ -98,13 +103,100 @@ def test_onnx_holds_the_network_once_and_codes(tmp_path):
     assert "opset 18" in str(outcome)
 
 
-@pytest.mark.parametrize("kind", ["onnx", "pt2"])
-def test_regression(tmp_path, kind):
-    build = lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1))  # noqa: E731
-    bank, x = bank_of(build()), torch.randn(4, 5, generator=torch.Generator().manual_seed(3))
-    outcome = write(kind, build(), bank, tmp_path / f"r.{kind}", x, task="regression")
-    assert set(outcome.difference) == {"mean", "epistemic"}
+class Values(nn.Module):
+    """Mean and variance in one of the ways that modules give them."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form, self.net = form, nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4))
+
+    def forward(self, x):
+        mean, second = self.net(x).chunk(2, dim=1)
+        if self.form == "pair":
+            return mean, nn.functional.softplus(second)
+        return {"mean": mean, "log_variance": second} if self.form == "named" else torch.cat([mean, second], 1)
+
+
+class Tagger(nn.Module):
+    """Classes of tokens, classes last, from integers and a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(11, 16), nn.Linear(16, 5)
+
+    def forward(self, input_ids, attention_mask):
+        mixed = self.embedding(input_ids).cumsum(1) * attention_mask.unsqueeze(-1)
+        return {"logits": self.head(mixed.tanh())}
+
+
+def bert():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=11, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3
+    )
+    return transformers.BertForSequenceClassification(config).eval()
+
+
+def features(n, seed=3):
+    return torch.randn(n, 5, generator=torch.Generator().manual_seed(seed))
+
+
+def tokens(n):
+    ids = torch.randint(11, (n, 6), generator=torch.Generator().manual_seed(4))
+    return {"input_ids": ids, "attention_mask": (ids > 2).long(), "labels": ids}
+
+
+def mlp(out):
+    return lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, out))
+
+
+TASKS = {
+    "values": (mlp(1), features, {"task": "regression"}),
+    "values with known noise": (mlp(2), features, {"task": "regression", "noise_std": 0.3}),
+    "noise of the task": (mlp(1), features, {"task": Regression(noise_variance=0.7)}),
+    "pair of mean and variance": (lambda: Values("pair"), features, {}),
+    "named mean and log variance": (lambda: Values("named"), features, {}),
+    "halves": (lambda: Values("halves"), features, {"task": Regression("mean_log_variance")}),
+    "one logit": (mlp(1), features, {"task": "binary"}),
+    "labels": (mlp(3), features, {"task": "multilabel"}),
+    "classes of pixels": (lambda: nn.Conv2d(1, 3, 3, padding=1), images, {}),
+    "yes or no of pixels": (lambda: nn.Conv2d(1, 1, 3, padding=1), images, {"task": "binary"}),
+    "values of pixels": (lambda: nn.Conv2d(1, 1, 3, padding=1), images, {"task": "regression"}),
+    "classes of tokens": (Tagger, tokens, {"task": Multiclass(class_dim=-1)}),
+    "language model": (bert, tokens, {}),
+    "picked by a function": (
+        lambda: Values("named"), features, {"task": "multilabel", "forward": lambda m, x: m(x)["mean"]}
+    ),
+}  # fmt: skip
+
+
+#: ONNX takes seconds a network: by default those whose way through the file differs.
+QUICK = ("pair of mean and variance", "one logit", "labels", "classes of pixels", "classes of tokens")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, "pt2") for name in TASKS if name != "language model"]
+    + [(name, "onnx") for name in QUICK]
+    + [pytest.param(name, "onnx", marks=pytest.mark.slow) for name in TASKS if name not in QUICK]
+    + [pytest.param("language model", "pt2", marks=pytest.mark.slow)],
+)
+def test_any_task_answers_like_pytorch(tmp_path, kind, name):
+    """For another number of rows than at export, every output that the ensemble has, of its shape."""
+    build, batch, options = TASKS[name]
+    bank, path = bank_of(build()), tmp_path / f"r.{kind}"
+    outcome = write(kind, build(), bank, path, batch(4), **options)
+    numbers = {"mean", "epistemic", "aleatoric"}
+    classes = {"mean", "predictive_entropy", "mutual_information"}
+    assert set(outcome.difference) in (numbers, classes)
     assert outcome.largest_difference < 1e-5
+    expected = PosteriorEnsemble(build(), bank, **options)(batch(7)).tensors()
+    found = answers(path, batch(7))
+    assert numbers <= expected.keys() or classes <= expected.keys()
+    for output, value in found.items():
+        assert value.shape == tuple(expected[output].shape), output
+        assert np.abs(value - expected[output].numpy()).max() < 1e-5, output
+    assert all(np.ptp(value) > 0 for name, value in found.items() if name not in ("aleatoric",))
 
 
 @pytest.mark.parametrize("kind", ["onnx", "pt2"])
@@ -117,7 +209,10 @@ def test_refusals(tmp_path, kind):
         ((nn.Linear(4, 3), bank, path, torch.zeros(4, 4)), {}, BankError, "`weight` is"),
         ((net, bank, path, x[:1]), {}, ValueError, "a batch of two rows or more, got 1 rows"),
         ((net, bank, path, {"x": [1.0]}), {}, ValueError, "takes modules of one input tensor"),
-        ((net, bank, path, x), {"task": "multilabel"}, ValueError, "got task='multilabel'"),
+        ((net, bank, path, x), {"task": "binary"}, ValueError, r"got task='binary' and \(4, 3\)"),
+        ((net, bank, path, x), {"task": "ranking"}, ValueError, "`task` must be"),
+        ((net, bank, path, x), {"forward": lambda m, x: m(x)[:, 0]}, ValueError, "say task='binary'"),
+        ((net, bank, path, {"input_ids": x, "attention_mask": x[:2]}), {}, ValueError, "got 2, 4 rows"),
     ):
         with pytest.raises(error, match=message):
             write(kind, *args, **options)
