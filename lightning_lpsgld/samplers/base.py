@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from lightning_lpsgld.samplers.group_rules import (
     check_common_values,
     check_parameters,
     refuse_bad_values,
+    refuse_grad_scaler,
     refuse_gradient,
 )
 from lightning_lpsgld.samplers.ignored import report_ignored
@@ -75,8 +77,9 @@ class LangevinOptimizer(Optimizer):
     #: Makes ``torch.amp.GradScaler`` hand over its scale instead of unscaling, so that :meth:`step` can refuse it.
     _step_supports_amp_scaling = True
     prior_mean: Literal["zero", "initial"] = "zero"  # where weight decay pulls to
-    #: Whether parameters may be sharded (DTensor).
-    takes_shards = False
+    #: Whether parameters may be sharded (DTensor), or held as codes.
+    takes_shards, takes_codes = False, False
+    _around_closure: Callable[[], AbstractContextManager[None]] = nullcontext
     #: Values of a parameter group that are no settings: the seed, and what changes from step to step.
     group_counters: tuple[str, ...] = ("seed", "step")
 
@@ -101,8 +104,7 @@ class LangevinOptimizer(Optimizer):
         self._indices: dict[Tensor, int] = {}
         self._names: dict[Tensor, str] = {}
         self._finite = FiniteCheck()
-        #: Called after a state was loaded.
-        self.state_observers: list[Callable[[], None]] = []
+        self.state_observers: list[Callable[[], None]] = []  # called after a state was loaded
         self._anew: bool | None = None
         super().__init__(params, {**defaults, "step": 0})
         self._groups = self.param_groups  # others hold this list, so it stays; see `adopt_groups`
@@ -170,7 +172,7 @@ class LangevinOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             self.check_group(group)
-            check_parameters(group)
+            self.check_parameters(group)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -189,6 +191,10 @@ class LangevinOptimizer(Optimizer):
                 ``step`` no counter.
         """
         check_common_values(group)
+
+    def check_parameters(self, group: Mapping[str, Any]) -> None:
+        """Refuse those of a group that cannot be moved."""
+        check_parameters(type(self).__name__, group, takes_codes=self.takes_codes)
 
     def _check_settings(self) -> None:
         adopt_groups(self, self._groups)
@@ -288,15 +294,11 @@ class LangevinOptimizer(Optimizer):
             TypeError: If a gradient is sparse, or a GradScaler drives the step.
             TypeError, ValueError: If a value of a group breaks a rule of :meth:`check_group`; nothing has changed.
         """
-        if getattr(self, "grad_scale", None) is not None:
-            raise TypeError(
-                f"{type(self).__name__} cannot be stepped by a GradScaler: skipped steps and scaled gradients break "
-                "the chain. Use float32, or bfloat16 autocast (LowPrecisionSGLD(compute='bf16-mixed')), without scaler."
-            )
+        refuse_grad_scaler(type(self).__name__, getattr(self, "grad_scale", None))
         self._check_settings()
         loss = None
         if closure is not None:
-            with torch.enable_grad():
+            with torch.enable_grad(), self._around_closure():
                 loss = closure()
             self._check_settings()  # hooks of a trainer run inside the closure
         work = [(group, *self._with_gradients(group)) for group in self.sampled_groups]
@@ -304,9 +306,7 @@ class LangevinOptimizer(Optimizer):
             self._refuse_non_finite(loss, work)
         for group, params, grads in work:
             if params:
-                for observe in self.gradient_observers:
-                    observe(group, params, grads)
-                self._update_or_tell_why(group, params, grads)
+                self._step_of(group, params, grads)
         for group in self.sampled_groups:
             group["step"] += 1
         if self.companion is not None:
@@ -315,8 +315,10 @@ class LangevinOptimizer(Optimizer):
             self.source._opt_called = True  # type: ignore[attr-defined]  # LR schedulers look at the optimizer they hold
         return loss
 
-    def _update_or_tell_why(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+    def _step_of(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         """Update; where that fails and the gradients of this very step turn out to be NaN, that is the reason."""
+        for observe in self.gradient_observers:
+            observe(group, params, grads)
         try:
             self.update(group, params, grads)
         except Exception:
@@ -335,7 +337,7 @@ class LangevinOptimizer(Optimizer):
 
     @property
     def unsettled(self) -> bool:
-        """Whether the finite check of the last step has not been read (on an accelerator)."""
+        """Whether the last step's finite check has not been read (on an accelerator)."""
         return self._finite.waiting
 
     def settle(self) -> None:

@@ -56,6 +56,10 @@ class FiniteCheck:
         """Other weights were loaded."""
         self._pending = self._found = None
 
+    def stand(self, problem: str) -> None:
+        """Let a problem that the weights hold stand until :meth:`forget`."""
+        self._pending, self._found = None, problem
+
     def settle(self) -> None:
         """Read what has not been read.
 

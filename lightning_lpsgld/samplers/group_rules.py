@@ -11,9 +11,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_lpsgld.arguments import require_count, require_number, require_seed
+from lightning_lpsgld.ops.coded import CodedTensor
 from lightning_lpsgld.samplers.step_size import StepSize
 
-__all__ = ["check_common_values", "check_parameters", "refuse_bad_values", "refuse_gradient"]
+__all__ = [
+    "check_common_values", "check_parameters", "refuse_bad_values", "refuse_grad_scaler", "refuse_gradient",
+]  # fmt: skip
 
 
 def check_common_values(group: Mapping[str, Any]) -> None:
@@ -30,15 +33,26 @@ def check_common_values(group: Mapping[str, Any]) -> None:
     require_count("step", group.get("step", 0), low=0)
 
 
-def check_parameters(group: Mapping[str, Any]) -> None:
+def check_parameters(owner: str, group: Mapping[str, Any], *, takes_codes: bool) -> None:
     """Refuse parameters that cannot be moved.
 
+    Args:
+        owner: Class of the sampler, for messages.
+        group: Of the sampler.
+        takes_codes: Whether the sampler moves weights that are held as codes.
+
     Raises:
-        TypeError: If one is not of a floating dtype.
+        TypeError: If one is not of a floating dtype, or is held as codes and must not be.
     """
     for param in group["params"]:
         if not param.is_floating_point():
             raise TypeError(f"Samplers move floating-point parameters, got one of {param.dtype}.")
+        if isinstance(param, CodedTensor) and not takes_codes:
+            raise TypeError(
+                f"{owner} keeps floats beside every weight, so it does not move weights that are held as codes, and "
+                f"one of shape {tuple(param.shape)} is. Use SGLD, or storage='float' (of a module by itself: "
+                "lightning_lpsgld.ops.float_parameters_)."
+            )
 
 
 def refuse_bad_values(
@@ -71,6 +85,15 @@ def refuse_bad_values(
         if not (size >= 0 and math.isfinite(size)):
             factor = schedule.factor(group["step"])
             raise ValueError(f"{where}: the schedule's factor must be finite and >= 0, got {factor} of {schedule!r}.")
+
+
+def refuse_grad_scaler(owner: str, scale: Any) -> None:
+    """Refuse a step that ``torch.amp.GradScaler`` drives, which hands over its scale: TypeError."""
+    if scale is not None:
+        raise TypeError(
+            f"{owner} cannot be stepped by a GradScaler: skipped steps and scaled gradients break "
+            "the chain. Use float32, or bfloat16 autocast (LowPrecisionSGLD(compute='bf16-mixed')), without scaler."
+        )
 
 
 def refuse_gradient(owner: str, param: Tensor, name: str, *, takes_shards: bool) -> None:

@@ -13,11 +13,13 @@ from typing_extensions import Unpack
 from lightning_lpsgld.arguments import require_choice, require_number
 from lightning_lpsgld.formats import FloatingPoint, MicroscalingFloat
 from lightning_lpsgld.ops import StepSpec
+from lightning_lpsgld.ops.coded import plain
 from lightning_lpsgld.ops.lattice import RATES, Rates
 from lightning_lpsgld.ops.spec import Accumulation
-from lightning_lpsgld.samplers.grid import GridSampler
+from lightning_lpsgld.samplers.coded_steps import stored_steps_
+from lightning_lpsgld.samplers.in_backward import CodedSampler
 from lightning_lpsgld.samplers.options import GridOptions
-from lightning_lpsgld.samplers.shards import local_part, sharded_steps_
+from lightning_lpsgld.samplers.shards import local_part
 from lightning_lpsgld.samplers.statistics import Measured, StepStatistics, step_statistics
 
 __all__ = ["SGLD"]
@@ -26,7 +28,7 @@ __all__ = ["SGLD"]
 GradientStd = float | Callable[[Tensor], float | Tensor]
 
 
-class SGLD(GridSampler):
+class SGLD(CodedSampler):
     r"""Stochastic gradient Langevin dynamics in low precision.
 
     The loss is a batch **mean**; the target is :math:`p(\theta \mid D)^{1/T}` and one step injects noise of variance
@@ -210,14 +212,14 @@ class SGLD(GridSampler):
                 drifts = [self.drift_of(group, p, g) for p, g in zip(some, drifts)]
                 spec = replace(spec, weight_decay=0.0, gradient_format=None)
             moved = some if accumulation == "full" else sums
-            counts = sharded_steps_(moved, drifts, accumulators, spec, keys, indices, backend=self.backend)
+            counts = stored_steps_(moved, drifts, accumulators, spec, keys, indices, backend=self.backend)
             if accumulators is None and self.keeps_sum(some[0]):
                 counts = counts + self._look(group, some)
             self.saturated.append((some, counts))
 
     def _statistics(self, group: dict[str, Any], param: Tensor, grad: Tensor, what: Measured) -> StepStatistics:
         accumulation = self.accumulation(param)
-        theta = self.accumulator_of(param)
+        theta = plain(self.accumulator_of(param))
         spec = self.spec(group, accumulation, self.shrinkage_of(param), self._noise_told(param))
         found = step_statistics(local_part(theta), local_part(grad), spec, what)  # of sharded ones, this rank's part
         found = self._seen(found, param, what)
