@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -48,7 +49,7 @@ def run(args: list[str]) -> int:
     write = export_onnx if suffix == ".onnx" else export_program
     try:
         batch = next(iter(cli.loader(cli.config["inputs"])))
-        known = {"task": options.task, "noise_std": options.noise_std}
+        known: dict[str, Any] = {"task": options.task, "noise_std": options.noise_std}
         print(write(cli.model, str(options.bank), str(options.output), batch, **known))
     except CommandError:
         raise

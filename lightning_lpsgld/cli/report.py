@@ -10,6 +10,7 @@ from lightning_lpsgld.bank import SampleBank
 from lightning_lpsgld.cli.built import BuiltCLI, built, with_key
 from lightning_lpsgld.cli.errors import CommandError
 from lightning_lpsgld.cli.trainer import EnsembleOptions
+from lightning_lpsgld.predictive import Regression, Task, TaskName
 from lightning_lpsgld.report import gather, render
 
 __all__ = ["EXAMPLE", "SUMMARY", "ReportCLI", "run"]
@@ -30,6 +31,15 @@ class ReportCLI(BuiltCLI):
         parser.add_argument("--metrics", type=str, default=None, help="metrics.csv of the run's CSVLogger")
 
 
+def _task(options: EnsembleOptions) -> TaskName | Task:
+    """The task, with its noise where that is said."""
+    if options.noise_std is None:
+        return options.task
+    if options.task != "regression":
+        raise CommandError("ensemble.noise_std: is for ensemble.task=regression.")
+    return Regression(noise_variance=options.noise_std**2)
+
+
 def run(args: list[str]) -> int:
     """Write the page.
 
@@ -48,7 +58,8 @@ def run(args: list[str]) -> int:
         raise CommandError(f"inputs: must be val or test, got {cli.config['inputs']!r}.")
     try:
         bank = SampleBank.open(options.bank)
-        facts = gather(bank, cli.model, cli.loader(cli.config["inputs"]), metrics_csv=cli.config["metrics"])
+        batches = cli.loader(cli.config["inputs"])
+        facts = gather(bank, cli.model, batches, task=_task(options), metrics_csv=cli.config["metrics"])
     except CommandError:
         raise
     except (ValueError, TypeError, RuntimeError, OSError) as error:

@@ -4,12 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
-__all__ = ["bars", "lines"]
+__all__ = ["Curve", "bars", "lines"]
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 520, 260, 64, 34, 12
 Points = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Lines to be drawn, or points.
+
+    Attributes:
+        name: Title.
+        series: Points by name; points that are not finite are left out.
+        x_name: Under the axis.
+        y_name: At its top.
+        diagonal: Ends of a line y = x, as where a promise is kept.
+        joined: Join the points of a series.
+        marked: Mark every point of these series (all: ``None``); a mark's value shows when it is pointed at.
+    """
+
+    name: str
+    series: Mapping[str, Points]
+    x_name: str
+    y_name: str = ""
+    diagonal: tuple[float, float] | None = None
+    joined: bool = True
+    marked: Sequence[str] | None = None
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -56,35 +80,38 @@ def _figure(name: str, body: list[str], legend: Sequence[str] = ()) -> str:
     return f"<figure><figcaption>{escape(name)} {keys}</figcaption>{svg}</figure>"
 
 
-def lines(name: str, series: Mapping[str, Points], x_name: str, y_name: str = "", diagonal: bool = False) -> str:
-    """Lines with a mark at every point; a mark's value shows when it is pointed at.
-
-    Args:
-        name: Title.
-        series: Points by name; points that are not finite are left out.
-        x_name: Under the axis.
-        y_name: At its top.
-        diagonal: Draw y = x.
-    """
-    kept = {n: [p for p in points if all(map(math.isfinite, p))] for n, points in series.items()}
-    every = [point for points in kept.values() for point in points]
-    if not every:
-        return _figure(name, [f'<text x="{_LEFT}" y="{_HEIGHT / 2}">nothing to show</text>'])
-    if diagonal:
-        every += [(0.0, 0.0), (1.0, 1.0)]
-    frame = _Frame([x for x, _ in every], [y for _, y in every])
-    body = frame.axes(x_name, y_name)
-    if diagonal:
-        (x1, y1), (x2, y2) = frame.at(0, 0), frame.at(1, 1)
-        body.append(f'<line class="diagonal" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>')
-    for number, (label, points) in enumerate(kept.items()):
-        places = [frame.at(*point) for point in points]
+def _series(frame: _Frame, number: int, label: str, points: Points, joined: bool, marked: bool) -> list[str]:
+    places = [frame.at(*point) for point in points]
+    body = []
+    if joined:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         body.append(f'<polyline class="line k{number % 6}" points="{path}"/>')
-        for (x, y), (px, py) in zip(points, places):
-            title = f"<title>{escape(label)}: {x:.5g}, {y:.5g}</title>"
-            body.append(f'<circle class="dot k{number % 6}" cx="{px:.1f}" cy="{py:.1f}" r="3">{title}</circle>')
-    return _figure(name, body, list(kept) if len(kept) > 1 else ())
+    for (x, y), (px, py) in zip(points, places if marked else ()):
+        title = f"<title>{escape(label)}: {x:.5g}, {y:.5g}</title>"
+        body.append(f'<circle class="dot k{number % 6}" cx="{px:.1f}" cy="{py:.1f}" r="3">{title}</circle>')
+    return body
+
+
+def lines(curve: Curve) -> str:
+    """Lines with marks.
+
+    Args:
+        curve: What is drawn.
+    """
+    kept = {n: [p for p in points if all(map(math.isfinite, p))] for n, points in curve.series.items()}
+    every = [point for points in kept.values() for point in points]
+    if not every:
+        return _figure(curve.name, [f'<text x="{_LEFT}" y="{_HEIGHT / 2}">nothing to show</text>'])
+    ends = () if curve.diagonal is None else curve.diagonal
+    frame = _Frame([*(x for x, _ in every), *ends], [*(y for _, y in every), *ends])
+    body = frame.axes(curve.x_name, curve.y_name)
+    if ends:
+        (x1, y1), (x2, y2) = (frame.at(end, end) for end in ends)
+        body.append(f'<line class="diagonal" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>')
+    for number, (label, points) in enumerate(kept.items()):
+        marked = curve.marked is None or label in curve.marked
+        body += _series(frame, number, label, points, curve.joined, marked)
+    return _figure(curve.name, body, list(kept) if len(kept) > 1 else ())
 
 
 def bars(name: str, values: Mapping[str, float], y_name: str = "") -> str:

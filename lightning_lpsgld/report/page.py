@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import struct
 import zlib
 from collections.abc import Sequence
@@ -11,8 +12,9 @@ from html import escape
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.report.charts import bars, lines
-from lightning_lpsgld.report.facts import Facts, Mistake
+from lightning_lpsgld.report.charts import Curve, bars, lines
+from lightning_lpsgld.report.evaluation import Evaluation, Mistake
+from lightning_lpsgld.report.facts import Facts
 
 __all__ = ["png", "render"]
 
@@ -72,37 +74,53 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return f'<div class="scroll card"><table><tr>{top}</tr>{body}</table></div>'
 
 
-def _mistake(mistake: Mistake) -> str:
+def _number(value: float) -> str:
+    return "\N{EN DASH}" if math.isnan(value) else f"{value:.4g}"
+
+
+def _mistake(mistake: Mistake, said: str) -> str:
     picture = ""
     if mistake.image is not None:
         data = base64.b64encode(png(mistake.image)).decode()
-        picture = f'<img alt="test point {mistake.index}" src="data:image/png;base64,{data}">'
-    text = f"{mistake.answer}, truth {mistake.truth}"
-    return f"<figure>{picture}<figcaption>{text}</figcaption>{mistake.confidence:.1%}, no. {mistake.index}</figure>"
+        picture = f'<img alt="test input {mistake.index}" src="data:image/png;base64,{data}">'
+    text = said.format(mistake.size)
+    return f"<figure>{picture}<figcaption>{escape(mistake.text)}</figcaption>{text}, no. {mistake.index}</figure>"
+
+
+def _rates(facts: Facts) -> Curve:
+    """Learning rate of the run where it was logged, and at the samples, cycle by cycle."""
+    series: dict[str, list[tuple[float, float]]] = {f"run, {name}": rows for name, rows in facts.schedule.items()}
+    for step, lr, cycle in facts.rates:
+        if lr is not None:
+            name = "samples" if cycle is None else f"samples of cycle {cycle}"
+            series.setdefault(name, []).append((float(step), lr))
+    sampled = [name for name in series if name.startswith("samples")]
+    ordered = {name: sorted(points) for name, points in series.items()}
+    return Curve("Learning rate at the samples", ordered, "step", marked=sampled)
 
 
 def _figures(facts: Facts) -> str:
-    sizes = [float(k) for k in range(1, len(facts.growth) + 1)]
-    made = [
-        lines("Error against samples", {"error": list(zip(sizes, (g["error"] for g in facts.growth)))}, "samples"),
-        lines("NLL against samples", {"nll": list(zip(sizes, (g["nll"] for g in facts.growth)))}, "samples"),
-    ]
-    if facts.reliability is not None:
-        bins = facts.reliability
-        points = [
-            (c, a) for c, a, n in zip(bins.confidence.tolist(), bins.accuracy.tolist(), bins.count.tolist()) if n > 0
-        ]
-        made.append(lines("Reliability", {"accuracy": points}, "confidence", "accuracy", diagonal=True))
-    rates = [(float(step), lr) for step, lr, _ in facts.rates if lr is not None]
-    made.append(lines("Learning rate at the samples", {"lr": sorted(rates)}, "step"))
+    evaluation = facts.evaluation
+    made = [lines(curve) for curve in [*evaluation.curves, _rates(facts)]]
     if facts.heat:
-        made.append(lines("Noise over target, per layer", facts.heat, "step"))
-    made.append(
-        bars("Disagreement with the ensemble", {str(i): v for i, v in enumerate(facts.disagreement)}, "share of points")
-    )
+        made.append(lines(Curve("Noise over target, per layer", facts.heat, "step")))
+    unit = "rms difference" if evaluation.task == "regression" else "share of points"
+    made.append(bars("Disagreement with the ensemble", {str(i): v for i, v in enumerate(evaluation.distance)}, unit))
     for name, chains in list(facts.traces.items())[:4]:
-        made.append(lines(f"Trace: {name}", {f"chain {c}": points for c, points in chains.items()}, "step"))
+        made.append(lines(Curve(f"Trace: {name}", {f"chain {c}": points for c, points in chains.items()}, "step")))
     return f'<div class="grid-of-figures">{"".join(made)}</div>'
+
+
+def _wrong(evaluation: Evaluation) -> str:
+    """The last part of the page: where the ensemble is wrong."""
+    if evaluation.task == "regression":
+        title, said = "Largest errors for the spread that was predicted", "{:.3g} standard deviations"
+    elif any("points wrong" in mistake.text for mistake in evaluation.mistakes):
+        title, said = "Inputs with most points wrong", "{:.1%}"
+    else:
+        title, said = "Most confident mistakes", "{:.1%}"
+    shown = "".join(_mistake(mistake, said) for mistake in evaluation.mistakes) or "<p>None.</p>"
+    return f'<h2>{title}</h2><div class="mistakes">{shown}</div>'
 
 
 def render(facts: Facts, title: str) -> str:
@@ -118,16 +136,14 @@ def render(facts: Facts, title: str) -> str:
     card = _table(("bank", ""), [(name, value) for name, value in facts.card.items()])
     scores = _table(
         ("test data", "single sample", "ensemble"),
-        [(name, f"{one:.4g}", f"{all_:.4g}") for name, (one, all_) in facts.scores.items()],
+        [(name, *(_number(value) for value in pair)) for name, pair in facts.evaluation.scores.items()],
     )
     parts = [f"<h1>{escape(title)}</h1>", "<h2>The samples</h2>", card, "<h2>Scores</h2>", scores]
     parts += ["<h2>Figures</h2>", _figures(facts)]
     if facts.convergence:
-        rows = [(name, f"{r:.3f}", f"{ess:.1f}") for name, (r, ess) in facts.convergence.items()]
+        rows = [(name, _number(r), _number(ess)) for name, (r, ess) in facts.convergence.items()]
         parts += ["<h2>Convergence</h2>", _table(("quantity", "R-hat", "ESS"), rows)]
-    parts.append("<h2>Most confident mistakes</h2>")
-    wrong = "".join(map(_mistake, facts.mistakes)) or "<p>None.</p>"
-    parts.append(f'<div class="mistakes">{wrong}</div>')
+    parts.append(_wrong(facts.evaluation))
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{_STYLE}</style>'

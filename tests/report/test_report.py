@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_lpsgld.bank import SampleBank
 from lightning_lpsgld.metrics import categorical_nll
-from lightning_lpsgld.predictive import PosteriorEnsemble
+from lightning_lpsgld.predictive import PosteriorEnsemble, Regression, bayesian_model_average
 from lightning_lpsgld.report import gather, render
 from lightning_lpsgld.report.page import png
 
@@ -40,22 +40,132 @@ def data(n=40):
 @pytest.fixture
 def facts(tmp_path):
     log = tmp_path / "metrics.csv"
-    log.write_text("noise/achieved_over_target/1.weight,step\n1.5,0\n,1\n1.25,2\n")
+    log.write_text("noise/achieved_over_target/1.weight,lr-SGD,step\n1.5,0.1,0\n,0.2,1\n1.25,,2\n")
     return gather(bank_of(), network(), data(), metrics_csv=log)
 
 
 def test_facts_are_those_of_the_ensemble(facts):
     x, y = torch.cat([x for x, _ in data()]), torch.cat([y for _, y in data()])
     p = PosteriorEnsemble(network(), bank_of())(x).mean
-    assert facts.growth[-1]["nll"] == pytest.approx(categorical_nll(p, y).item(), rel=1e-5)
-    assert facts.scores["error"][1] == pytest.approx((p.argmax(1) != y).double().mean().item())
-    assert len(facts.growth) == len(facts.disagreement) == 12
+    said = facts.evaluation
+    assert said.task == "multiclass"
+    assert said.growth[-1]["nll"] == pytest.approx(categorical_nll(p, y).item(), rel=1e-5)
+    assert said.scores["error"][1] == pytest.approx((p.argmax(1) != y).double().mean().item())
+    last = network()
+    bank_of().load_into(last, 11)
+    apart = (last(x).argmax(1) != p.argmax(1)).double().mean().item()
+    assert said.distance[-1] == pytest.approx(apart)
+    assert len(said.growth) == len(said.distance) == 12
     assert set(facts.traces["norm"]) == {0, 1}
     assert [step for step, _ in facts.traces["norm"][1]] == [10, 20, 30, 40, 50, 60]
     wrong = p.amax(1)[p.argmax(1) != y].sort(descending=True).values
-    assert [m.confidence for m in facts.mistakes] == pytest.approx(wrong[:12].tolist(), rel=1e-5)
-    assert torch.equal(facts.mistakes[0].image, x[facts.mistakes[0].index])
+    assert [m.size for m in said.mistakes] == pytest.approx(wrong[:12].tolist(), rel=1e-5)
+    assert torch.equal(said.mistakes[-1].image, x[said.mistakes[-1].index])
     assert facts.heat == {"1.weight": [(0.0, 1.5), (2.0, 1.25)]}
+    assert facts.schedule == {"SGD": [(0.0, 0.1), (1.0, 0.2)]}
+
+
+def bank_for(build, draws=4, **info):
+    bank = SampleBank()
+    for step in range(1, draws + 1):
+        torch.manual_seed(step)
+        bank.add(build(), step=step, lr=0.1, **info)
+    return bank
+
+
+def values(n=60):
+    generator = torch.Generator().manual_seed(8)
+    x = torch.randn(n, 3, generator=generator)
+    return [(x, x.sum(1, keepdim=True) + 0.1 * torch.randn(n, 1, generator=generator))]
+
+
+def pixels(n=9):
+    generator = torch.Generator().manual_seed(9)
+    x, y = torch.randn(n, 1, 4, 4, generator=generator), torch.randint(3, (n, 4, 4), generator=generator)
+    y[2] = -100  # an input without a point that counts
+    return [(x[:5], y[:5]), (x[5:], y[5:])]
+
+
+def labels():
+    ((x, y),) = values()
+    return [(x, (y + torch.arange(4.0) > 1).long())]
+
+
+def tokens():
+    generator = torch.Generator().manual_seed(10)
+    ids = torch.randint(7, (12, 5), generator=generator)
+    return [{"input": ids, "labels": ids % 3}]
+
+
+def linear(out):
+    return lambda: nn.Linear(3, out)
+
+
+#: build, batches, options, figures that only such a report has
+REPORTS = {
+    "values": (linear(1), values, {"task": Regression(noise_variance=0.5)}, ("RMSE", "CRPS", "Quantiles", "Coverage")),
+    "mean and variance": (linear(2), values, {"task": Regression("mean_log_variance")}, ("RMSE", "Predictions and")),
+    "one logit": (linear(1), lambda: [(x, (y > 0).float()) for x, y in values()], {}, ("Error", "Reliability")),
+    "labels": (linear(4), labels, {}, ("Error", "Reliability")),
+    "pixels": (lambda: nn.Conv2d(1, 3, 3, padding=1), pixels, {}, ("Error", "Reliability")),
+    "tokens": (lambda: nn.Embedding(7, 3), tokens, {}, ("Error", "NLL")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_any_task(name):
+    build, batches, options, figures = REPORTS[name]
+    facts = gather(bank_for(build), build(), batches(), **options)
+    page = render(facts, name)
+    for figure in figures:
+        assert f"<figcaption>{figure}" in page
+    assert "nothing to show" not in page
+    assert "nan" not in page
+    scores = bayesian_model_average(bank_for(build), build(), batches(), **options).scores
+    assert facts.evaluation.scores["nll"][1] == pytest.approx(scores["nll"])
+    assert facts.card["task"] == facts.evaluation.task
+    assert facts.evaluation.mistakes
+    assert all(distance > 0 for distance in facts.evaluation.distance)
+
+
+def test_errors_of_numbers_are_those_that_the_spread_does_not_explain():
+    facts = gather(bank_for(linear(1)), linear(1)(), values(), task=Regression(noise_variance=0.5))
+    ((x, y),) = values()
+    answer = PosteriorEnsemble(linear(1)(), bank_for(linear(1)), task=Regression(noise_variance=0.5))(x)
+    off = ((answer.mean - y).abs() / answer.variance.sqrt()).flatten().sort(descending=True)
+    assert [m.index for m in facts.evaluation.mistakes] == off.indices[:12].tolist()
+    assert [m.size for m in facts.evaluation.mistakes] == pytest.approx(off.values[:12].tolist(), rel=1e-4)
+    quantiles = next(curve for curve in facts.evaluation.curves if curve.name == "Coverage of central intervals")
+    promised, inside = quantiles.series["inside"][9]
+    inner = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(0.75))
+    assert promised == 0.5
+    assert inside == pytest.approx(
+        float((off.values < inner).double().mean()), abs=0.1
+    )  # the mixture is near a Gaussian
+
+
+def test_inputs_with_ignored_points_keep_their_numbers():
+    build = REPORTS["pixels"][0]
+    facts = gather(bank_for(build), build(), pixels())
+    x, y = torch.cat([x for x, _ in pixels()]), torch.cat([y for _, y in pixels()])
+    wrong = (PosteriorEnsemble(build(), bank_for(build))(x).labels != y).flatten(1).double().mean(1)
+    wrong[2] = 0.0
+    assert {m.index: m.size for m in facts.evaluation.mistakes} == pytest.approx(
+        {i: share for i, share in enumerate(wrong.tolist()) if share > 0}
+    )
+    worst = facts.evaluation.mistakes[0]
+    assert torch.equal(worst.image, x[worst.index])
+    assert worst.text == f"{round(16 * worst.size)} of 16 points wrong"
+
+
+def test_samples_stand_on_the_learning_rate_of_the_run(tmp_path):
+    (tmp_path / "metrics.csv").write_text("lr-SGD,step\n0.1,0\n0.05,2\n")
+    bank = bank_for(network, draws=3, cycle=2)
+    page = render(gather(bank, network(), data(), metrics_csv=tmp_path / "metrics.csv"), "cycles")
+    figure = page[page.index("<figcaption>Learning rate") :].split("</figure>")[0]
+    assert "run, SGD" in figure
+    assert figure.count("<circle") == 3
+    assert figure.count("samples of cycle 2: ") == 3
 
 
 class Tags(html.parser.HTMLParser):
@@ -112,9 +222,16 @@ def browser():
     return found
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (400, False)])
-def test_it_draws_in_a_browser(tmp_path, facts, width, dark):
+@pytest.mark.parametrize(
+    ("name", "width", "dark"),
+    [("classes", 1200, False), ("classes", 1200, True), ("classes", 400, False), ("values", 1200, False)]
+    + [pytest.param(name, 400, False, marks=pytest.mark.slow) for name in REPORTS],
+)
+def test_it_draws_in_a_browser(tmp_path, facts, name, width, dark):
     """Screenshot with pixels of the figures' colours, every SVG of some size, nothing wider than the window."""
+    if name != "classes":
+        build, batches, options, _ = REPORTS[name]
+        facts = gather(bank_for(build), build(), batches(), **options)
     page = render(facts, "A bank")
     probe = (
         "<script>addEventListener('load', () => { const s = [...document.querySelectorAll('svg')].map(e => "
