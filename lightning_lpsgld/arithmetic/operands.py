@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_lpsgld.arithmetic.products import PackedWeight
 from lightning_lpsgld.formats import BlockFloatingPoint, FixedPoint, NumberFormat
 from lightning_lpsgld.ops import Encoded, decode, encode
+from lightning_lpsgld.ops.coded import plain
 from lightning_lpsgld.ops.exponents import power_of_two
 
 __all__ = ["WeightCodes", "activation_scales", "refusal_of_format"]
@@ -54,11 +55,11 @@ class WeightCodes:
     def of(self, weight: Tensor, *, keep: bool) -> PackedWeight | None:
         """Codes of a weight, shape ``(out, ...)``, kept for the next call if asked; ``None`` if it has none."""
         if not keep:
-            return _rows_of(weight.detach())
+            return _rows_of(plain(weight.detach()))
         version = 0 if weight.is_inference() else weight._version
         known = self._known.get(id(weight))
         if known is None or known[:2] != (version, weight.data_ptr()):
-            known = self._known[id(weight)] = (version, weight.data_ptr(), _rows_of(weight.detach()))
+            known = self._known[id(weight)] = (version, weight.data_ptr(), _rows_of(plain(weight.detach())))
         return known[2]
 
     def clear(self) -> None:

@@ -13,6 +13,8 @@ from lightning_lpsgld.bank.spec import EntrySpec, ModuleSpec
 from lightning_lpsgld.formats import BlockFloatingPoint, FixedPoint, FloatingPoint, MicroscalingFloat
 from lightning_lpsgld.ops import Encoded, decode, encode
 from lightning_lpsgld.ops.blocks import expand_blocks
+from lightning_lpsgld.ops.code_cell import CodeCell
+from lightning_lpsgld.ops.coded import CodedTensor, plain
 from lightning_lpsgld.ops.reference import power_of_two
 
 __all__ = ["check_has_base", "decode_into_", "encode_tensors", "is_in_base"]
@@ -33,6 +35,8 @@ def decode_into_(target: Tensor, encoded: Encoded) -> Tensor:
         ``target``.
     """
     fmt = encoded.format
+    if isinstance(target, CodedTensor):
+        return target.copy_(CodedTensor(CodeCell(encoded), dtype=target.dtype))
     if isinstance(fmt, (FloatingPoint, MicroscalingFloat)):
         return target.copy_(decode(encoded.to(target.device), target.dtype))
     target.copy_(encoded.codes)
@@ -47,6 +51,9 @@ def decode_into_(target: Tensor, encoded: Encoded) -> Tensor:
 def _encode_exactly(entry: EntrySpec, tensor: Tensor) -> dict[str, Tensor]:
     """Codes and exponents of a tensor that is on its grid; refuses one that is not."""
     assert entry.format is not None
+    if isinstance(tensor, CodedTensor) and tensor.is_whole and tensor.format == entry.format:
+        return _named(entry, tensor.cell.copied(torch.device("cpu")).encoded)
+    tensor = plain(tensor)
     try:
         encoded = encode(tensor.detach(), entry.format, rounding="nearest")
     except ValueError as error:
@@ -58,6 +65,10 @@ def _encode_exactly(entry: EntrySpec, tensor: Tensor) -> dict[str, Tensor]:
             f"`{entry.name}` is not on the grid of {entry.format}: element {wrong} is {tensor[tuple(wrong)].item()!r}, "
             f"the nearest grid value {back[tuple(wrong)].item()!r}. Leave it out of `formats`, or quantize it first."
         )
+    return _named(entry, encoded)
+
+
+def _named(entry: EntrySpec, encoded: Encoded) -> dict[str, Tensor]:
     tensors = {f"codes.{entry.name}": encoded.codes.cpu()}
     if encoded.exponents is not None:
         tensors[f"exponents.{entry.name}"] = encoded.exponents.cpu()
@@ -104,6 +115,7 @@ def encode_tensors(tensors: Mapping[str, Tensor], spec: ModuleSpec, base: Base |
 def _encoded(entry: EntrySpec, tensor: Tensor) -> dict[str, Tensor]:
     if entry.format is not None:
         return {key: value.contiguous() for key, value in _encode_exactly(entry, tensor).items()}
+    tensor = plain(tensor)
     _check_finite(entry.name, tensor)
     copied = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     return {f"values.{entry.name}": copied.contiguous()}

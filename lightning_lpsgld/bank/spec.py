@@ -17,6 +17,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from lightning_lpsgld.bank.errors import BankError
 from lightning_lpsgld.formats import BlockFormat, FormatLike, NumberFormat, check_dtype, code_dtype, parse_format
 from lightning_lpsgld.ops.blocks import exponents_shape
+from lightning_lpsgld.ops.coded import CodedTensor
 
 __all__ = ["EntrySpec", "Formats", "ModuleSpec", "formats_by_name", "module_tensors"]
 
@@ -80,7 +81,7 @@ def check_storable(name: str, tensor: Tensor) -> None:
     """Raise :class:`BankError` unless ``tensor`` is a plain dense tensor of a dtype that safetensors has."""
     if isinstance(tensor, (UninitializedBuffer, UninitializedParameter)):
         raise BankError(f"`{name}` is not initialized yet; run one batch through the lazy module first.")
-    if type(tensor.data) is not Tensor or tensor.layout != torch.strided:
+    if type(tensor.data) not in (Tensor, CodedTensor) or tensor.layout != torch.strided:
         raise BankError(
             f"`{name}` is a {type(tensor).__name__} of layout {tensor.layout}; the bank takes plain dense tensors. "
             "Gather a sharded module first and pass the mapping of full tensors."

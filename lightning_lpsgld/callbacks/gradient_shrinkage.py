@@ -199,6 +199,7 @@ class GradientShrinkage(Callback):
     def _after_step(self, sampler: GridSampler, *_: Any) -> None:
         """Numbers of what was observed in the step, and the divisors of the next."""
         observed, self._observed = self._observed, []
+        observed.sort(key=lambda layer: sampler.index_of(layer.param))  # a backward pass has them the other way round
         for layer in observed:
             row = layer.quantities()
             self._read[layer.param] = (layer, row)

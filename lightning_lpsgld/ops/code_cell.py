@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,9 +91,9 @@ class CodeCell:
         self._take(self.encoded, other)
 
     def _take(self, mine: Encoded, new: Encoded) -> None:
-        mine.codes.copy_(new.codes)
+        _copy(new.codes, mine.codes)
         if mine.exponents is not None and new.exponents is not None:
-            mine.exponents.copy_(new.exponents)
+            _copy(new.exponents, mine.exponents)
         self.version += 1
 
     def copied(self, device: torch.device | None = None) -> CodeCell:
@@ -119,3 +120,11 @@ class CodeCell:
         values, self._open = self._open, None
         if values is not None:
             self.set(values)
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    """Copy by the calling thread: to wake others for a few hundred kilobytes takes longer where cores are busy."""
+    if target.device.type == "cpu" and source.device.type == "cpu":
+        np.copyto(target.numpy(), source.numpy())
+    else:
+        target.copy_(source)

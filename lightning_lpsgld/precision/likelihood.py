@@ -195,28 +195,40 @@ def _generators_kept() -> Iterator[None]:
         random.setstate(states[2])
 
 
-def scaled(
-    closure: Callable[[], Any], optimizer: Optimizer, module: pl.LightningModule, loss_scale: float
-) -> Callable[[], Any]:
-    """A closure that leaves the gradients of the mean loss of the step's batches, of what is sampled.
+def gradient_factor(optimizer: Optimizer, module: pl.LightningModule, loss_scale: float) -> float:
+    """What gradients of the step to come have to be multiplied by to be those of the mean loss of its batches.
 
     Lightning divides every loss by ``accumulate_grad_batches``, also those of a group that the end of an epoch cuts
     short, whose gradient would then be too small beside the noise of a whole step. What the user's own optimizer moves
     keeps the gradients that it has without the plugin.
 
     Args:
-        closure: Of the Trainer.
         optimizer: Whose step it is.
         module: The module in training.
         loss_scale: Loss over mean negative log likelihood.
 
     Returns:
-        The closure itself where there is nothing to do.
+        The factor; 1 for an optimizer that is no sampler.
     """
+    if not isinstance(optimizer, LangevinOptimizer):
+        return 1.0
     trainer = module.trainer
     every = trainer.accumulate_grad_batches if module.automatic_optimization else 1
     gathered = (trainer.fit_loop.epoch_loop.batch_idx + 1) % every
-    factor = (every / gathered if gathered else 1.0) / loss_scale
+    return (every / gathered if gathered else 1.0) / loss_scale
+
+
+def scaled(closure: Callable[[], Any], optimizer: Optimizer, factor: float) -> Callable[[], Any]:
+    """A closure that leaves gradients of what is sampled multiplied by a factor.
+
+    Args:
+        closure: Of the Trainer.
+        optimizer: Whose step it is.
+        factor: See :func:`gradient_factor`.
+
+    Returns:
+        The closure itself where there is nothing to do.
+    """
     if factor == 1.0 or not isinstance(optimizer, LangevinOptimizer):
         return closure
     groups = optimizer.sampled_groups

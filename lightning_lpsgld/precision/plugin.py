@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_lpsgld.arithmetic import Arithmetic
-from lightning_lpsgld.casting import ActivationCasting, find_sites
+from lightning_lpsgld.casting import ActivationCasting
 from lightning_lpsgld.distributed import GradientCompression
 from lightning_lpsgld.formats import FormatLike, NumberFormat, parse_accumulator, parse_format
 from lightning_lpsgld.ops.dispatch import BackendName
@@ -25,14 +22,14 @@ from lightning_lpsgld.precision.changes import OnChange
 from lightning_lpsgld.precision.checks import check_arguments, names_or_types, refuse_averaging, unwrapped
 from lightning_lpsgld.precision.integers import IntegerForward
 from lightning_lpsgld.precision.late_check import SettleBeforeSaving, settle_at_end
-from lightning_lpsgld.precision.likelihood import likelihood_of, scaled
-from lightning_lpsgld.precision.parts import frozen_modules
+from lightning_lpsgld.precision.likelihood import gradient_factor, likelihood_of, scaled
+from lightning_lpsgld.precision.module_part import ModulePart
 from lightning_lpsgld.precision.presets import preset_options
 from lightning_lpsgld.precision.prior import Prior, PriorMean
 from lightning_lpsgld.precision.replicas import ReplicaGuard, compressed
 from lightning_lpsgld.precision.resume import Resume, run_settings
 from lightning_lpsgld.precision.run import RunDescription, describe_run
-from lightning_lpsgld.precision.seeds import run_seed
+from lightning_lpsgld.precision.storage import CodedStorage, Storage, check_storage
 from lightning_lpsgld.precision.takeover import round_parameters, take_over
 from lightning_lpsgld.precision.variance_reduction import variance_reduced_step
 from lightning_lpsgld.precision.watched import WatchedModule
@@ -42,7 +39,7 @@ from lightning_lpsgld.samplers import SGLD, LangevinOptimizer, StepSize, Varianc
 __all__ = ["LowPrecisionSGLD"]
 
 
-class LowPrecisionSGLD(Precision):
+class LowPrecisionSGLD(ModulePart):
     r"""Train in 8 bits and sample the posterior: ``Trainer(plugins=[LowPrecisionSGLD()])``.
 
     The plugin rounds weights, gradients, activations and errors (the gradients that flow back through activations) to
@@ -89,6 +86,8 @@ class LowPrecisionSGLD(Precision):
         arithmetic: How layers multiply in the forward pass: ``"simulated"``: floats; ``"auto"``: codes, layer by layer,
             where that is exact and faster here; ``"integer"``: codes in all but the first layer, or an error that names
             the layer. Backward is in floats. See :attr:`layer_report`.
+        storage: ``"codes"``: between uses weights are codes, a byte each, decoded where a layer runs, and moved in the
+            backward pass; the chain is that of ``"float"``, bit for bit. See ``docs/storage.md`` for what it excludes.
         compress_gradients: Under DDP, average gradients in 8 bits, unbiased, with a quarter of the traffic; see
             :class:`~lightning_lpsgld.distributed.GradientCompression`.
         sampled: What is sampled and rounded: patterns of ``fnmatch`` for names of parameters or of the modules that
@@ -151,6 +150,7 @@ class LowPrecisionSGLD(Precision):
         start_from: str | os.PathLike[str] | None = None,
         loss_scale: float | None = None,
         arithmetic: Arithmetic = "simulated",
+        storage: Storage = "float",
     ) -> None:
         super().__init__()
         formats = {"weights": weights, "gradients": gradients, "activations": activations, "errors": errors}
@@ -180,8 +180,10 @@ class LowPrecisionSGLD(Precision):
         self.start_from = start_from
         self.loss_scale = loss_scale
         self.arithmetic: Arithmetic = arithmetic
+        self.storage: Storage = storage
         self.compression: GradientCompression | None = None
         check_arguments(self)
+        check_storage(self)
         self.run: RunDescription | None = None
         self._guard: ReplicaGuard | None = None
         self._late_check = SettleBeforeSaving(lambda: self.samplers)
@@ -190,6 +192,7 @@ class LowPrecisionSGLD(Precision):
         self.casting: ActivationCasting | None = None
         self._resume = Resume()
         self._integers = IntegerForward(arithmetic)
+        self._stored = CodedStorage(storage, self.formats["weights"], self.sampled, self.exclude)
         self._run_seed: int | None = None
         self._casting_state: dict[str, Any] | None = None
         self._watched = WatchedModule()
@@ -222,67 +225,6 @@ class LowPrecisionSGLD(Precision):
             "does not run under FSDP v1; use ModelParallelStrategy (FSDP2) or DDPStrategy."
         )
 
-    # ----------------------------------------------------------------------------------------------------- the module
-
-    def convert_module(self, module: Module) -> Module:
-        """Put activation and error quantizers into the module, in place, by hooks; its keys stay as they are."""
-        self._watched = WatchedModule(module)
-        if self.formats["activations"] is None and self.formats["errors"] is None:
-            return module
-        if self.casting is not None:
-            self._integers.close()
-            self.casting.remove()
-            self.casting = None
-        frozen = [] if self.cast_frozen else frozen_modules(module)
-        if frozen and not set(find_sites(module, self.sites, self.exclude).sites).difference(frozen):
-            return module
-        trainer = getattr(module, "_trainer", None)
-        self.casting = ActivationCasting(
-            module,
-            activations=self.formats["activations"],
-            errors=self.formats["errors"],
-            sites=self.sites,
-            exclude=(*self.exclude, *frozen),
-            seed=self._resolve_seed(trainer),
-            rank=0 if trainer is None else trainer.global_rank,
-            saved_activations=self.saved_activations,
-            backend=self.backend,
-        )
-        self.casting.attach()
-        if self._casting_state is not None:
-            self.casting.load_state_dict(self._casting_state)
-        self._integers.open(module)
-        return module
-
-    @property
-    def layer_report(self) -> dict[str, str]:
-        """Layer -> ``"integer"``, or why its last product was simulated; empty with ``arithmetic="simulated"``."""
-        return self._integers.report()
-
-    @contextlib.contextmanager
-    def forward_context(self) -> Generator[None, None, None]:
-        """Round activations (and catch functional ones) during a step; autocast where asked for."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(super().forward_context())
-            stack.enter_context(self._autocast())
-            if self.casting is not None:
-                stack.enter_context(self._integers.running())
-                stack.enter_context(self.casting.forward_context())
-            yield
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.compute != "bf16-mixed":
-            return contextlib.nullcontext()
-        return torch.autocast(self._watched.device_type, dtype=torch.bfloat16)
-
-    @contextlib.contextmanager
-    def train_step_context(self) -> Generator[None, None, None]:
-        """As :meth:`forward_context`; also notices training that never steps the sampler."""
-        self._watched.refuse_unstepped()
-        with self.forward_context():
-            yield
-        self._watched.trained(self.samplers)
-
     # -------------------------------------------------------------------------------------------------- the optimizers
 
     def connect(
@@ -305,13 +247,14 @@ class LowPrecisionSGLD(Precision):
         connected = take_over(optimizers, module, run, self.sampler, self._options(), prior)
         self.samplers = [optimizer for optimizer in connected if isinstance(optimizer, LangevinOptimizer)]
         refuse_averaging(trainer, self.samplers)
+        self._stored.connect(module, self.samplers, run)
         for sampler, steps in zip(self.samplers, done):  # a second `fit` goes on: no draw is made twice
             for group in sampler.sampled_groups:
                 group["step"] = steps
         if self.compress_gradients:
             self.compression = compressed(model, run.chain_seed, self.samplers[0])
         self._late_check.attach(module)
-        share = round_parameters(self.samplers)
+        share = round_parameters(self.samplers) or self._stored.saturated
         watched = (trainer, module, self.samplers, run, self.loss_scale)
         self._likelihood = likelihood_of(*watched, self.casting, self._autocast)
         self._describe(run, module, share)
@@ -332,11 +275,6 @@ class LowPrecisionSGLD(Precision):
         """What is asked of every sampler; the rest follows from the run."""
         return {n: getattr(self, n) for n in ("temperature", "accumulator", "variance_corrected", "backend")}
 
-    def _resolve_seed(self, trainer: pl.Trainer | None) -> int:
-        if self._run_seed is None:
-            self._run_seed = run_seed(self.seed, trainer)
-        return self._run_seed
-
     def optimizer_step(  # type: ignore[override]
         self, optimizer: Any, model: pl.LightningModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
@@ -350,7 +288,9 @@ class LowPrecisionSGLD(Precision):
                 casting=self.casting, step_context=self.train_step_context, after_closure=after,
             )  # fmt: skip
         else:
-            closure = scaled(closure, optimizer, model, self.loss_scale or 1.0)
+            factor = gradient_factor(optimizer, model, self.loss_scale or 1.0)
+            self._stored.before_step(optimizer, model, factor)
+            closure = scaled(closure, optimizer, factor)
             value = super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
         if self._guard is not None and isinstance(optimizer, LangevinOptimizer):
             self._guard.after_step(optimizer)

@@ -11,6 +11,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_lpsgld.ops.coded import CodedTensor
 from lightning_lpsgld.precision.checks import refuse_wide_formats
 from lightning_lpsgld.precision.prior import Prior
 from lightning_lpsgld.precision.run import RunDescription
@@ -125,6 +126,8 @@ def round_parameters(samplers: Sequence[LangevinOptimizer]) -> float:
         for param in (p for g in sampler.sampled_groups for p in g["params"] if p.requires_grad):
             fmt = sampler.format_of(param)
             count += param.numel()
+            if isinstance(param, CodedTensor):
+                continue
             outside += 0 if fmt is None else int(saturated(param.detach(), fmt))
         sampler.round_parameters_()
     return outside / max(count, 1)
