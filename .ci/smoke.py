@@ -50,7 +50,7 @@ def main() -> None:
     wanted = parser.parse_args().backend
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    backend = "reference" if load() is None else "fused"
+    backend = "reference" if load()[0] is None else "fused"
     if wanted not in (None, backend):
         raise SystemExit(f"the installation runs on the {backend} operations, expected {wanted}")
     L.seed_everything(0, verbose=False)

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import ast
+import csv
 import importlib
+import json
 import re
+import runpy
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +24,8 @@ SNIPPETS = [
 ]
 #: Pages whose snippets are programs: each runs from top to bottom.
 PROGRAMS = {"start.md", "chains.md", "migrating.md"}
+#: Pages whose snippets take something for granted, and go on from one another.
+TOGETHER = {page for page, _, _ in SNIPPETS if page.name not in PROGRAMS and page.parent.name != "notebooks"}
 
 
 def name(value):
@@ -42,6 +50,94 @@ def test_snippets_that_are_programs_run(page, number, code, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     pytest.importorskip("sklearn")
     exec(compile(code, f"{page.name}[{number}]", "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p in TOGETHER], ids=name)
+@pytest.mark.filterwarnings("ignore")
+def test_snippets_of_a_page_run_in_order(page, tmp_path, monkeypatch):
+    """In one namespace with what the page takes for granted; those of the notebooks are run by ``.ci/notebooks``."""
+    from helpers.snippets import namespace
+
+    monkeypatch.chdir(tmp_path)
+    known = namespace()
+    if page.name == "README.md":
+        known["trainer"] = None  # it makes its own
+        shutil.rmtree("bank")
+    if page.name == "durability.md":
+        shutil.rmtree("bank")
+    for found, number, code in SNIPPETS:
+        if found == page:
+            exec(compile(code, f"{page.name}[{number}]", "exec"), known)
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=name)
+def test_the_first_line_of_a_page_says_what_it_is_for(page):
+    lines = [line for line in page.read_text().splitlines() if line.strip()]
+    assert lines[0].startswith("# ")
+    assert lines[1].startswith("What this page is for: "), lines[1]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "examples" / "notebooks").glob("*.py")))
+def test_notebooks_are_those_of_their_sources_and_were_executed(name):
+    command = runpy.run_path(str(ROOT / ".ci" / "notebooks"))
+    book = json.loads((ROOT / "docs" / "notebooks" / f"{name}.ipynb").read_text())
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in book["cells"]]
+    wanted = command["cells_of"]((ROOT / "examples" / "notebooks" / f"{name}.py").read_text())
+    assert cells == wanted, "run .ci/notebooks"
+    code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    page = (ROOT / "docs" / "notebooks" / f"{name}.md").read_text()
+    assert all(text in page for _, text in wanted)
+
+
+@pytest.mark.slow
+def test_notebooks_run(tmp_path):
+    pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    done = subprocess.run(
+        [sys.executable, ROOT / ".ci" / "notebooks", "--out", tmp_path], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list(tmp_path.glob("*.ipynb"))) == 2
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_or_a_dead_link(tmp_path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    done = subprocess.run([sys.executable, ROOT / ".ci" / "docs", "--out", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_dead_links_and_raw_markup_are_found(tmp_path):
+    """The checks of ``.ci/docs`` on a site with one of each."""
+    command = runpy.run_path(str(ROOT / ".ci" / "docs"))
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "a.html").write_text('<a href="b.html">x</a><a href="#here">x</a><p id="here"><a href="none.html#x">')
+    (tmp_path / "b.html").write_text('<a href="a.html#here">x</a><a href="a.html#there">x</a><a href="https://x.y/z">')
+    (tmp_path / "reference" / "c.html").write_text("see :func:`.quantize`")
+    assert command["dead_links"](tmp_path) == [
+        "a.html: none.html#x leads nowhere", "b.html: a.html#there has no such anchor"
+    ]  # fmt: skip
+    assert command["raw_markup"](tmp_path) == ["c.html: :func:`.quantize`"]
+
+
+def test_advice_names_rows_of_the_study_with_their_scores():
+    """Every row of docs/choosing.md's table is in the study's results, seed 0, with the scores that are printed."""
+    rows = list(csv.DictReader((ROOT / "examples" / "results" / "study" / "rows.csv").open()))
+    scores = {
+        f"{row['method']}/{row['format']}": (f"{100 * float(row['error']):.2f}", f"{float(row['nll']):.4f}")
+        for row in rows
+        if row["of"] == "ensemble" and row["seed"] == "0" and row["size"] == "5000"
+    }
+    text = (ROOT / "docs" / "choosing.md").read_text()
+    printed = re.findall(r"^\|[^|]*\| `([\w/-]+)` \| ([\d.]+) \| ([\d.]+) \|", text, flags=re.M)
+    assert len(printed) >= 15
+    for row, error, nll in printed:
+        assert (error, nll) == scores[row], row
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import subprocess
 import sys
@@ -49,12 +50,21 @@ def test_kernels_have_names_without_a_python_version():
 
 
 def test_the_smoke_test_passes_here(tmp_path):
-    backend = "reference" if load() is None else "fused"
+    backend = "reference" if load()[0] is None else "fused"
     done = subprocess.run(
         [sys.executable, ROOT / ".ci" / "smoke.py", "--backend", backend], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"{lightning_lpsgld.__version__}: {backend}" in done.stdout
+
+
+def test_the_smoke_test_knows_an_installation_without_kernels(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / ".ci" / "smoke.py", "--backend", "fused"],
+        capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"LIGHTNING_LPSGLD_CPU": "0"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "the installation runs on the reference operations, expected fused" in done.stderr
 
 
 @pytest.mark.slow
