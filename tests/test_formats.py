@@ -15,11 +15,9 @@ from lightning_lpsgld.formats import (
     FixedPoint,
     FloatingPoint,
     MicroscalingFloat,
-    block_exponent_range,
     check_dtype,
     code_dtype,
     parse_format,
-    scale_exponent_range,
     to_qtorch,
     with_word_length,
 )
@@ -122,7 +120,7 @@ def test_facts_of_microscaling_elements_are_those_of_the_specification(
 def test_scale_range_of_a_run_is_what_the_dtype_holds(fmt, dtype):
     """At both ends of the range every value of the run survives; one exponent further the dtype or E8M0 ends."""
     check_dtype(fmt, dtype)
-    low, high = scale_exponent_range(fmt, dtype)
+    low, high = fmt.exponent_range(dtype)
     for exponent in (low, high):
         grid = torch.tensor([float(v) for v in oracle.run_grid(exponent, fmt)], dtype=torch.float64)
         assert torch.equal(grid.to(dtype).double(), grid)
@@ -266,7 +264,7 @@ def test_what_check_dtype_accepts_the_dtype_holds(fmt, dtype):
 @pytest.mark.parametrize("fmt", [f for f in BLOCKS if f.word_length <= 8], ids=str)
 def test_exponent_range_of_a_block_is_what_the_dtype_holds(fmt, dtype):
     """At both ends of the range every value of the block survives; one exponent below it the dtype or the bits end."""
-    low, high = block_exponent_range(fmt, dtype)
+    low, high = fmt.exponent_range(dtype)
     for exponent in (low, high):
         grid = torch.tensor([float(v) for v in oracle.block_grid(exponent, fmt)], dtype=torch.float64)
         assert torch.equal(grid.to(dtype).double(), grid)

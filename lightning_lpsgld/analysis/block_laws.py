@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_lpsgld.formats import BlockFloatingPoint, FormatLike, parse_format
-from lightning_lpsgld.ops.exponents import power_of_two
+from lightning_lpsgld.formats.exponents import power_of_two
 from lightning_lpsgld.ops.reference import variance_plan
 from lightning_lpsgld.ops.splines import four_points, spline_masses, upper_moment
 

@@ -9,10 +9,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import BlockFormat, FormatLike, NumberFormat, parse_format
-from lightning_lpsgld.ops.blocks import block_max
+from lightning_lpsgld.formats import FormatLike, NumberFormat, parse_format
 from lightning_lpsgld.ops.crossing import HELD_FROM, crossing
-from lightning_lpsgld.ops.reference import VariancePlan, code_limits, power_of_two, variance_plan
+from lightning_lpsgld.ops.reference import VariancePlan, power_of_two, variance_plan
 
 __all__ = ["BudgetUpdate", "VarianceBudget", "rounding_variance_after_noise", "variance_budget"]
 
@@ -102,7 +101,7 @@ def _achieved(update: BudgetUpdate, plan: VariancePlan) -> Tensor:
 
 
 def _outside(mean: Tensor, fmt: NumberFormat, variance: float | Tensor) -> Tensor:
-    low, high = code_limits(mean, fmt, variance) if isinstance(fmt, BlockFormat) else (fmt.min, fmt.max)
+    low, high = fmt.value_limits(mean, variance)
     return (mean < low) | (mean > high)
 
 
@@ -164,7 +163,7 @@ def variance_budget(
         saturated=share(_outside(mean, number, variance if update == "vc" else 0.0)),
         crossing=_mean_of(top.probability),
         carried=average(top.added),
-        held=_mean_of(block_max(held, number) if isinstance(number, BlockFormat) else held),
+        held=_mean_of(number.blocks.max(held)),
         bias=average(top.bias**2),
     )
 

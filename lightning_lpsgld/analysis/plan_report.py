@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lightning_lpsgld.analysis.budget import BudgetUpdate, VarianceBudget
 from lightning_lpsgld.analysis.shrinkage import Shrinkage
-from lightning_lpsgld.formats import Accumulator, FixedPoint, NumberFormat
+from lightning_lpsgld.formats import Accumulator, NumberFormat
 
 __all__ = ["HEADS", "TOLERANCE", "LayerPlan", "Plan"]
 
@@ -161,7 +161,7 @@ class Plan:
     def verdict(self) -> str:
         """The whole run in one or two sentences."""
         worst = max(self.layers, key=lambda layer: layer.effective_temperature)
-        fixed = isinstance(self.weights, FixedPoint)
+        fixed = self.weights.gap is not None
         clipped = [layer.name for layer in self.layers if fixed and layer.clipped > 0]
         sums = "" if isinstance(self.accumulator, str) else f", sums {self.accumulator}"
         text = f"{self.weights} ({self.update}{sums}) samples at T = {self.effective_temperature:.3g}"

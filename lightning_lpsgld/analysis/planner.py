@@ -15,16 +15,12 @@ from lightning_lpsgld.analysis.shrinkage import gradient_shrinkage
 from lightning_lpsgld.formats import (
     Accumulator,
     BlockFloatingPoint,
-    BlockFormat,
-    FixedPoint,
     FormatLike,
     NumberFormat,
     parse_accumulator,
     parse_format,
-    with_word_length,
 )
 from lightning_lpsgld.ops import quantize
-from lightning_lpsgld.ops.blocks import block_count
 from lightning_lpsgld.random import DrawKey, Role, stream_id
 
 __all__ = ["fraction_length_for", "plan"]
@@ -83,8 +79,7 @@ def _gradients(module: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], T
 
 
 def _bytes(shape: torch.Size, fmt: NumberFormat) -> int:
-    exponents = block_count(shape, fmt) if isinstance(fmt, BlockFormat) else 0
-    return -(-fmt.bits // 8) * math.prod(shape) + exponents
+    return -(-fmt.bits // 8) * math.prod(shape) + fmt.blocks.count(shape)
 
 
 def _points(lr: float | Sequence[float]) -> tuple[float, ...]:
@@ -97,9 +92,14 @@ def _points(lr: float | Sequence[float]) -> tuple[float, ...]:
 
 
 def _formats_up(fmt: NumberFormat) -> list[NumberFormat]:
-    if not isinstance(fmt, (FixedPoint, BlockFloatingPoint)):
-        return [BlockFloatingPoint(bits) for bits in range(fmt.bits + 1, _LONGEST + 1)]
-    return [with_word_length(fmt, bits) for bits in range(fmt.word_length + 1, _LONGEST + 1)]
+    return [fmt.with_word_length(bits) or BlockFloatingPoint(bits) for bits in range(fmt.bits + 1, _LONGEST + 1)]
+
+
+def _bits_of_kind(least: NumberFormat | None, sums: NumberFormat) -> int | None:
+    """Bits of a format that is the sums' own or differs from it by the word length alone."""
+    if least is None or (least != sums and least != sums.with_word_length(least.bits)):
+        return None
+    return least.bits
 
 
 def _ratio(theta: Tensor, drift: Tensor, lr: float, noise: float, fmt: NumberFormat, update: BudgetUpdate) -> float:
@@ -248,13 +248,13 @@ def _layer(
     least: NumberFormat | None = sums
     if max(ratios) > TOLERANCE:
         least = _remedy(theta, drift, rates, noise, sums, update)
-    held = max(float(budget.held) for budget in budgets) if isinstance(sums, BlockFormat) else 0.0
+    held = max(float(budget.held) for budget in budgets) if sums.blocks.shared else 0.0
     shrinkage = None
     if gradient_format is not None:
         shrinkage = gradient_shrinkage(quantize(grad, gradient_format, rounding="nearest"), grad)
     clipped = float(variance_budget(theta, 0.0, fmt).saturated)
     fraction = fraction_length_for(theta, min(fmt.bits, 24))
-    own = fraction if isinstance(fmt, FixedPoint) else None
+    own = None if fmt.gap is None else fraction
     return LayerPlan(
         name=name,
         shape=tuple(theta.shape),
@@ -268,7 +268,7 @@ def _layer(
         effective_temperature=temperature * (heat + sum(extra) / len(extra)),
         weight_bytes=_bytes(theta.shape, fmt),
         accumulator_bytes=4 * theta.numel() if update == "full" else 0 if sums is fmt else _bytes(theta.shape, sums),
-        remedy_bits=least.bits if type(least) is type(sums) else None,
+        remedy_bits=_bits_of_kind(least, sums),
         verdict=_verdict(heat, clipped, held, max(extra), least, sums, own),
         least=least,
     )

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import BlockFormat, FormatLike, parse_format
+from lightning_lpsgld.formats import FormatLike, parse_format
 from lightning_lpsgld.ops import quantize
 from lightning_lpsgld.ops.reference import power_of_two, variance_plan
 
@@ -120,7 +120,7 @@ def expected_shrinkage(
         (0.26, 0.04)
     """
     number = parse_format(fmt)
-    if isinstance(number, BlockFormat):
+    if number.blocks.shared:
         raise TypeError(f"The scale of {number} depends on the sample: quantize a gradient and measure it.")
     z = ((torch.arange(points, dtype=torch.float64) + 0.5) / points * 2 - 1) * 8.5
     weight = torch.exp(-0.5 * z * z)
@@ -314,7 +314,7 @@ def suggest_gradient_format(
     before = shrunk(1.0)
     fine = abs(float(before.projection) - 1.0) <= tolerance and float(before.residual) <= 0.5
     top = float(exact.abs().max()) if exact.numel() else 0.0
-    if fine or top == 0.0 or isinstance(number, BlockFormat):
+    if fine or top == 0.0 or number.blocks.shared:
         rule = "stochastic" if not fine and top > 0.0 else rounding
         text = (
             "Nothing to change." if rule == rounding else "Round stochastically: the projection is then 1 on average."

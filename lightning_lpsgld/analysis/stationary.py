@@ -141,8 +141,7 @@ def transition_matrix(
     rounded = None if gradient_format is None else finite_grid(gradient_format)[0]
     exact, variance = grad(grid).double().expand(grid.shape), 2.0 * lr * temperature
     extra = (lr * std) ** 2 if rounded is None else torch.zeros_like(std)
-    fixed = number if isinstance(number, FixedPoint) else None
-    closed = update == "naive" or (update == "vc" and fixed is not None and variance > fixed.gap**2 / 4)
+    closed = update == "naive" or (update == "vc" and number.gap is not None and variance > number.gap**2 / 4)
     nodes = _gradient_nodes(exact, 0.0 if closed and rounded is None else std, rounded)
 
     def law(at: Tensor, g: Tensor) -> Masses:

@@ -142,7 +142,7 @@ class LayerArithmetic:
         geometry = call.geometry
         assert geometry is not None
         lowest = int(encoded.codes.amin())
-        highest = int(encoded.format.code_max)  # type: ignore[union-attr]
+        highest = encoded.format.code_range[1]
         path = choose_path(lowest, highest, packed, self.machine, call.x.device.type)
         if self.arithmetic == "auto" and path in ("split", "float64"):
             return f"integers are no faster than floats here ({path}; {self.machine})"

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from lightning_lpsgld.arithmetic.products import PackedWeight
-from lightning_lpsgld.formats import BlockFloatingPoint, FixedPoint, NumberFormat
+from lightning_lpsgld.formats import BlockFloatingPoint, NumberFormat
 from lightning_lpsgld.ops import Encoded, decode, encode
 from lightning_lpsgld.ops.coded import plain
-from lightning_lpsgld.ops.exponents import power_of_two
 
 __all__ = ["WeightCodes", "activation_scales", "refusal_of_format"]
 
@@ -20,25 +19,21 @@ def refusal_of_format(fmt: NumberFormat | None) -> str | None:
     """Why activations of a format cannot be multiplied as integers; ``None`` if they can."""
     if fmt is None:
         return "activations are not rounded"
-    if isinstance(fmt, FixedPoint) and fmt.bits <= 8:
-        return None
-    if isinstance(fmt, BlockFloatingPoint) and fmt.bits <= 8 and fmt.block_size is None and fmt.block_dim in (None, 0):
-        return None
-    if isinstance(fmt, (FixedPoint, BlockFloatingPoint)) and fmt.bits > 8:
+    if not fmt.linear:
+        return f"codes of {fmt} are not integers"
+    if fmt.bits > 8:
         return f"codes of {fmt} have more than 8 bits"
-    if isinstance(fmt, BlockFloatingPoint):
+    if fmt.blocks.shared and not fmt.blocks.by_sample:
         return f"blocks of {fmt} do not span a whole sample"
-    return f"codes of {fmt} are not integers"
+    return None
 
 
 def activation_scales(encoded: Encoded, ndim: int) -> Tensor | float:
     """Gap of an activation: a power of two, or one per sample, shaped to multiply a tensor of ``ndim`` dims."""
     fmt = encoded.format
-    if isinstance(fmt, FixedPoint):
-        return float(fmt.gap)
-    assert isinstance(fmt, BlockFloatingPoint)
-    assert encoded.exponents is not None
-    gaps = power_of_two(encoded.exponents.long() + (2 - fmt.word_length)).float()
+    if fmt.gap is not None:
+        return fmt.gap
+    gaps = fmt.gaps(encoded.exponents).float()
     return gaps if gaps.ndim == 0 else gaps.view(-1, *[1] * (ndim - 1))
 
 
@@ -74,5 +69,4 @@ def _rows_of(weight: Tensor) -> PackedWeight | None:
     encoded = encode(dense, _ROWS, rounding="nearest")
     if not torch.equal(decode(encoded), dense):
         return None
-    assert encoded.exponents is not None
-    return PackedWeight(encoded.codes, power_of_two(encoded.exponents.long() + (2 - _ROWS.word_length)).float())
+    return PackedWeight(encoded.codes, _ROWS.gaps(encoded.exponents).float())

@@ -10,12 +10,9 @@ from torch import Tensor, nn
 from lightning_lpsgld.bank.base import Base
 from lightning_lpsgld.bank.errors import BankError
 from lightning_lpsgld.bank.spec import EntrySpec, ModuleSpec
-from lightning_lpsgld.formats import BlockFloatingPoint, FixedPoint, FloatingPoint, MicroscalingFloat
 from lightning_lpsgld.ops import Encoded, decode, encode
-from lightning_lpsgld.ops.blocks import expand_blocks
 from lightning_lpsgld.ops.code_cell import CodeCell
 from lightning_lpsgld.ops.coded import CodedTensor, plain
-from lightning_lpsgld.ops.reference import power_of_two
 
 __all__ = ["check_has_base", "decode_into_", "encode_tensors", "is_in_base"]
 
@@ -37,15 +34,13 @@ def decode_into_(target: Tensor, encoded: Encoded) -> Tensor:
     fmt = encoded.format
     if isinstance(target, CodedTensor):
         return target.copy_(CodedTensor(CodeCell(encoded), dtype=target.dtype))
-    if isinstance(fmt, (FloatingPoint, MicroscalingFloat)):
+    if not fmt.linear:
         return target.copy_(decode(encoded.to(target.device), target.dtype))
     target.copy_(encoded.codes)
-    if isinstance(fmt, FixedPoint):
+    if fmt.gap is not None:
         return target.mul_(fmt.gap)
-    assert isinstance(fmt, BlockFloatingPoint)
-    assert encoded.exponents is not None
-    gaps = power_of_two(encoded.exponents.long() + (2 - fmt.word_length)).to(target.device, target.dtype)
-    return target.mul_(expand_blocks(gaps, target.shape, fmt))
+    gaps = fmt.gaps(encoded.exponents).to(target.device, target.dtype)
+    return target.mul_(fmt.blocks.expand(gaps, target.shape))
 
 
 def _encode_exactly(entry: EntrySpec, tensor: Tensor) -> dict[str, Tensor]:

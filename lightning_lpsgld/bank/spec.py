@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lightning_lpsgld.bank.errors import BankError
-from lightning_lpsgld.formats import BlockFormat, FormatLike, NumberFormat, check_dtype, code_dtype, parse_format
-from lightning_lpsgld.ops.blocks import exponents_shape
+from lightning_lpsgld.formats import FormatLike, NumberFormat, check_dtype, parse_format
 from lightning_lpsgld.ops.coded import CodedTensor
 
 __all__ = ["EntrySpec", "Formats", "ModuleSpec", "formats_by_name", "module_tensors"]
@@ -121,9 +120,9 @@ class EntrySpec:
         """Tensors of this entry in a sample file: key mapped to dtype and shape."""
         if self.format is None:
             return {f"values.{self.name}": (self.dtype, self.shape)}
-        tensors = {f"codes.{self.name}": (code_dtype(self.format), self.shape)}
-        if isinstance(self.format, BlockFormat):
-            tensors[f"exponents.{self.name}"] = (torch.int8, exponents_shape(self.shape, self.format))
+        tensors = {f"codes.{self.name}": (self.format.code_dtype, self.shape)}
+        if self.format.blocks.shared:
+            tensors[f"exponents.{self.name}"] = (torch.int8, self.format.blocks.compact(self.shape))
         return tensors
 
     @property

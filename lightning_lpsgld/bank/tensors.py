@@ -13,14 +13,6 @@ from lightning_lpsgld.bank.base import Base
 from lightning_lpsgld.bank.errors import BankError
 from lightning_lpsgld.bank.sample import SampleInfo
 from lightning_lpsgld.bank.spec import EntrySpec, ModuleSpec
-from lightning_lpsgld.formats import (
-    BlockFloatingPoint,
-    FixedPoint,
-    MicroscalingFloat,
-    block_exponent_range,
-    code_dtype,
-    scale_exponent_range,
-)
 
 __all__ = [
     "base_bytes",
@@ -59,22 +51,13 @@ def _is_own(entry: EntrySpec, tensors: Mapping[str, Tensor], base: Base) -> bool
 
 def check_codes(tensors: Mapping[str, Tensor], entry: EntrySpec, where: str) -> None:
     """Raise :class:`BankError` if a code or exponent is none of the entry's format."""
-    if entry.format is None or entry.numel == 0:
-        return
-    _check_range(tensors[f"codes.{entry.name}"], _code_range(entry), f"{where}: the codes of {entry}")
-    if isinstance(entry.format, (BlockFloatingPoint, MicroscalingFloat)):
-        fits = block_exponent_range if isinstance(entry.format, BlockFloatingPoint) else scale_exponent_range
-        allowed = fits(entry.format, entry.dtype)  # type: ignore[arg-type]
-        _check_range(tensors[f"exponents.{entry.name}"], allowed, f"{where}: the exponents of {entry}")
-
-
-def _code_range(entry: EntrySpec) -> tuple[int, int]:
     fmt = entry.format
-    assert fmt is not None
-    if isinstance(fmt, (FixedPoint, BlockFloatingPoint)):
-        return fmt.code_min, fmt.code_max
-    width = torch.iinfo(code_dtype(fmt)).bits  # bit patterns; those that fill the integer wrap around
-    return (0, 2**fmt.bits - 1) if fmt.bits < width else (-(2 ** (width - 1)), 2 ** (width - 1) - 1)
+    if fmt is None or entry.numel == 0:
+        return
+    _check_range(tensors[f"codes.{entry.name}"], fmt.code_range, f"{where}: the codes of {entry}")
+    if fmt.blocks.shared:
+        allowed = fmt.exponent_range(entry.dtype)
+        _check_range(tensors[f"exponents.{entry.name}"], allowed, f"{where}: the exponents of {entry}")
 
 
 def _check_range(values: Tensor, allowed: tuple[int, int], what: str) -> None:

@@ -17,9 +17,8 @@ from torch.distributed.tensor import DTensor
 from lightning_lpsgld.analysis import Shrinkage, gradient_shrinkage, suggest_gradient_format
 from lightning_lpsgld.callbacks.compensation import Compensation
 from lightning_lpsgld.callbacks.tables import log_table
-from lightning_lpsgld.formats import BlockFormat, NumberFormat
+from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops import quantize
-from lightning_lpsgld.ops.reference import code_limits
 from lightning_lpsgld.samplers.grid import GridSampler
 from lightning_lpsgld.samplers.shards import local_part
 
@@ -240,11 +239,8 @@ class GradientShrinkage(Callback):
 
 def _expected(grad: Tensor, fmt: NumberFormat) -> Tensor:
     """Mean of the stochastic rounding: the gradient, held to the range of its grid (of its block's, for blocks)."""
-    wide = grad.double()
-    if isinstance(fmt, BlockFormat):
-        low, high = code_limits(grad, fmt)
-        return torch.minimum(torch.maximum(wide, low), high)
-    return wide.clamp(fmt.min, fmt.max)
+    low, high = fmt.value_limits(grad)
+    return grad.double().clamp(low, high)  # type: ignore[arg-type]  # two numbers or two tensors
 
 
 def _overall(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -290,7 +286,7 @@ def _verdict(layer: _Layer, row: dict[str, float], threshold: float, layers: lis
 
 
 def _remedy(fmt: NumberFormat, layers: list[_Layer]) -> str:
-    if isinstance(fmt, BlockFormat):
+    if fmt.blocks.shared:
         return "Use more bits for gradients, or smaller blocks."
     text = "Use a block format for gradients, such as 'bfp8': its scale follows them"
     # One loss scales all gradients: the largest one decides.

@@ -14,11 +14,7 @@ from torch import Tensor
 
 from lightning_lpsgld.formats import (
     BlockFloatingPoint,
-    FixedPoint,
-    FloatingPoint,
-    MicroscalingFloat,
     NumberFormat,
-    with_word_length,
 )
 from lightning_lpsgld.ops.crossing import crossing
 from lightning_lpsgld.ops.reference import power_of_two, variance_plan
@@ -157,12 +153,11 @@ def held_below(layers: Sequence[LayerNoise]) -> str | None:
         bias = ""
         if "bias_over_target" in total:
             bias = f" (mean square {total['bias_over_target']:.2g} times the variance asked for)"
-        remedy = str(fmt).removesuffix("-clamp") if isinstance(fmt, BlockFloatingPoint) else f"{fmt}-fit"
         return (
             f"Held below a power of two: {100 * standing / blocks:.0f} % of {blocks} blocks stand at the top code of "
             f"{fmt}, {100 * chance:.2g} % would by chance. Codes are clamped there, so the mean of a step is off in "
             f"{100 * total['held']:.0f} % of the blocks{bias}, and no step smaller than a gap leads any further. "
-            f"Use '{remedy}', in which such a block takes the next exponent."
+            f"Use '{fmt.unclamped()}', in which such a block takes the next exponent."
         )
     return None
 
@@ -228,18 +223,18 @@ def remedies(
     if not all(case.corrected for case in cases) and expected_excess(corrected, fmt, temperature) <= limit:
         found.append("variance_corrected=True")
     kinds: list[NumberFormat] = [fmt]
-    if isinstance(fmt, FixedPoint):
-        kinds.append(BlockFloatingPoint(fmt.word_length))
+    if fmt.gap is not None:
+        kinds.append(BlockFloatingPoint(fmt.bits))
     wide: list[NumberFormat] = []
     for kind in kinds:
         enough = _enough(
             cases, kind, fmt.bits + (kind is fmt), temperature, limit
         )  # another kind may do at this length
-        wide += [] if enough is None else [enough]
-        if isinstance(enough, FixedPoint) and not summed:
-            found.append(f"{enough} (fraction length >= {enough.fraction_length})")
-        elif isinstance(enough, BlockFloatingPoint) and not summed:
-            found.append(f"{enough} (block floating point of >= {enough.word_length} bits)")
+        if enough is None:
+            continue
+        wide.append(enough)
+        if not summed:
+            found.append(enough.at_least())
     if wide:
         found.append(f"accumulator='{min(wide, key=lambda one: one.bits)}'")
     warm = (t for t in _temperature_ladder(temperature) if expected_excess(cases, fmt, t) <= limit)
@@ -253,7 +248,5 @@ def _enough(
     cases: Sequence[Case], kind: NumberFormat, shortest: int, temperature: float, limit: float
 ) -> NumberFormat | None:
     """Shortest word of a kind, from ``shortest`` on, whose excess is within the limit; of floats there is none."""
-    if isinstance(kind, (FloatingPoint, MicroscalingFloat)):
-        return None
-    longer = (with_word_length(kind, length) for length in range(shortest, _LONGEST + 1))
-    return next((f for f in longer if expected_excess(cases, f, temperature) <= limit), None)
+    longer = (kind.with_word_length(length) for length in range(shortest, _LONGEST + 1))
+    return next((f for f in longer if f is not None and expected_excess(cases, f, temperature) <= limit), None)

@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_lpsgld.bank import EntrySpec, Sample, SampleBank
-from lightning_lpsgld.formats import BlockFloatingPoint, FixedPoint
 from lightning_lpsgld.ops import Encoded
-from lightning_lpsgld.ops.blocks import expand_blocks
-from lightning_lpsgld.ops.reference import power_of_two
 
 __all__ = ["PackedTensor", "pack"]
 
@@ -44,12 +41,9 @@ class PackedTensor:
 def _scales(encoded: Encoded) -> Tensor | None:
     """Gap of each block of a linear format, in a shape that broadcasts; ``None`` for other formats."""
     fmt = encoded.format
-    if isinstance(fmt, FixedPoint):
-        return torch.full((1,) * encoded.codes.ndim, fmt.gap)
-    if not isinstance(fmt, BlockFloatingPoint) or encoded.exponents is None:
+    if not fmt.linear:
         return None
-    gaps = power_of_two(encoded.exponents.long() + (2 - fmt.word_length)).float()
-    expanded = expand_blocks(gaps, encoded.codes.shape, fmt)
+    expanded = fmt.blocks.expand(fmt.gaps(encoded.exponents).float(), encoded.codes.shape)
     return expanded.reshape((1,) * encoded.codes.ndim) if expanded.ndim == 0 else expanded
 
 

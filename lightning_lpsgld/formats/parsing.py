@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from lightning_lpsgld.formats.kinds import FormatLike, NumberFormat
+from lightning_lpsgld.formats.base import NumberFormat
+from lightning_lpsgld.formats.block_floating import BlockFloatingPoint
+from lightning_lpsgld.formats.fixed import FixedPoint
+from lightning_lpsgld.formats.floating import FloatingPoint
+from lightning_lpsgld.formats.kinds import FormatLike
 from lightning_lpsgld.formats.microscaling import MicroscalingFloat
-from lightning_lpsgld.formats.numbers import BlockFloatingPoint, FixedPoint, FloatingPoint
 
 __all__ = ["parse_format", "to_qtorch"]
 
-# ASCII: to Python, full-width and other digits are digits, too.
-_FIXED = re.compile(r"fixed(\d+)\.(-?\d+)(s?)", re.ASCII)
-_BLOCK = re.compile(r"bfp(\d+)(?:b(\d+)|-(tensor)|-dim(-?\d+))?(?:e(\d))?(-clamp)?", re.ASCII)
-_FLOAT = re.compile(r"e(\d+)m(\d+)(?:-(ieee|nan|none))?", re.ASCII)
-_MICROSCALING = re.compile(r"mxfp(\d)e(\d)m(\d)(?:b(\d+))?(-fit)?", re.ASCII)
 _ALIASES: dict[str, NumberFormat] = {
     "fp32": FloatingPoint(8, 23),
     "tf32": FloatingPoint(8, 10),
@@ -66,35 +63,15 @@ def _parse_string(text: str) -> NumberFormat:
     name = text.strip().lower()
     if name in _ALIASES:
         return _ALIASES[name]
-    if match := _FIXED.fullmatch(name):
-        return FixedPoint(int(match[1]), int(match[2]), symmetric=bool(match[3]))
-    if match := _BLOCK.fullmatch(name):
-        word, size, tensor, dim, exponent, clamp = match.groups()
-        return BlockFloatingPoint(
-            int(word),
-            block_dim=None if tensor else int(dim or 0),
-            exponent_bits=int(exponent or 8),
-            block_size=int(size) if size else None,
-            top="clamp" if clamp else "carry",
-        )
-    if match := _FLOAT.fullmatch(name):
-        specials: Any = match[3]
-        return FloatingPoint(int(match[1]), int(match[2]), specials)
-    if match := _MICROSCALING.fullmatch(name):
-        return _microscaling(text, match)
+    for kind in NumberFormat.kinds:
+        fmt = kind.from_name(name)
+        if fmt is not None:
+            return fmt
     raise ValueError(
         f"No number format is called {text!r}; use 'fixed<W>.<F>' (e.g. 'fixed8.6'), 'bfp<W>' (e.g. 'bfp8', "
         f"'bfp8-tensor', 'bfp8b32'), 'e<E>m<M>' (e.g. 'e4m3'), 'mxfp<W>e<E>m<M>' (e.g. 'mxfp8e4m3', "
         f"'mxfp8e4m3-fit') or one of {sorted(_ALIASES)}."
     )
-
-
-def _microscaling(text: str, match: re.Match[str]) -> MicroscalingFloat:
-    bits, exponent, mantissa, size, fit = match.groups()
-    fmt = MicroscalingFloat(int(exponent), int(mantissa), int(size or 32), "fit" if fit else "floor")
-    if fmt.bits != int(bits):
-        raise ValueError(f"{text!r}: an element e{exponent}m{mantissa} has {fmt.bits} bits; write {str(fmt)!r}.")
-    return fmt
 
 
 def _from_qtorch(number: Any) -> NumberFormat:
@@ -123,19 +100,4 @@ def to_qtorch(fmt: FormatLike) -> Any:
             clamps), runs of ``block_size`` elements (microscaling floats too), an exponent of other than 8 bits, or a
             negative ``block_dim``.
     """
-    import qtorch
-
-    fmt = parse_format(fmt)
-    if isinstance(fmt, FixedPoint):
-        if fmt.fraction_length < 1:
-            raise ValueError(f"QPyTorch has no fixed point with F < 1, got {fmt}.")
-        return qtorch.FixedPoint(wl=fmt.word_length, fl=fmt.fraction_length, clamp=True, symmetric=fmt.symmetric)
-    if isinstance(fmt, BlockFloatingPoint):
-        if fmt.block_size is not None or fmt.exponent_bits != 8 or (fmt.block_dim or 0) < 0:
-            raise ValueError(f"QPyTorch's blocks are whole dims with 8-bit exponents; it has no {fmt}.")
-        if fmt.top != "clamp":
-            raise ValueError(f"QPyTorch clamps at the top of a block, {fmt} does not; use '{fmt}-clamp' for its rule.")
-        return qtorch.BlockFloatingPoint(wl=fmt.word_length, dim=-1 if fmt.block_dim is None else fmt.block_dim)
-    if isinstance(fmt, MicroscalingFloat):
-        raise ValueError(f"QPyTorch's floats share no scale; it has no {fmt}.")
-    return qtorch.FloatingPoint(exp=fmt.exponent_bits, man=fmt.mantissa_bits)
+    return parse_format(fmt).to_qtorch()

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from lightning_lpsgld.formats import NumberFormat
-from lightning_lpsgld.ops.blocks import crosses_rows
 from lightning_lpsgld.ops.encoded import Encoded
 from lightning_lpsgld.ops.functional import decode, encode
 
@@ -43,7 +42,7 @@ class CodeCell:
     def divisible(self) -> bool:
         """Whether rows (indices of dim 0) can be read and written without the others."""
         ndim = self.encoded.codes.ndim
-        return ndim > 0 and self._open is None and not crosses_rows(self.format, ndim)
+        return ndim > 0 and self._open is None and not self.format.blocks.crosses_rows(ndim)
 
     def rows(self, start: int, stop: int) -> Encoded:
         """Codes of rows [start, stop), sharing memory; only of what is :attr:`divisible`."""
@@ -59,7 +58,11 @@ class CodeCell:
         """
         codes = self.encoded.codes
         count = codes.shape[0] if codes.ndim else 1
-        if not self.divisible or count == 0 or any(crosses_rows(fmt, codes.ndim) for fmt in formats):
+        if (
+            not self.divisible
+            or count == 0
+            or any(fmt is not None and fmt.blocks.crosses_rows(codes.ndim) for fmt in formats)
+        ):
             return [(0, count)]
         size = max(1, _RUN // max(1, codes.numel() // count))
         return [(start, min(start + size, count)) for start in range(0, count, size)]

@@ -23,17 +23,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import (
-    BlockFloatingPoint,
-    FixedPoint,
-    FloatingPoint,
-    MicroscalingFloat,
-    NumberFormat,
-    block_exponent_range,
-    code_dtype,
-)
+from lightning_lpsgld.formats import FloatingPoint, KernelIdentity, NumberFormat
 from lightning_lpsgld.ops import reference
-from lightning_lpsgld.ops.blocks import exponents_shape
 from lightning_lpsgld.ops.carry import carry_key
 from lightning_lpsgld.ops.cpu_library import Format, Key, Shape, Step, StepTensor, load
 from lightning_lpsgld.ops.encoded import Encoded
@@ -74,19 +65,8 @@ def instruction_set() -> str:
 
 def _inner(shape: Sequence[int], fmt: NumberFormat | None) -> int:
     """Elements of a block, 0 where nothing is shared; -1 where a block is no contiguous run of that length."""
-    if not isinstance(fmt, BlockFloatingPoint) or not shape:
-        return 0
-    size = torch.Size(shape).numel()
-    if fmt.block_size is not None:
-        inner = min(fmt.block_size, shape[-1])
-        inner = inner if inner == 0 or shape[-1] % inner == 0 else -1
-    elif fmt.block_dim is None:
-        inner = size
-    elif fmt.block_dim in (0, -len(shape)):
-        inner = size // max(shape[0], 1)
-    else:
-        inner = -1
-    return 0 if inner == 1 else inner
+    length = 0 if fmt is None else fmt.blocks.run_length(tuple(shape))
+    return -1 if length is None else 0 if length == 1 else length
 
 
 def refusal(op: str, x: Tensor, formats: Sequence[NumberFormat]) -> str | None:
@@ -106,28 +86,33 @@ def refusal(op: str, x: Tensor, formats: Sequence[NumberFormat]) -> str | None:
     if op != "decode" and x.dtype not in _DTYPES:
         return f"the kernels take float32, bfloat16 and float16, got {x.dtype}."
     for fmt in formats:
-        if isinstance(fmt, MicroscalingFloat):
-            return f"no kernel has the scales of {fmt} built in."
+        kernel = _identity(fmt, x.dtype if x.dtype in _DTYPES else torch.float32)
+        if kernel is None or kernel.family not in _FAMILIES:
+            return f"no kernel has {'the scales of ' if fmt.blocks.shared else ''}{fmt} built in."
         if _inner(x.shape, fmt) < 0:
             return f"blocks of {fmt} are not runs of equal length in a tensor of shape {tuple(x.shape)}."
-        if op == "decode" and isinstance(fmt, FloatingPoint) and fmt.bits > 16:
+        if op == "decode" and not fmt.linear and fmt.bits > 16:
             return f"codes of {fmt} have more than 16 bits."
     return None
 
 
 @lru_cache(maxsize=256)
+def _identity(fmt: NumberFormat, dtype: torch.dtype) -> KernelIdentity | None:
+    return fmt.kernel(dtype)
+
+
+#: What the kernels can: families of formats, by their numbers in ``cpu.cpp``.
+_FAMILIES = {"fixed": 0, "block": 1, "float": 2}
+
+
+@lru_cache(maxsize=256)
 def _native(fmt: NumberFormat, dtype: torch.dtype, saturate: bool = True) -> Format:
-    if isinstance(fmt, FixedPoint):
-        return Format(0, -fmt.fraction_length, 0, 0, fmt.code_min, fmt.code_max, fmt.min, fmt.max)
-    if isinstance(fmt, BlockFloatingPoint):
-        low, high = block_exponent_range(fmt, dtype)
-        carry = {"carry": fmt.top == "carry"}
-        return Format(1, 2 - fmt.word_length, low, high, fmt.code_min, fmt.code_max, **carry)
-    assert isinstance(fmt, FloatingPoint)
-    top = 2.0 ** (fmt.mantissa_bits + 1)
-    fields = (fmt.mantissa_bits, fmt.bias, fmt.bits, 2 ** (fmt.bits - 1) - 1)
-    ends = (fmt.min, fmt.max) if saturate else (-math.inf, math.inf)
-    return Format(2, -fmt.mantissa_bits, fmt.exponent_min, fmt.exponent_max, -top, top, *ends, *fields)
+    kernel = _identity(fmt, dtype)
+    assert kernel is not None  # refusal() was asked
+    ends = (kernel.min, kernel.max) if saturate else (-math.inf, math.inf)
+    codes = (kernel.code_min, kernel.code_max)
+    fields = (kernel.mantissa_bits, kernel.bias, fmt.bits, 2 ** (fmt.bits - 1) - 1, kernel.carries)
+    return Format(_FAMILIES[kernel.family], kernel.offset, kernel.low, kernel.high, *codes, *ends, *fields)
 
 
 def _key(key: DrawKey | None, stream: int | None = None) -> Key:
@@ -147,7 +132,7 @@ def _layout(x: Tensor, *formats: NumberFormat | None) -> tuple[int, int] | None:
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
     if last is None or not x.is_contiguous(memory_format=last) or x.shape[1] > _CHANNELS_MAX:
         return None
-    if any(isinstance(fmt, BlockFloatingPoint) and fmt.block_size is not None for fmt in formats):
+    if any(fmt is not None and not fmt.blocks.any_order for fmt in formats):
         return None
     return x.shape[1], x.shape[2:].numel()
 
@@ -214,10 +199,10 @@ def encode(x: Tensor, fmt: NumberFormat, rounding: Rounding, key: DrawKey | None
     if x.numel() == 0:
         return reference.encode(x, fmt, rounding, key)
     x, shape = _dense(x, fmt)
-    codes = torch.empty_like(x, dtype=code_dtype(fmt))
+    codes = torch.empty_like(x, dtype=fmt.code_dtype)
     exponents = None
-    if isinstance(fmt, BlockFloatingPoint):
-        exponents = torch.empty(exponents_shape(x.shape, fmt), dtype=torch.int8)
+    if fmt.blocks.shared:
+        exponents = torch.empty(fmt.blocks.compact(x.shape), dtype=torch.int8)
     missing = load()[0].lpsgld_encode(
         ctypes.byref(_native(fmt, x.dtype)),
         ctypes.byref(shape),
@@ -230,16 +215,21 @@ def encode(x: Tensor, fmt: NumberFormat, rounding: Rounding, key: DrawKey | None
         ctypes.byref(_key(key)),
         torch.get_num_threads(),
     )
-    if missing and not (isinstance(fmt, FloatingPoint) and fmt.specials != "none"):
-        lack = f"{fmt} has no NaN" if isinstance(fmt, FloatingPoint) else f"the codes of {fmt} have no NaN"
+    if missing and not _has_nan(fmt):
+        lack = f"the codes of {fmt} have no NaN" if fmt.linear else f"{fmt} has no NaN"
         raise ValueError(f"encode: {lack}, but {missing} of {x.numel()} elements are NaN.")
     return Encoded(codes, exponents, fmt)
 
 
+def _has_nan(fmt: NumberFormat) -> bool:
+    kernel = _identity(fmt, torch.float32)
+    return kernel is not None and kernel.has_nan
+
+
 @lru_cache(maxsize=8)
-def _value_table(fmt: FloatingPoint) -> Tensor:
+def _value_table(fmt: NumberFormat) -> Tensor:
     """Value of every bit pattern of the code dtype, float32."""
-    dtype = code_dtype(fmt)
+    dtype = fmt.code_dtype
     patterns = torch.arange(2 ** torch.iinfo(dtype).bits).to(dtype)
     return reference.decode(Encoded(patterns, None, fmt), torch.float32)
 
@@ -247,15 +237,14 @@ def _value_table(fmt: FloatingPoint) -> Tensor:
 def _decode(encoded: Encoded, out: Tensor) -> None:
     """Write the values of ``encoded`` into ``out``: float32, dense, memory order of the codes."""
     fmt, codes, exponents = encoded.format, encoded.codes, encoded.exponents
-    table = _value_table(fmt) if isinstance(fmt, FloatingPoint) else None
-    offset = 2 - fmt.word_length if isinstance(fmt, BlockFloatingPoint) else 0
-    offset = -fmt.fraction_length if isinstance(fmt, FixedPoint) else offset
+    table, kernel = None if fmt.linear else _value_table(fmt), _identity(fmt, torch.float32)
+    assert kernel is not None  # refusal() was asked
     exponents = None if exponents is None else exponents.contiguous()
     load()[0].lpsgld_decode(
         _pointer(codes),
         codes.element_size(),
         None if exponents is None else _pointer(exponents),
-        offset,
+        kernel.offset if table is None else 0,
         None if table is None else _pointer(table),
         _pointer(out),
         ctypes.c_int64(codes.numel()),
@@ -267,7 +256,7 @@ def _decode(encoded: Encoded, out: Tensor) -> None:
 def decode(encoded: Encoded, dtype: torch.dtype) -> Tensor:
     """See :func:`lightning_lpsgld.ops.decode`; equal to the reference bit for bit."""
     codes = encoded.codes
-    if codes.numel() == 0 or dtype == torch.float64 or isinstance(encoded.format, MicroscalingFloat):
+    if codes.numel() == 0 or dtype == torch.float64 or _identity(encoded.format, torch.float32) is None:
         return reference.decode(encoded, dtype)
     if _layout(codes, encoded.format) is None:
         codes = codes.contiguous()

@@ -21,17 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import (
-    BlockFloatingPoint,
-    BlockFormat,
-    MicroscalingFloat,
-    NumberFormat,
-    block_exponent_range,
-    scale_exponent_range,
-)
-from lightning_lpsgld.ops.blocks import block_max, expand_blocks, exponents_shape
-from lightning_lpsgld.ops.carry import BOUNDLESS
-from lightning_lpsgld.ops.exponents import NOISE_REACH, power_of_two
+from lightning_lpsgld.formats import NumberFormat
+from lightning_lpsgld.formats.exponents import BOUNDLESS, NOISE_REACH
 from lightning_lpsgld.ops.reference import VariancePlan
 from lightning_lpsgld.ops.splines import four_points, spline_masses, upper_moment
 
@@ -133,25 +124,6 @@ def _elements(plan: VariancePlan, at: Tensor, top: Tensor, update: Update) -> _E
     return _Elements(laws, positions[wide], scaled, sigma, top)
 
 
-def _tops(plan: VariancePlan, fmt: BlockFormat, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Per element: largest code of its block, how many doublings are left, and whether doubling coarsens it."""
-    shape = plan.scaled.shape
-    if isinstance(fmt, BlockFloatingPoint):
-        last = block_exponent_range(fmt, dtype)[1] + (2 - fmt.word_length)
-        room = (last - plan.gap_exponents).clamp(0, _MOST_LEVELS) * (fmt.top == "carry")
-        top, coarser = torch.full(shape, float(fmt.code_max), dtype=torch.float64), torch.ones(shape, dtype=torch.bool)
-        return top.to(plan.scaled.device), room.expand(shape), coarser.to(plan.scaled.device)
-    assert plan.scales is not None
-    shift = plan.scales.expand(shape)
-    own = plan.gap_exponents - shift
-    room = (scale_exponent_range(fmt, dtype)[1] - shift).clamp(0, 1) * (fmt.scaling == "fit")
-    top = fmt.element.max * power_of_two(-own)
-    coarser = (own == fmt.element.exponent_min - fmt.element.mantissa_bits) & (
-        plan.scaled.abs() < 2.0 ** (fmt.element.mantissa_bits + 1)
-    )
-    return top.expand(shape), room.expand(shape), coarser.expand(shape)
-
-
 def _clamping(plan: VariancePlan, reach: Tensor, update: Update) -> Tensor:
     """Bias of elements that may be clamped, in their gaps."""
     shape, bias = plan.scaled.shape, torch.zeros_like(plan.scaled)
@@ -194,17 +166,17 @@ def crossing(plan: VariancePlan, fmt: NumberFormat, dtype: torch.dtype, *, updat
     reach = torch.where(finite, NOISE_REACH * noise.sqrt() + 2.0, -BOUNDLESS).expand(shape)
     bias = _clamping(plan, reach, update)
     added = torch.zeros_like(bias)
-    if not isinstance(fmt, (BlockFloatingPoint, MicroscalingFloat)):
+    if not fmt.blocks.shared:
         return Crossing(bias.new_zeros(()), added, bias)
-    compact = exponents_shape(shape, fmt)
+    compact = fmt.blocks.compact(shape)
     probability = bias.new_zeros(compact)
-    top, room, coarser = _tops(plan, fmt, dtype)
-    near = block_max(((plan.scaled.abs() + reach > top) & (room > 0)).double(), fmt) > 0
-    at = (expand_blocks(near, shape, fmt).expand(shape) & finite).flatten().nonzero()[:, 0]
+    top, room, coarser = fmt.doublings(plan.scaled, plan.gap_exponents, plan.scales, dtype)
+    near = fmt.blocks.max(((plan.scaled.abs() + reach > top) & (room > 0)).double()) > 0
+    at = (fmt.blocks.expand(near, shape).expand(shape) & finite).flatten().nonzero()[:, 0]
     if at.numel():
         count = math.prod(compact)
         numbers = torch.arange(count, device=bias.device).reshape(compact)
-        block = expand_blocks(numbers, shape, fmt).expand(shape).flatten()[at]
+        block = fmt.blocks.expand(numbers, shape).expand(shape).flatten()[at]
         elements = _elements(plan, at, top.flatten()[at], update)
         found, more = _follow(elements, block, room.flatten()[at], count)
         added.view(-1)[at] = more * coarser.flatten()[at]

@@ -12,9 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import MicroscalingFloat, NumberFormat
+from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops import self_check
-from lightning_lpsgld.ops.microscaling import element_of
 
 __all__ = ["BACKENDS", "BackendName", "backend_report", "choose", "choose_step", "choose_views", "unavailable"]
 
@@ -87,7 +86,7 @@ def _refusal(name: str, op: str, x: Tensor, formats: Sequence[NumberFormat]) -> 
     if missing is not None:
         return missing
     if op in _SCALED.get(name, ()):
-        formats = [element_of(fmt) for fmt in formats]
+        formats = [fmt.element for fmt in formats]
     reason: str | None = _module(name).refusal(op, x, formats)
     return reason
 
@@ -97,12 +96,12 @@ def _distrust(name: str, op: str, x: Tensor, formats: Sequence[NumberFormat]) ->
     if name not in _COMPARED or not x.numel():
         return None
     fmt = formats[0]
-    rows = _module(name).rows_of(x.shape, element_of(fmt))
+    rows = _module(name).rows_of(x.shape, fmt.element)
     return self_check.op_trouble(_engine(name, formats), op, x, fmt, rows.shared, rows.length)
 
 
 def _engine(name: str, formats: Sequence[NumberFormat]) -> Any:
-    if name not in _SCALED or not any(isinstance(fmt, MicroscalingFloat) for fmt in formats):
+    if name not in _SCALED or not any(fmt.element is not fmt for fmt in formats):
         return _module(name)
     return _module("scaled").Scaled(_module(name))
 

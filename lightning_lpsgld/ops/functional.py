@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lightning_lpsgld.formats import (
-    BlockFormat,
     FormatLike,
     NumberFormat,
     check_dtype,
@@ -208,7 +207,7 @@ def encode(
     _check_rounding(rounding, key)
     if torch.compiler.is_compiling():
         codes, exponents = library.encode(x.detach(), str(number), rounding, *library.key_fields(key), backend)
-        return Encoded(codes, exponents if isinstance(number, BlockFormat) else None, number)
+        return Encoded(codes, exponents if number.blocks.shared else None, number)
     out: Encoded = choose(backend, "encode", x, number).encode(x.detach(), number, rounding, key)
     return out
 

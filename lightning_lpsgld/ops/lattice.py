@@ -37,9 +37,7 @@ from torch import Tensor
 
 from lightning_lpsgld.formats import (
     FixedPoint,
-    FloatingPoint,
     FormatLike,
-    MicroscalingFloat,
     NumberFormat,
     check_dtype,
     parse_format,
@@ -133,7 +131,7 @@ def walk_plan(
         return torch.as_tensor(value, dtype=torch.float64, device=theta.device).expand(theta.shape)
 
     spread, bending, noise = wanted(variance), wanted(curvature).clamp(min=0.0), wanted(gradient_std)
-    gap_exponents = reference._gap_exponents(wide, fmt, theta.dtype)
+    gap_exponents = fmt.gap_exponents(wide, fmt.exponents(wide, theta.dtype))
     inverse = reference.power_of_two(-gap_exponents)
     step, target = drift * inverse, spread * inverse * inverse
     safe = torch.where(target > 0, target, torch.ones_like(target))
@@ -203,7 +201,7 @@ def jump_odds(plan: WalkPlan, length: Tensor) -> tuple[Tensor, Tensor]:
 def _checked(theta: Tensor, fmt: FormatLike, rates: str) -> NumberFormat:
     number = parse_format(fmt)
     check_dtype(number, theta.dtype)
-    if isinstance(number, (FloatingPoint, MicroscalingFloat)):
+    if not number.linear:
         raise ValueError(
             f"The lattice walk needs equal gaps up and down, which {number} has not at powers of two. Use a "
             f"fixed-point or block format, or the variance-corrected quantizer."
@@ -299,7 +297,7 @@ def lattice_step(
     if theta.device.type != "cpu" or bool(plan.ballistic.any()):  # elsewhere than on a CPU, to look would synchronise
         leapt = reference.quantize_variance_corrected(theta + drift.to(theta.dtype), variance, number, key)
         new = torch.where(plan.ballistic, leapt, new)
-    if isinstance(number, FixedPoint):
+    if not number.blocks.shared:
         return new
     return reference.quantize(new, number, "stochastic", carry_key(key))  # the grid of the exponents that it now has
 
@@ -311,9 +309,10 @@ def _moved(plan: WalkPlan, fmt: NumberFormat, key: DrawKey) -> Tensor:
     up, down = jump_odds(plan, length)
     decision = draw - draw.floor()
     moved = plan.codes + length * ((decision >= 1.0 - up).double() - (decision < down).double())
-    if not isinstance(fmt, FixedPoint):
+    if fmt.blocks.shared:
         return moved
-    return torch.where((moved < fmt.code_min) | (moved > fmt.code_max), plan.codes, moved)
+    low, high = fmt.code_range
+    return torch.where((moved < low) | (moved > high), plan.codes, moved)
 
 
 def walk_law(

@@ -13,8 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import BlockFormat, code_dtype, parse_format
-from lightning_lpsgld.ops.blocks import exponents_shape
+from lightning_lpsgld.formats import code_dtype, parse_format
 from lightning_lpsgld.ops.dispatch import choose
 from lightning_lpsgld.ops.encoded import Encoded
 from lightning_lpsgld.random import DrawKey
@@ -108,7 +107,7 @@ def _(
     x: Tensor, fmt: str, rounding: str, seed: int, step: int, stream: int, offset: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     number = parse_format(fmt)
-    shape = exponents_shape(x.shape, number) if isinstance(number, BlockFormat) else (0,)
+    shape = number.blocks.compact(x.shape)
     return x.new_empty(x.shape, dtype=code_dtype(number)), x.new_empty(shape, dtype=torch.int8)
 
 
@@ -116,7 +115,7 @@ def _(
 def decode(codes: Tensor, exponents: Tensor | None, fmt: str, dtype: torch.dtype, backend: str) -> Tensor:
     """:func:`lightning_lpsgld.ops.decode` of the parts of an :class:`Encoded`."""
     number = parse_format(fmt)
-    encoded = Encoded(codes, exponents if isinstance(number, BlockFormat) else None, number)
+    encoded = Encoded(codes, exponents if number.blocks.shared else None, number)
     out: Tensor = choose(backend, "decode", codes, number).decode(encoded, dtype)
     return out.contiguous()
 

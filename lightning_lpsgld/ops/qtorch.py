@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import BlockFloatingPoint, FixedPoint, NumberFormat, to_qtorch
+from lightning_lpsgld.formats import NumberFormat, to_qtorch
 from lightning_lpsgld.random import DrawKey
 
 __all__ = ["quantize", "refusal", "unavailable"]
@@ -36,7 +36,10 @@ def refusal(op: str, x: Tensor, formats: Sequence[NumberFormat]) -> str | None:
         return f"QPyTorch takes float32 only, got {x.dtype}."
     try:
         for fmt in formats:
+            kernel = fmt.kernel(x.dtype)
             to_qtorch(fmt)
+            if kernel is None or kernel.family not in _FAMILIES:
+                return f"QPyTorch has no op for {fmt}."
     except ValueError as error:
         return str(error)
     return None
@@ -61,16 +64,25 @@ def _quant() -> Any:
     return quant
 
 
+def _fixed(quant: Any, number: Any, x: Tensor, rounding: str) -> Any:
+    options = {"wl": number.wl, "fl": number.fl, "clamp": True, "symmetric": number.symmetric}
+    return quant.fixed_point_quantize(x, **options, rounding=rounding)
+
+
+def _block(quant: Any, number: Any, x: Tensor, rounding: str) -> Any:
+    return quant.block_quantize(x, wl=number.wl, dim=number.dim, rounding=rounding)
+
+
+def _float(quant: Any, number: Any, x: Tensor, rounding: str) -> Any:
+    return quant.float_quantize(x, exp=number.exp, man=number.man, rounding=rounding)
+
+
+#: What this backend can: families of formats (:class:`.KernelIdentity`).
+_FAMILIES = {"fixed": _fixed, "block": _block, "float": _float}
+
+
 def quantize(x: Tensor, fmt: NumberFormat, rounding: Literal["nearest", "stochastic"], key: DrawKey | None) -> Tensor:
     """QPyTorch's op with the meaning of ``fmt``; ``key`` is not used (see the module's docstring)."""
-    quant, number = _quant(), to_qtorch(fmt)
-    x = x.contiguous()
-    if isinstance(fmt, FixedPoint):
-        out = quant.fixed_point_quantize(
-            x, wl=number.wl, fl=number.fl, clamp=True, symmetric=number.symmetric, rounding=rounding
-        )
-    elif isinstance(fmt, BlockFloatingPoint):
-        out = quant.block_quantize(x, wl=number.wl, dim=number.dim, rounding=rounding)
-    else:
-        out = quant.float_quantize(x, exp=number.exp, man=number.man, rounding=rounding)
-    return torch.as_tensor(out)
+    quant, number, kernel = _quant(), to_qtorch(fmt), fmt.kernel(x.dtype)
+    assert kernel is not None  # refusal() was asked
+    return torch.as_tensor(_FAMILIES[kernel.family](quant, number, x.contiguous(), rounding))

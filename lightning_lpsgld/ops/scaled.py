@@ -8,25 +8,16 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from lightning_lpsgld.formats import FixedPoint, MicroscalingFloat
+from lightning_lpsgld.formats.exponents import power_of_two
 from lightning_lpsgld.ops import reference
-from lightning_lpsgld.ops.blocks import expand_blocks
-from lightning_lpsgld.ops.carry import fitted
+from lightning_lpsgld.ops.carry import coins_of, hole_key
 from lightning_lpsgld.ops.encoded import Encoded
-from lightning_lpsgld.ops.exponents import power_of_two
-from lightning_lpsgld.ops.microscaling import (
-    has_hole,
-    hole_key,
-    in_hole,
-    scale_exponents,
-    scale_exponents_with_noise,
-    settled,
-)
 from lightning_lpsgld.random import DrawKey
 
 __all__ = ["Scaled"]
@@ -40,7 +31,7 @@ def _times(x: Tensor, exponents: Tensor, fmt: MicroscalingFloat) -> Tensor:
     factors = power_of_two(exponents).to(x.dtype)
     if x.ndim and x.numel() and x.shape[-1] % fmt.block_size == 0:
         return (x.unflatten(-1, (-1, fmt.block_size)) * factors.unsqueeze(-1)).flatten(-2)
-    return x * expand_blocks(factors, x.shape, fmt)
+    return x * fmt.blocks.expand(factors, x.shape)
 
 
 def _chosen(runs: Tensor, yes: Tensor, no: Tensor, fmt: MicroscalingFloat) -> Tensor:
@@ -48,7 +39,7 @@ def _chosen(runs: Tensor, yes: Tensor, no: Tensor, fmt: MicroscalingFloat) -> Te
     if yes.ndim and yes.numel() and yes.shape[-1] % fmt.block_size == 0:
         size = (-1, fmt.block_size)
         return torch.where(runs.unsqueeze(-1), yes.unflatten(-1, size), no.unflatten(-1, size)).flatten(-2)
-    return torch.where(expand_blocks(runs, yes.shape, fmt), yes, no)
+    return torch.where(fmt.blocks.expand(runs, yes.shape), yes, no)
 
 
 class Scaled:
@@ -65,7 +56,7 @@ class Scaled:
         self, x: Tensor, fmt: MicroscalingFloat, rounding: Literal["nearest", "stochastic"], key: DrawKey | None
     ) -> Tensor:
         """See :func:`lightning_lpsgld.ops.quantize`."""
-        exponents = scale_exponents(x, fmt, x.dtype)
+        exponents = fmt.exponents(x, x.dtype)
         elements = self.module.quantize(_times(x.float(), -exponents, fmt), fmt.element, rounding, key)
         return _times(elements, exponents, fmt).to(x.dtype)
 
@@ -78,7 +69,7 @@ class Scaled:
         """
         if isinstance(variance, Tensor) and variance.numel() != 1:
             return reference.quantize_variance_corrected(mean, variance, fmt, key)
-        exponents = scale_exponents_with_noise(mean, math.sqrt(float(variance)), fmt, mean.dtype)
+        exponents = fmt.exponents_with_noise(mean, math.sqrt(float(variance)), mean.dtype)
         scales = exponents.unique().tolist()
         if len(scales) > _MOST_SCALES:
             return reference.quantize_variance_corrected(mean, variance, fmt, key)
@@ -91,25 +82,25 @@ class Scaled:
         beyond = fmt.scaling == "fit" and bool((values.abs() > fmt.element.max).any())
         values = _times(values, exponents, fmt)
         if beyond:
-            return fitted(values.double(), exponents, fmt, mean.dtype, key).to(mean.dtype)
-        if has_hole(fmt) and bool(in_hole(values, fmt, mean.dtype)[0].any()):
+            coins = coins_of(key, mean.shape, mean.device)
+            return fmt.fitted(values.double(), exponents, mean.dtype, coins).to(mean.dtype)
+        if fmt.has_hole and bool(fmt.in_hole(values, mean.dtype)[0].any()):
             halves = torch.full_like(values, 0.5)
             coin = self.module.quantize(halves, FixedPoint(2, 0), "stochastic", hole_key(key))  # [u < 1/2]
-            values = settled(values, fmt, mean.dtype, coin)
+            values = fmt.settled(values, mean.dtype, coin)
         return values.to(mean.dtype)
 
     def encode(
         self, x: Tensor, fmt: MicroscalingFloat, rounding: Literal["nearest", "stochastic"], key: DrawKey | None
     ) -> Encoded:
         """See :func:`lightning_lpsgld.ops.encode`."""
-        exponents = scale_exponents(x, fmt, x.dtype)
+        exponents = fmt.exponents(x, x.dtype)
         elements = self.module.encode(_times(x.float(), -exponents, fmt), fmt.element, rounding, key)
         return Encoded(elements.codes, exponents.to(torch.int8), fmt)
 
     def decode(self, encoded: Encoded, dtype: torch.dtype) -> Tensor:
         """See :func:`lightning_lpsgld.ops.decode`."""
-        fmt, exponents = encoded.format, encoded.exponents
-        assert isinstance(fmt, MicroscalingFloat)
+        fmt, exponents = cast(MicroscalingFloat, encoded.format), encoded.exponents
         assert exponents is not None
         wide = torch.promote_types(dtype, torch.float32)
         elements = self.module.decode(Encoded(encoded.codes, None, fmt.element), wide)

@@ -16,13 +16,12 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import BlockFloatingPoint, MicroscalingFloat, NumberFormat
+from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops import reference
 from lightning_lpsgld.random import DrawKey, normals
 
@@ -135,21 +134,6 @@ def differing(ours: Tensor, theirs: Tensor, *, exact: bool, what: str) -> str:
     return f"{what}: {count} of {ours.numel()} elements differ, the first is {pair}"
 
 
-def _case(fmt: NumberFormat, length: int) -> tuple[tuple[int, ...], NumberFormat]:
-    """A few blocks of the call's length: a shape, and the format whose blocks they are in that shape.
-
-    The kernel sees only how long a block is. Where one is a single element (a scalar, too), a format that makes a block
-    of each entry of dim 0 says that of any number of them.
-    """
-    if isinstance(fmt, MicroscalingFloat):
-        return (2, 2 * fmt.block_size), fmt
-    if not isinstance(fmt, BlockFloatingPoint):
-        return (260,), fmt
-    if length <= 1:
-        return (60,), replace(fmt, block_dim=0, block_size=None)
-    return (2, length), replace(fmt, block_dim=0, block_size=None)
-
-
 def op_trouble(engine: Any, op: str, x: Tensor, fmt: NumberFormat, shared: int, length: int) -> str | None:
     """Why ``engine``'s ``op`` cannot be used for tensors like ``x`` in ``fmt``; ``None`` if it can.
 
@@ -166,7 +150,7 @@ def op_trouble(engine: Any, op: str, x: Tensor, fmt: NumberFormat, shared: int, 
     if name in _results:
         return _results[name]
     dtype = torch.float32 if op == "decode" else x.dtype
-    shape, known = _case(fmt, length)
+    shape, known = fmt.small_case(length)
     values = known_values(shape, 1, dtype)
     check = {
         "quantize": _check_quantize, "encode": _check_encode, "decode": _check_decode,

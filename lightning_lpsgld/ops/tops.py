@@ -7,16 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import (
-    BlockFloatingPoint,
-    BlockFormat,
-    FormatLike,
-    MicroscalingFloat,
-    NumberFormat,
-    parse_format,
-)
-from lightning_lpsgld.ops.blocks import block_max
-from lightning_lpsgld.ops.exponents import exponent_of, finite_magnitude, power_of_two
+from lightning_lpsgld.formats import FormatLike, NumberFormat, parse_format
+from lightning_lpsgld.formats.exponents import exponent_of, finite_magnitude, power_of_two
 
 __all__ = ["at_top", "chance_at_top", "clamps_at_top"]
 
@@ -36,19 +28,16 @@ def at_top(values: Tensor, fmt: NumberFormat) -> Tensor:
         >>> at_top(torch.tensor([0.9921875, 0.5, 1.0]), parse_format("bfp8"))
         tensor([ True, False, False])
     """
-    if not isinstance(fmt, BlockFormat):
+    if fmt.top_code is None:
         return torch.zeros(0, dtype=torch.bool, device=values.device)
-    largest = block_max(finite_magnitude(values.double()), fmt)
+    largest = fmt.blocks.max(finite_magnitude(values.double()))
     mantissa = largest * power_of_two(-exponent_of(largest).clamp(min=-1000))
-    return mantissa == _mantissa(_top(fmt))
+    return mantissa == _mantissa(fmt.top_code[0])
 
 
 def clamps_at_top(fmt: FormatLike) -> bool:
     """Whether the largest element of a block saturates below the next power of two: published rule, OCP's scales."""
-    number = parse_format(fmt)
-    if isinstance(number, BlockFloatingPoint):
-        return number.top == "clamp"
-    return isinstance(number, MicroscalingFloat) and number.scaling == "floor"
+    return parse_format(fmt).clamps
 
 
 def chance_at_top(fmt: NumberFormat) -> float:
@@ -61,22 +50,11 @@ def chance_at_top(fmt: NumberFormat) -> float:
         >>> [round(100 * chance_at_top(parse_format(name)), 2) for name in ("bfp8", "bfp8-clamp", "mxfp8e4m3")]
         [1.14, 1.7, 24.51]
     """
-    if not isinstance(fmt, (BlockFloatingPoint, MicroscalingFloat)):
+    if fmt.top_code is None:
         return 0.0
-    top = _top(fmt)
-    half = 0.5 if isinstance(fmt, BlockFloatingPoint) else _ulp(fmt) / 2
-    return math.log2((2.0 ** math.frexp(top)[1] if clamps_at_top(fmt) else top + half) / (top - half))
-
-
-def _top(fmt: BlockFormat) -> float:
-    if isinstance(fmt, BlockFloatingPoint):
-        return float(fmt.code_max)
-    assert isinstance(fmt, MicroscalingFloat)
-    return fmt.element.max
-
-
-def _ulp(fmt: MicroscalingFloat) -> float:
-    return 2.0 ** (fmt.element.exponent_max - fmt.element.mantissa_bits)
+    top, gap = fmt.top_code
+    half = gap / 2
+    return math.log2((2.0 ** math.frexp(top)[1] if fmt.clamps else top + half) / (top - half))
 
 
 def _mantissa(value: float) -> float:

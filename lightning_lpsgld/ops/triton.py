@@ -19,17 +19,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import (
-    BlockFloatingPoint,
-    FixedPoint,
-    FloatingPoint,
-    MicroscalingFloat,
-    NumberFormat,
-    block_exponent_range,
-    code_dtype,
-)
+from lightning_lpsgld.formats import KernelIdentity, NumberFormat
 from lightning_lpsgld.ops import reference
-from lightning_lpsgld.ops.blocks import exponents_shape
 from lightning_lpsgld.ops.carry import carry_seed
 from lightning_lpsgld.ops.encoded import Encoded
 from lightning_lpsgld.ops.spec import StepSpec
@@ -92,11 +83,12 @@ def refusal(op: str, x: Tensor, formats: Sequence[NumberFormat]) -> str | None:
 @lru_cache(_KEPT)
 def _shape_refusal(shape: tuple[int, ...], formats: tuple[NumberFormat, ...]) -> str | None:
     for fmt in formats:
-        if isinstance(fmt, MicroscalingFloat):
-            return f"no Triton kernel has the scales of {fmt} built in."
+        kernel = fmt.kernel(torch.float32)
+        if kernel is None or kernel.family not in _FAMILIES:
+            return f"no Triton kernel has {'the scales of ' if fmt.blocks.shared else ''}{fmt} built in."
         if rows_of(shape, fmt) is None:
             return f"the Triton kernels have no blocks of {fmt} for a tensor of shape {tuple(shape)}."
-    blocks = {rows_of(shape, fmt) for fmt in formats if isinstance(fmt, BlockFloatingPoint)}
+    blocks = {rows_of(shape, fmt) for fmt in formats if fmt.blocks.shared}
     if len(blocks) > 1:
         return "the fused step needs the same blocks for weights and gradients."
     return None
@@ -115,34 +107,34 @@ class Rows:
 def rows_of(shape: tuple[int, ...], fmt: NumberFormat | None) -> Rows | None:
     """Row structure of a contiguous tensor under ``fmt``, or ``None`` where blocks are not contiguous."""
     size = math.prod(shape)
-    if not isinstance(fmt, BlockFloatingPoint):
+    if fmt is None or not fmt.blocks.shared:
         return Rows(NOTHING, 1, size)
-    if fmt.block_size is not None and shape:
-        if shape[-1] % fmt.block_size:
-            return None
-        length = fmt.block_size
-    elif fmt.block_dim is None or not shape:
-        length = size
-    elif not -len(shape) <= fmt.block_dim < len(shape) or fmt.block_dim % len(shape) != 0:
+    length = fmt.blocks.run_length(shape)
+    if length is None:
         return None
-    else:
-        length = size // max(shape[0], 1)
     if length <= 1:
         return Rows(ELEMENT, 1, size)
     return Rows(ROW if length <= LONGEST_ROW else LONG_ROW, size // length, length)
 
 
+#: What the kernels can: families of formats, by their numbers in :mod:`.triton_device`.
+_FAMILIES = {"fixed": 1, "block": 2, "float": 3}
+
+
 def facts(fmt: NumberFormat, dtype: torch.dtype) -> dict[str, Any]:
     """The seven compile-time numbers of a format (see :mod:`.triton_device`)."""
-    carry = _carries(fmt)
-    if isinstance(fmt, FixedPoint):
-        numbers: tuple[Any, ...] = (1, -fmt.fraction_length, 0, 0, float(fmt.code_min), float(fmt.code_max))
-    elif isinstance(fmt, BlockFloatingPoint):
-        low, high = block_exponent_range(fmt, dtype)
-        numbers = (2, 2 - fmt.word_length, low, high, float(fmt.code_min), float(fmt.code_max))
-    else:
-        numbers = (3, -fmt.mantissa_bits, fmt.exponent_min, fmt.exponent_max, fmt.min, fmt.max)
-    return dict(zip(("KIND", "OFFSET", "LOW", "HIGH", "CMIN", "CMAX", "CARRY"), (*numbers, carry)))
+    kernel = identity_of(fmt, dtype)
+    floating = kernel.family == "float"
+    ends = (kernel.min, kernel.max) if floating else (float(kernel.code_min), float(kernel.code_max))
+    numbers = (_FAMILIES[kernel.family], kernel.offset, kernel.low, kernel.high, *ends, kernel.carries)
+    return dict(zip(("KIND", "OFFSET", "LOW", "HIGH", "CMIN", "CMAX", "CARRY"), numbers))
+
+
+def identity_of(fmt: NumberFormat, dtype: torch.dtype) -> KernelIdentity:
+    """What the kernels are told of a format that :func:`refusal` let through."""
+    kernel = fmt.kernel(dtype)
+    assert kernel is not None
+    return kernel
 
 
 @dataclass(frozen=True)
@@ -253,7 +245,7 @@ def _passes(rows: Rows, fmt: NumberFormat, rounding: str) -> tuple[bool, ...]:
 
 
 def _carries(fmt: NumberFormat) -> bool:
-    return isinstance(fmt, BlockFloatingPoint) and fmt.top == "carry"
+    return identity_of(fmt, torch.float32).carries
 
 
 @lru_cache(_KEPT)
@@ -315,8 +307,9 @@ def _encoding(fmt: NumberFormat, rounding: str, layout: _Layout) -> tuple[_Cut, 
     """The kernels of :func:`encode`: for long rows that may be carried, one that says which are; that which encodes."""
     cut, dtype, device, kernels = _cut(fmt, layout), layout[1], layout[2], _kernels()
     meta = {**facts(fmt, dtype), "STOCHASTIC": rounding == "stochastic", **cut.meta}
-    top = 0 if isinstance(fmt, (FixedPoint, BlockFloatingPoint)) else _top_pattern(fmt)
-    bits = {"BITS": fmt.bits, "TOP": top, "WIDTH": torch.iinfo(code_dtype(fmt)).bits}
+    bits = {
+        "BITS": fmt.bits, "TOP": identity_of(fmt, dtype).top_pattern, "WIDTH": torch.iinfo(fmt.code_dtype).bits,
+    }  # fmt: skip
     before = None
     if len(_passes(cut.rows, fmt, rounding)) > 1:
         before = Start(kernels.quantize_kernel, cut.tile.programs, device, {**meta, "LEVELS": True})
@@ -327,26 +320,24 @@ def encode(x: Tensor, fmt: NumberFormat, rounding: Literal["nearest", "stochasti
     """See :func:`lightning_lpsgld.ops.encode`; waits for the device once, to see whether there was a NaN."""
     draws, source = _draws(key), x.contiguous()
     cut, before, start = _encoding(fmt, rounding, _layout(source, draws[0]))
-    codes = torch.empty_like(source, dtype=code_dtype(fmt))
+    codes = torch.empty_like(source, dtype=fmt.code_dtype)
     missing = torch.zeros((), dtype=torch.int32, device=x.device)
     exponents = None
-    if isinstance(fmt, BlockFloatingPoint):
-        low, _ = block_exponent_range(fmt, x.dtype)
-        exponents = torch.full(exponents_shape(x.shape, fmt), low, dtype=torch.int8, device=x.device)
+    if fmt.blocks.shared:
+        low, _ = fmt.exponent_range(x.dtype)
+        exponents = torch.full(fmt.blocks.compact(x.shape), low, dtype=torch.int8, device=x.device)
     keys = cut.find_keys(source, draws[0])
     if before is not None:
         before(source, codes, keys, *cut.sizes, *draws)
     start(source, codes, codes if exponents is None else exponents, missing, keys, *cut.sizes, *draws)
-    has_nan = isinstance(fmt, FloatingPoint) and fmt.specials != "none"
-    if not has_nan and (count := int(missing)):
+    if not _has_nan(fmt) and (count := int(missing)):
         raise ValueError(f"encode: {fmt} has no NaN, but {count} of {x.numel()} elements are NaN.")
     return Encoded(codes, exponents, fmt)
 
 
-def _top_pattern(fmt: Any) -> int:
-    """Bit pattern of the largest finite value."""
-    mantissa = 2**fmt.mantissa_bits - (2 if fmt.specials == "nan" else 1)
-    return ((fmt.exponent_max + fmt.bias) << fmt.mantissa_bits) + mantissa
+@lru_cache(_KEPT)
+def _has_nan(fmt: NumberFormat) -> bool:
+    return identity_of(fmt, torch.float32).has_nan
 
 
 @lru_cache(_KEPT)
@@ -356,12 +347,11 @@ def _decoding(fmt: NumberFormat, dtype: torch.dtype, at: bool, layout: _Layout) 
     assert rows is not None
     flat = rows if rows.shared in (NOTHING, ELEMENT) else Rows(LONG_ROW, rows.count, rows.length)
     aligned = flat.length % 4 == 0 and layout[3]
-    tile, numbers = tile_of(flat, aligned), facts(fmt, dtype)
+    tile, numbers, kernel = tile_of(flat, aligned), facts(fmt, dtype), identity_of(fmt, dtype)
     meta = {
         **{name: numbers[name] for name in ("KIND", "OFFSET", "LOW", "CMAX")}, "SHARED": flat.shared, "Q": tile.quads,
         "ALIGNED": aligned, "BITS": fmt.bits,
-        "EXPONENT_BITS": fmt.exponent_bits if isinstance(fmt, FloatingPoint) else 0,
-        "HAS_NAN": isinstance(fmt, FloatingPoint) and fmt.specials != "none", "num_warps": tile.warps,
+        "EXPONENT_BITS": kernel.exponent_bits, "HAS_NAN": kernel.has_nan, "num_warps": tile.warps,
     }  # fmt: skip
     start = Start(_kernels().decode_kernel, tile.programs, layout[2], meta)
     return (flat.count, flat.length, tile.chunks), start

@@ -8,6 +8,7 @@ copies nothing to the device, allocates nothing and waits for nothing.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from lightning_lpsgld.formats import BlockFloatingPoint, FloatingPoint, NumberFormat
+from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops.carry import carry_seed
 from lightning_lpsgld.ops.spec import Accumulation, StepSpec
 from lightning_lpsgld.ops.triton import (
@@ -27,6 +28,7 @@ from lightning_lpsgld.ops.triton import (
     Rows,
     Tile,
     facts,
+    identity_of,
     is_aligned,
     root_bits,
     rows_of,
@@ -110,10 +112,11 @@ _plans: OrderedDict[Any, _Plan] = OrderedDict()
 
 def _step_rows(shape: torch.Size, spec: StepSpec) -> Rows:
     formats = (spec.weight_format, spec.gradient_format)
-    block = next((fmt for fmt in formats if isinstance(fmt, BlockFloatingPoint)), None)
+    block = next((fmt for fmt in formats if fmt is not None and fmt.blocks.shared), None)
     rows = rows_of(shape, block)
     assert rows is not None  # refusal() was asked
-    if rows.length > _LONGEST_FLOAT_ROW and rows.shared == ROW and isinstance(spec.weight_format, FloatingPoint):
+    own = spec.weight_format is not None and math.isfinite(spec.weight_format.edge)
+    if rows.length > _LONGEST_FLOAT_ROW and rows.shared == ROW and own:
         return Rows(LONG_ROW, rows.count, rows.length)
     return rows
 
@@ -185,7 +188,7 @@ def _format_meta(prefix: str, fmt: NumberFormat | None, dtype: torch.dtype, shar
         if fmt is None
         else facts(fmt, dtype)
     )
-    numbers["SHARED"] = shared if isinstance(fmt, BlockFloatingPoint) else NOTHING
+    numbers["SHARED"] = shared if fmt is not None and fmt.blocks.shared else NOTHING
     return {f"{prefix}_{name}": value for name, value in numbers.items()}
 
 
@@ -213,9 +216,9 @@ def _phases(spec: StepSpec, item: _Item) -> list[int]:
 
 
 def _passes(fmt: NumberFormat | None, largest: int, levels: int) -> list[int]:
-    if not isinstance(fmt, BlockFloatingPoint):
+    if fmt is None or not fmt.blocks.shared:
         return []
-    return [largest, levels] if fmt.top == "carry" else [largest]
+    return [largest, levels] if identity_of(fmt, torch.float32).carries else [largest]
 
 
 def _by_device(params: Sequence[Tensor]) -> dict[torch.device, list[int]]:

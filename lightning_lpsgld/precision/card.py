@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from lightning_lpsgld.formats import BlockFormat, NumberFormat
-from lightning_lpsgld.ops.blocks import block_count
+from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops.reference import power_of_two, variance_plan
 from lightning_lpsgld.ops.tops import clamps_at_top
 from lightning_lpsgld.precision.run import RunDescription
@@ -26,8 +25,7 @@ def stored_bits(shape: torch.Size, fmt: NumberFormat | None, dtype: torch.dtype)
     """Bits that a tensor takes when stored: codes and shared exponents, or the plain dtype."""
     if fmt is None:
         return shape.numel() * torch.finfo(dtype).bits
-    exponents = 8 * block_count(shape, fmt) if isinstance(fmt, BlockFormat) else 0
-    return shape.numel() * (8 if fmt.bits <= 8 else 16 if fmt.bits <= 16 else 32) + exponents
+    return shape.numel() * torch.iinfo(fmt.code_dtype).bits + 8 * fmt.blocks.count(shape)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import FixedPoint, NumberFormat
+from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops import quantize
 from lightning_lpsgld.samplers.shards import apply_to_whole_blocks_, local_part
 
@@ -46,7 +46,7 @@ def round_to_nearest_(params: Iterable[Tensor], fmt: NumberFormat, name_of: Call
             lost.append(name_of(param))
     if lost:
         rest = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-        gap = f" of {fmt.gap:g}" if isinstance(fmt, FixedPoint) else ""
+        gap = f" of {fmt.gap:g}" if fmt.gap is not None else ""
         log.warning(
             "Rounding to %s left nothing but zeros of %s%s: every weight was smaller than half the gap%s. Take a "
             "format with a finer gap, such as 'bfp8', whose gap follows the weights.",

@@ -13,15 +13,13 @@ from typing_extensions import Unpack
 
 from lightning_lpsgld.arguments import require_choice, require_count, require_flag, require_number
 from lightning_lpsgld.formats import (
-    BlockFloatingPoint,
     FixedPoint,
     FormatLike,
+    NumberFormat,
     check_dtype,
-    code_dtype,
     parse_format,
 )
 from lightning_lpsgld.ops import Encoded, decode, encode, quantize
-from lightning_lpsgld.ops.blocks import exponents_shape
 from lightning_lpsgld.random import Role, stream_id
 from lightning_lpsgld.samplers import box
 from lightning_lpsgld.samplers.base import log
@@ -158,7 +156,7 @@ class HALP(VarianceReduced):
         self.scale = scale
         self.power_of_two = require_flag("power_of_two", power_of_two, owner="HALP")
         self.centre_dtype = centre_dtype
-        self.check_mu = check_mu and isinstance(self.offset_format, FixedPoint)
+        self.check_mu = check_mu and self.offset_format.gap is not None
         self._curvature: float | None = None
         self._warned = False
         super().__init__(params, {"mu": mu, "first_loss": None, "least_gradient": None}, lr=lr, **options)
@@ -182,7 +180,7 @@ class HALP(VarianceReduced):
         )
         if group["mu"] is not None:
             require_number("mu", group["mu"], above=0.0, owner="HALP", remedy=remedy)
-        elif isinstance(self.offset_format, FixedPoint):
+        elif self.offset_format.gap is not None:
             raise ValueError(f"HALP: `mu` must be finite and > 0, got None. {remedy}")
 
     @classmethod
@@ -213,7 +211,7 @@ class HALP(VarianceReduced):
     def _decoded(self, state: dict[str, Any]) -> Tensor:
         """Offset in units of the gap (fixed point) or of the parameter (block floating point, whose gap is 1)."""
         dtype: torch.dtype = state["centre"].dtype
-        if isinstance(self.offset_format, FixedPoint):
+        if self.offset_format.gap is not None:
             codes: Tensor = state["offset"]
             return codes.to(dtype)
         return decode(Encoded(state["offset"], state["exponents"], self.offset_format), dtype, backend=self.backend)
@@ -237,15 +235,15 @@ class HALP(VarianceReduced):
         norms = self._gradient_norms(rounded)
         for (group, param), norm in zip(rounded, norms):
             state = self.state[param]
-            state["offset"] = torch.zeros(param.shape, dtype=code_dtype(self.offset_format), device=param.device)
+            state["offset"] = torch.zeros(param.shape, dtype=self.offset_format.code_dtype, device=param.device)
             state["gap"] = 1.0
-            if isinstance(self.offset_format, BlockFloatingPoint):
-                shape = exponents_shape(param.shape, self.offset_format)
+            if self.offset_format.blocks.shared:
+                shape = self.offset_format.blocks.compact(param.shape)
                 state["exponents"] = torch.zeros(shape, dtype=torch.int8, device=param.device)
                 continue
             sigma = math.sqrt(float(group["temperature"]) / (self.num_data * group["mu"]))
             gap = offset_gap(
-                norm, group["mu"], self.offset_format.code_max, noise_scale=sigma, power_of_two=self.power_of_two
+                norm, group["mu"], self.offset_format.code_range[1], noise_scale=sigma, power_of_two=self.power_of_two
             )
             # Below the smallest normal number a division by the gap could overflow: as good as zero.
             state["gap"] = gap if gap >= torch.finfo(state["centre"].dtype).tiny else 0.0
@@ -278,7 +276,7 @@ class HALP(VarianceReduced):
         if box.outgrown(norm, known_least, known, first, self._thermal_loss()):
             what = f"the full gradient grew from {least:.3g} to {norm:.3g} by step {self.steps}"
             what += "" if known is None or first is None else f", the loss from {first:.4g} to {known:.4g}"
-            raise RuntimeError(box.misfit(memory["mu"], self.offset_format.code_max, self._curvature, what))
+            raise RuntimeError(box.misfit(memory["mu"], self.offset_format.code_range[1], self._curvature, what))
         memory["first_loss"] = known if first is None else first
         memory["least_gradient"] = norm if least is None else min(least, norm)
 
@@ -300,7 +298,7 @@ class HALP(VarianceReduced):
         if norm > box.STEP_GROWTH * max(full, self._thermal_gradient()) and full > 0:
             what = f"{inner} steps after a centre the gradient grew from {full:.3g} to {norm:.3g}"
             raise RuntimeError(
-                box.misfit(self.param_groups[0]["mu"], self.offset_format.code_max, self._curvature, what)
+                box.misfit(self.param_groups[0]["mu"], self.offset_format.code_range[1], self._curvature, what)
             )
 
     def _thermal_gradient(self) -> float:
@@ -315,7 +313,7 @@ class HALP(VarianceReduced):
     def _warn_of_box(self, params: list[Tensor]) -> None:
         states = [self.state.get(p, {}) for p in params]
         codes = [s["offset"] for s in states if "offset" in s and s["gap"] > 0]
-        found = box.badly_used(codes, self.offset_format.code_max) if self.inner_steps else None
+        found = box.badly_used(codes, self.offset_format.code_range[1]) if self.inner_steps else None
         if found is not None and not self._warned:
             self._warned = True
             log.warning("HALP with mu = %g: %s", self.param_groups[0]["mu"], found)
@@ -352,18 +350,18 @@ class HALP(VarianceReduced):
         param.copy_(state["centre"] + units * gap)
 
     def _store(self, state: dict[str, Any], units: Tensor) -> None:
-        if isinstance(self.offset_format, FixedPoint):
+        if self.offset_format.gap is not None:
             state["offset"] = units.to(state["offset"].dtype)
             return
         encoded = encode(units, self.offset_format, backend=self.backend)  # on the grid: nothing is rounded
         state.update(offset=encoded.codes, exponents=encoded.exponents)
 
 
-def _offset_format(word_length: int, offset_format: FormatLike | None) -> FixedPoint | BlockFloatingPoint:
+def _offset_format(word_length: int, offset_format: FormatLike | None) -> NumberFormat:
     if offset_format is None:
         return FixedPoint(require_count("word_length", word_length, low=2, high=16, owner="HALP"), 0, symmetric=True)
     fmt = parse_format(offset_format)
-    if not isinstance(fmt, BlockFloatingPoint) or fmt.word_length > 16:
+    if not fmt.linear or not fmt.blocks.shared or fmt.bits > 16:
         raise ValueError(
             f"HALP: `offset_format` must be a block floating point of at most 16 bits such as 'bfp8', got {fmt}. "
             "The scale of a fixed point follows from `mu` and `word_length`; leave `offset_format` out."

@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import Unpack
 
 from lightning_lpsgld.arguments import require_choice, require_number
-from lightning_lpsgld.formats import FloatingPoint, MicroscalingFloat
 from lightning_lpsgld.ops import StepSpec
 from lightning_lpsgld.ops.coded import plain
 from lightning_lpsgld.ops.lattice import RATES, Rates
@@ -126,7 +125,7 @@ class SGLD(CodedSampler):
             self._check_lattice(float(group["temperature"]))
 
     def _check_lattice(self, temperature: float) -> None:
-        uneven = isinstance(self.weight_format, (FloatingPoint, MicroscalingFloat))
+        uneven = self.weight_format is not None and not self.weight_format.linear
         if self.weight_format is None or uneven or self.accumulator != "low":
             raise ValueError(
                 "`variant='lattice'` walks on the grid of the weights: it needs a fixed-point or block `weight_format` "

@@ -12,7 +12,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops import StepSpec
-from lightning_lpsgld.ops.blocks import crosses_rows
 from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.random import DrawKey
 from lightning_lpsgld.samplers.updates import langevin_steps_, views_
@@ -47,7 +46,8 @@ def first_index(x: DTensor) -> int | None:
 def _offset(x: DTensor, formats: Sequence[NumberFormat | None]) -> int | None:
     """Where this rank's shard begins, if it can be moved by itself; ``None`` if the whole tensor is needed."""
     start = first_index(x)
-    return None if any(crosses_rows(fmt, x.ndim) for fmt in formats) and start is not None and not _whole(x) else start
+    across = any(fmt is not None and fmt.blocks.crosses_rows(x.ndim) for fmt in formats)
+    return None if across and start is not None and not _whole(x) else start
 
 
 def _whole(x: DTensor) -> bool:

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import BlockFormat, NumberFormat
+from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops import StepSpec, quantize
-from lightning_lpsgld.ops.blocks import block_max, crosses_rows
 from lightning_lpsgld.ops.crossing import HELD_FROM, crossing
 from lightning_lpsgld.ops.lattice import jump_odds, lattice_step, walk_plan
 from lightning_lpsgld.ops.reference import VariancePlan, power_of_two, quantize_variance_corrected, variance_plan
@@ -122,7 +121,7 @@ def _subset(x: Tensor, max_elements: int) -> Tensor:
 
 def same_rows(tensors: Sequence[Tensor], formats: Sequence[NumberFormat | None], max_elements: int) -> list[Tensor]:
     """Evenly spaced indices of dim 0 of tensors of one shape; all of them where blocks of a format run across rows."""
-    if any(crosses_rows(fmt, x.ndim) for x in tensors for fmt in formats):
+    if any(fmt is not None and fmt.blocks.crosses_rows(x.ndim) for x in tensors for fmt in formats):
         return list(tensors)
     return [_subset(x, max_elements) for x in tensors]
 
@@ -138,9 +137,9 @@ def _tops(plan: VariancePlan, new: Tensor, fmt: NumberFormat) -> tuple[Tensor, d
     top, square = crossing(plan, fmt, new.dtype), power_of_two(plan.gap_exponents) ** 2
     held = (top.bias.abs() > HELD_FROM).double()
     facts = {"bias": float((top.bias**2 * square).mean())}
-    if isinstance(fmt, BlockFormat):
+    if fmt.blocks.shared:
         count = max(top.probability.numel(), 1)
-        facts.update(crossing=float(top.probability.sum()) / count, held=float(block_max(held, fmt).sum()) / count)
+        facts.update(crossing=float(top.probability.sum()) / count, held=float(fmt.blocks.max(held).sum()) / count)
     return top.added * square, {**facts, **_standing(new, fmt)}
 
 

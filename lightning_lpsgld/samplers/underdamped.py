@@ -18,12 +18,13 @@ Reference:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import FixedPoint, NumberFormat
+from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops import quantize, quantize_variance_corrected
 from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.ops.flow import Flow, exact_flow
@@ -67,13 +68,13 @@ class UnderdampedSpec:
     rescale: bool
 
 
-def velocity_scale(mean: Tensor, variance: float | Tensor, fmt: FixedPoint) -> Tensor:
+def velocity_scale(mean: Tensor, variance: float | Tensor, fmt: NumberFormat) -> Tensor:
     """Smallest power of two S such that no mean of ``mean`` with its noise leaves S times the range of ``fmt``.
 
     Args:
         mean: Mean velocity.
         variance: Of the noise that is still to be added; 0 if it is already in ``mean``.
-        fmt: Format of v / S.
+        fmt: Format of v / S, of one gap.
 
     Returns:
         0-d float64 tensor. S times the gap stays a normal float32 number.
@@ -82,8 +83,9 @@ def velocity_scale(mean: Tensor, variance: float | Tensor, fmt: FixedPoint) -> T
     ratio = (mean.double().abs().max() + NOISE_REACH * spread) / fmt.max
     exponent = exponent_of(ratio)
     exponent = exponent + (ratio > power_of_two(exponent.clamp(min=-1022)))
-    length = fmt.word_length - 1 - fmt.fraction_length
-    return power_of_two(exponent.clamp(fmt.fraction_length - 126, 127 - length))
+    assert fmt.gap is not None  # others are not rescaled
+    ends = [math.frexp(size)[1] - 1 for size in (fmt.max, fmt.gap)]
+    return power_of_two(exponent.clamp(-126 - ends[1], 126 - ends[0]))
 
 
 def _round_velocity(
@@ -95,8 +97,8 @@ def _round_velocity(
         return mean + gaussian_noise(mean, variance, key), None
     if spec.accumulation == "naive":
         mean, variance = mean + gaussian_noise(mean, variance, key), 0.0
-    rescaled = spec.rescale and isinstance(fmt, FixedPoint) and mean.numel() > 0
-    scale = velocity_scale(mean, variance, fmt) if rescaled and isinstance(fmt, FixedPoint) else None
+    rescaled = spec.rescale and fmt.gap is not None and mean.numel() > 0
+    scale = velocity_scale(mean, variance, fmt) if rescaled else None
     one = mean.new_ones((), dtype=torch.float64) if scale is None else scale
     units = mean / one.to(mean.dtype)
     if spec.accumulation == "naive":

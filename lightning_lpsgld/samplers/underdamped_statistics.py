@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import FixedPoint
 from lightning_lpsgld.ops import quantize
 from lightning_lpsgld.ops.flow import Flow
 from lightning_lpsgld.ops.reference import power_of_two, variance_plan
@@ -112,8 +111,8 @@ def _velocity_excess(mean: Tensor, variance: float | Tensor, spec: UnderdampedSp
     assert fmt is not None
     if spec.accumulation == "naive":
         mean, variance = mean + gaussian_noise(mean, variance, key), 0.0
-    rescaled = spec.rescale and isinstance(fmt, FixedPoint) and mean.numel() > 0
-    scale = velocity_scale(mean, variance, fmt) if rescaled and isinstance(fmt, FixedPoint) else mean.new_ones(())
+    rescaled = spec.rescale and fmt.gap is not None and mean.numel() > 0
+    scale = velocity_scale(mean, variance, fmt) if rescaled else mean.new_ones(())
     scale = scale.double()
     plan = variance_plan(mean / scale.to(mean.dtype), variance / scale**2, fmt)
     gap = power_of_two(plan.gap_exponents) * scale

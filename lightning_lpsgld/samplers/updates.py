@@ -26,11 +26,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import BlockFormat, NumberFormat
+from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops import StepSpec, quantize, quantize_variance_corrected
 from lightning_lpsgld.ops.dispatch import BackendName, choose_step, choose_views
 from lightning_lpsgld.ops.lattice import lattice_step
-from lightning_lpsgld.ops.reference import code_limits
 from lightning_lpsgld.random import DrawKey, Role, normals, stream_id
 from lightning_lpsgld.samplers.step_check import step_trouble
 
@@ -54,7 +53,7 @@ def saturated(x: Tensor, fmt: NumberFormat, variance: float | Tensor = 0.0) -> T
 
     ``variance`` is that of Q^vc if ``x`` are its means: it may raise the scale of a microscaling format.
     """
-    low, high = code_limits(x, fmt, variance) if isinstance(fmt, BlockFormat) else (fmt.min, fmt.max)
+    low, high = fmt.value_limits(x, variance)
     return ((x < low) | (x > high)).sum()
 
 

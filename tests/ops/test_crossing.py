@@ -13,9 +13,9 @@ from helpers.backends import runs
 from helpers.stats import assert_moments, assert_proportion, draws_for_means, draws_for_moments
 
 from lightning_lpsgld.formats import parse_format
+from lightning_lpsgld.formats.exponents import exponent_of, power_of_two
 from lightning_lpsgld.ops import quantize, quantize_variance_corrected
 from lightning_lpsgld.ops.crossing import crossing
-from lightning_lpsgld.ops.exponents import exponent_of, power_of_two
 from lightning_lpsgld.ops.reference import variance_plan
 from lightning_lpsgld.ops.tops import at_top, chance_at_top
 from lightning_lpsgld.random import DrawKey

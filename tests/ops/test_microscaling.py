@@ -24,7 +24,6 @@ from lightning_lpsgld.analysis import expected_shrinkage, plan, variance_budget
 from lightning_lpsgld.bank import SampleBank
 from lightning_lpsgld.formats import MicroscalingFloat, parse_format
 from lightning_lpsgld.ops import decode, encode, quantize, quantize_variance_corrected
-from lightning_lpsgld.ops.blocks import block_count, crosses_rows
 from lightning_lpsgld.ops.lattice import lattice_step
 from lightning_lpsgld.ops.reference import variance_plan
 from lightning_lpsgld.random import DrawKey, uniforms
@@ -109,8 +108,8 @@ def test_runs_are_those_of_the_last_dim(name, shape, backend):
 
 def test_only_vectors_have_runs_across_rows():
     """What shards by rows, and meters that look at some rows, must know."""
-    assert [crosses_rows(parse_format("mxfp8e4m3"), ndim) for ndim in (1, 2, 4)] == [True, False, False]
-    assert block_count((3, 70), parse_format("mxfp8e4m3")) == 9
+    assert [parse_format("mxfp8e4m3").blocks.crosses_rows(ndim) for ndim in (1, 2, 4)] == [True, False, False]
+    assert parse_format("mxfp8e4m3").blocks.count((3, 70)) == 9
 
 
 @pytest.mark.parametrize("name", ["mxfp8e4m3", "mxfp8e5m2-fit", "mxfp4e2m1"])

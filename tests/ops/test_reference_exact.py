@@ -23,7 +23,6 @@ from lightning_lpsgld.formats import (
     parse_format,
 )
 from lightning_lpsgld.ops import decode, encode, quantize, quantize_variance_corrected
-from lightning_lpsgld.ops.blocks import expand_blocks
 from lightning_lpsgld.ops.carry import carry_key
 from lightning_lpsgld.ops.reference import exponent_of, power_of_two
 from lightning_lpsgld.random import DrawKey, uniforms, words
@@ -288,7 +287,7 @@ def test_scalars_have_a_grid_of_their_own(fmt, backend):
 
 def ends_of_blocks(x, fmt):
     """Smallest and largest value of each element's block; ``x`` lies on its grid, or rounds to nothing larger."""
-    exponents = expand_blocks(encode(x, fmt, backend="reference").exponents.long(), x.shape, fmt)
+    exponents = parse_format(fmt).blocks.expand(encode(x, fmt, backend="reference").exponents.long(), x.shape)
     micro = isinstance(fmt, MicroscalingFloat)
     top = fmt.element.max * power_of_two(exponents) if micro else fmt.code_max * power_of_two(exponents + 2 - fmt.bits)
     return -top, top
