@@ -31,6 +31,17 @@ BODIES: dict[str, str] = {
     "ops.triton_step_kernel.step_kernel": "one kernel, every phase of which shares its registers",
 }
 
+#: Checks of a format's class outside ``formats/``: module -> (how many, reason); at most ten in all.
+FORMAT_CHECKS: dict[str, tuple[int, str]] = {
+    "analysis.block_laws": (1, "an exact law, of blocks of one element whose codes are integers: of that format alone"),
+    "analysis.onestep": (1, "an exact law, of grids that are one small, even, finite set: of fixed point alone"),
+    "analysis.stationary": (2, "which of the two exact laws above is meant"),
+    "analysis.sum_law": (2, "the even grid of a sum: of fixed point, or a block held at one exponent"),
+    "ops.functional": (1, "whether an argument is a format yet; what is neither that nor a string is parsed each time"),
+    "samplers.saved_state": (1, "which arguments of a sampler are saved as text"),
+}
+MOST_FORMAT_CHECKS = 10
+
 
 def modules_in(package: Path) -> dict[str, ast.Module]:
     """Parsed files of a package, by dotted name below it; the package's own ``__init__`` is ``""``."""
@@ -89,6 +100,58 @@ def private_imports(modules: dict[str, ast.Module], root: str) -> set[tuple[str,
     }
 
 
+def format_classes(modules: dict[str, ast.Module]) -> set[str]:
+    """Names of the classes in ``formats/`` that are formats: ``NumberFormat``, and what derives from it."""
+    bases = {
+        node.name: {base.id for base in node.bases if isinstance(base, ast.Name)}
+        for module, tree in modules.items()
+        if module.split(".")[0] == "formats"
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+    }
+    found = {"NumberFormat"}
+    while more := {name for name, over in bases.items() if over & found} - found:
+        found |= more
+    return found
+
+
+def format_checks(tree: ast.Module, root: str, classes: set[str]) -> int:
+    """How often a module asks for the class of a format: ``isinstance``, comparisons of types, ``match`` patterns."""
+    names = set(classes)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(root):
+            names |= {alias.asname for alias in node.names if alias.name in classes and alias.asname}
+
+    def is_class(node: ast.AST) -> bool:
+        if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
+            return any(map(is_class, node.elts))
+        if isinstance(node, ast.BinOp):
+            return is_class(node.left) or is_class(node.right)
+        return (isinstance(node, ast.Name) and node.id in names) or getattr(node, "attr", None) in classes
+
+    for node in tree.body:  # a tuple of classes under a name of its own
+        if isinstance(node, ast.Assign) and is_class(node.value):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return sum(any(map(is_class, asked_for(node))) for node in ast.walk(tree))
+
+
+def asked_for(node: ast.AST) -> list[ast.AST]:
+    """What a class would be checked against, if ``node`` is such a check."""
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+        return [node.args[1]]
+    if isinstance(node, ast.Compare):
+        return [node.left, *node.comparators]
+    return [node.cls] if isinstance(node, ast.MatchClass) else []
+
+
+def all_format_checks(modules: dict[str, ast.Module], root: str) -> dict[str, int]:
+    """Checks per module outside ``formats/``, where there are any."""
+    classes = format_classes(modules)
+    outside = {module: tree for module, tree in modules.items() if module.split(".")[0] != "formats"}
+    counts = {module: format_checks(tree, root, classes) for module, tree in outside.items()}
+    return {module: count for module, count in counts.items() if count}
+
+
 def body_length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """Lines of a function without its signature and docstring."""
     body = node.body[1:] if ast.get_docstring(node) is not None else node.body
@@ -140,6 +203,12 @@ def test_modules_fit(modules):
 
 def test_functions_fit(modules):
     check(long_bodies(modules), BODIES, f"a function's body has more than {LONGEST_BODY} lines")
+
+
+def test_formats_are_asked_and_their_classes_are_not(modules):
+    found = all_format_checks(modules, PACKAGE.name)
+    assert found == {module: count for module, (count, _) in FORMAT_CHECKS.items()}
+    assert sum(found.values()) <= MOST_FORMAT_CHECKS
 
 
 # ------------------------------------------------------------------------------------------- the checkers see a fault
@@ -194,6 +263,28 @@ def test_private_names_and_lengths_are_seen(package):
     assert private_imports(modules, "pkg") == {("high", "_hidden")}
     assert long_bodies(modules) == {"low.f": LONGEST_BODY + 1}
     assert long_modules(package) == {"low": 2 + LONGEST_BODY + 1 + LONGEST_MODULE}
+
+
+@pytest.mark.parametrize(
+    ("code", "count"),
+    [
+        ("isinstance(x, FixedPoint)", 1),
+        ("isinstance(x, (int, pkg.formats.FixedPoint)) or issubclass(type(x), NumberFormat)", 2),
+        ("type(x) is FixedPoint", 1),
+        ("type(x) in (int, FixedPoint)", 1),
+        ("match x:\n    case FixedPoint(8):\n        pass", 1),
+        ("KINDS = (FixedPoint, int)\nisinstance(x, KINDS)", 1),
+        ("from pkg.formats import FixedPoint as F\nisinstance(x, F)", 1),
+        ("x == FixedPoint(8) or FixedPoint(8).bits == 3 or isinstance(x, int)", 0),
+        ("FixedPoint(8)", 0),
+    ],
+)
+def test_checks_of_formats_are_counted(package, code, count):
+    (package / "formats.py").write_text(
+        "class NumberFormat: ...\nclass Kind(NumberFormat): ...\nclass FixedPoint(Kind): ...\nclass Other: ...\n"
+    )
+    (package / "high.py").write_text(f"from pkg.formats import FixedPoint, NumberFormat\n{code}\n")
+    assert all_format_checks(modules_in(package), "pkg").get("high", 0) == count
 
 
 def test_an_exception_that_is_not_needed_fails():

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from bank_samples import Net, assert_holds, contents, expected, fill, filled_bank
+from helpers.toy_format import BlockLogarithmic
 from torch import nn
 
 from lightning_lpsgld.bank import BankError, SampleBank, SampleInfo, decode_into_, module_tensors
@@ -18,6 +19,7 @@ FORMATS = [
     *("bfp8", "bfp8-tensor", "bfp8-dim1", "bfp4", "bfp12", "bfp8b32", "bfp8e4", "mxint8"),
     *("e4m3", "e5m2", "e2m1", "bf16", "fp16", "tf32"),
     *("mxfp8e4m3", "mxfp8e5m2-fit", "mxfp6e3m2", "mxfp4e2m1b3"),
+    str(BlockLogarithmic(16)),  # known by its name as any other, once its file was imported
 ]
 PLACES = ("memory", "directory")
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.toy_format import BlockLogarithmic
 from torch import Tensor
 
 from lightning_lpsgld.formats import FixedPoint
@@ -41,7 +42,7 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("fmt", ["bfp8", FixedPoint(8, 6), "e4m3", "mxfp8e4m3"], ids=str)
+@pytest.mark.parametrize("fmt", ["bfp8", FixedPoint(8, 6), "e4m3", "mxfp8e4m3", BlockLogarithmic(8)], ids=str)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_ops_keep_the_graph_whole_and_the_bits(fmt, backend):
     x = torch.linspace(-1.5, 1.5, 32).reshape(4, 8).requires_grad_()

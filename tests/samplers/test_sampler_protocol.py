@@ -1,7 +1,7 @@
 """What every sampler of the package promises, one test per promise, over all that ``samplers.__all__`` exports.
 
 A new sampler joins by being exported; one that needs more arguments than ``num_data`` is named in ``OPTIONS``. So do
-two toys that a user could have written.
+two toys that a user could have written, and samplers on a toy format.
 """
 
 import inspect
@@ -9,6 +9,7 @@ import io
 
 import pytest
 import torch
+from helpers.toy_format import BlockLogarithmic
 from helpers.toy_sampler import FloatToy, GridToy
 
 from lightning_lpsgld import samplers
@@ -20,7 +21,7 @@ SAMPLERS = {
     if inspect.isclass(member := getattr(samplers, name))
     and issubclass(member, LangevinOptimizer)
     and not getattr(member.update, "__isabstractmethod__", False)
-} | {"FloatToy": FloatToy, "GridToy": GridToy}
+} | {"FloatToy": FloatToy, "GridToy": GridToy, "SGLD on a toy": samplers.SGLD, "SGHMC on a toy": samplers.SGHMC}
 
 #: What a sampler needs or is worth trying with, beside ``num_data``.
 OPTIONS = {
@@ -30,6 +31,8 @@ OPTIONS = {
     "SVRG": {"weight_format": "bfp8"},
     "HALP": {"mu": 0.5},
     "GridToy": {"weight_format": "fixed16.12"},
+    "SGLD on a toy": {"weight_format": BlockLogarithmic(4), "gradient_format": BlockLogarithmic(4)},
+    "SGHMC on a toy": {"friction": 2.0, "weight_format": BlockLogarithmic(4), "velocity_format": BlockLogarithmic(4)},
 }
 
 
