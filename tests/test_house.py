@@ -17,11 +17,7 @@ PACKAGE = Path(lightning_lpsgld.__file__).parent
 LONGEST_MODULE, LONGEST_BODY = 400, 50
 
 #: Circles that are still there, each as the set of its modules.
-CIRCLES: dict[frozenset[str], str] = {
-    frozenset({"ops.triton", "ops.triton_step"}): (
-        "the step's launcher uses the plain ops' and is found through them; what both need should be a file below both"
-    ),
-}
+CIRCLES: dict[frozenset[str], str] = {}
 #: Private names that are still imported: (importing module, name) -> reason.
 PRIVATE: dict[tuple[str, str], str] = {}
 #: Modules over the limit -> reason.

@@ -17,6 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 #: Level of each file or folder directly under the package; a module imports from its own folder or a lower level.
 LEVELS = {
     "arguments": 0,
+    "environment": 0,
     "formats": 0,
     "random": 0,
     "ops": 1,

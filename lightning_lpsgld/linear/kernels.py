@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
 from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_lpsgld.environment import cpu_limit
 from lightning_lpsgld.linear.state import LOSSES, LinearState
 
 __all__ = ["draw_words", "inner", "instruction_set", "normal_product", "outer", "unavailable"]
@@ -31,8 +31,9 @@ class _Problem(ctypes.Structure):
 
 @cache
 def _library() -> tuple[Any, str | None]:
-    if os.environ.get("LIGHTNING_LPSGLD_CPU") == "0":
-        return None, "it is turned off by LIGHTNING_LPSGLD_CPU=0."
+    _, reason = cpu_limit()
+    if reason is not None:
+        return None, reason
     spec = importlib.util.find_spec("lightning_lpsgld.linear._kernels")
     if spec is None or spec.origin is None:
         return None, "the package was installed without a C++ compiler."
@@ -51,8 +52,8 @@ def unavailable() -> str | None:
 
 
 def _level() -> int:
-    limit = {"baseline": 0, "avx2": 1}.get(os.environ.get("LIGHTNING_LPSGLD_CPU", ""), 2)
-    return min(int(_library()[0].lpsgld_linear_level()), limit)
+    limit, found = cpu_limit()[0], int(_library()[0].lpsgld_linear_level())
+    return found if limit is None else min(found, limit)
 
 
 def instruction_set() -> str:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lightning_lpsgld.environment import LEVELS, cpu_limit
+
 __all__ = ["LEVELS", "Format", "Key", "Shape", "Step", "StepTensor", "load"]
 
 _VERSION = 2
-
-#: Instruction sets by what the environment variable LIGHTNING_LPSGLD_CPU calls them.
-LEVELS = {"baseline": 0, "avx2": 1, "avx512": 2}
 
 
 class Format(ctypes.Structure):
@@ -80,11 +78,9 @@ def _path() -> str | None:
 @cache
 def load() -> tuple[Any, str | None]:
     """The library, or ``None`` and the reason."""
-    wish = os.environ.get("LIGHTNING_LPSGLD_CPU", "")
-    if wish == "0":
-        return None, "it is turned off by the environment variable LIGHTNING_LPSGLD_CPU=0."
-    if wish not in ("", "1", *LEVELS):
-        return None, f"LIGHTNING_LPSGLD_CPU must be 0, 1 or one of {sorted(LEVELS)}, got {wish!r}."
+    limit, reason = cpu_limit()
+    if reason is not None:
+        return None, reason
     path = _path()
     if path is None:
         return None, (
@@ -101,5 +97,5 @@ def load() -> tuple[Any, str | None]:
         return None, f"the library {path} belongs to another version of the package. Install the package again."
     library.lpsgld_target.restype = ctypes.c_char_p
     library.lpsgld_encode.restype = ctypes.c_int64
-    library.lpsgld_level(LEVELS.get(wish, -1))
+    library.lpsgld_level(-1 if limit is None else limit)
     return library, None

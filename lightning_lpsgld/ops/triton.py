@@ -8,23 +8,35 @@ interpreter (slow, for tests).
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
-import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import KernelIdentity, NumberFormat
+from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops import reference
 from lightning_lpsgld.ops.carry import carry_seed
 from lightning_lpsgld.ops.encoded import Encoded
 from lightning_lpsgld.ops.spec import StepSpec
 from lightning_lpsgld.ops.triton_launch import Start
+from lightning_lpsgld.ops.triton_layout import (
+    ELEMENT,
+    FAMILIES,
+    KEPT,
+    LONG_ROW,
+    NOTHING,
+    Rows,
+    Tile,
+    facts,
+    identity_of,
+    root_bits,
+    rows_of,
+    signed64,
+    tile_of,
+)
 from lightning_lpsgld.random import DrawKey
 
 __all__ = [
@@ -41,15 +53,8 @@ __all__ = [
     "unavailable",
 ]
 
-#: Longest row that one program holds in registers; longer rows are reduced by a kernel of their own first.
-LONGEST_ROW = 8192
-_CHUNK = 1024
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NO_KEY = DrawKey(0)
-#: Plans and answers of so many layouts are kept for every op; those of a network are a few hundred.
-_KEPT = 4096
-#: ``SHARED`` of the kernels: where exponents come from (see :mod:`.triton_kernels`).
-NOTHING, ELEMENT, ROW, LONG_ROW = 0, 1, 2, 3
 
 
 def _interpreted() -> bool:
@@ -80,11 +85,11 @@ def refusal(op: str, x: Tensor, formats: Sequence[NumberFormat]) -> str | None:
     return _shape_refusal(x.shape, tuple(formats))
 
 
-@lru_cache(_KEPT)
+@lru_cache(KEPT)
 def _shape_refusal(shape: tuple[int, ...], formats: tuple[NumberFormat, ...]) -> str | None:
     for fmt in formats:
         kernel = fmt.kernel(torch.float32)
-        if kernel is None or kernel.family not in _FAMILIES:
+        if kernel is None or kernel.family not in FAMILIES:
             return f"no Triton kernel has {'the scales of ' if fmt.blocks.shared else ''}{fmt} built in."
         if rows_of(shape, fmt) is None:
             return f"the Triton kernels have no blocks of {fmt} for a tensor of shape {tuple(shape)}."
@@ -92,87 +97,6 @@ def _shape_refusal(shape: tuple[int, ...], formats: tuple[NumberFormat, ...]) ->
     if len(blocks) > 1:
         return "the fused step needs the same blocks for weights and gradients."
     return None
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A tensor as rows of contiguous elements that share an exponent."""
-
-    shared: int
-    count: int
-    length: int
-
-
-@lru_cache(_KEPT)
-def rows_of(shape: tuple[int, ...], fmt: NumberFormat | None) -> Rows | None:
-    """Row structure of a contiguous tensor under ``fmt``, or ``None`` where blocks are not contiguous."""
-    size = math.prod(shape)
-    if fmt is None or not fmt.blocks.shared:
-        return Rows(NOTHING, 1, size)
-    length = fmt.blocks.run_length(shape)
-    if length is None:
-        return None
-    if length <= 1:
-        return Rows(ELEMENT, 1, size)
-    return Rows(ROW if length <= LONGEST_ROW else LONG_ROW, size // length, length)
-
-
-#: What the kernels can: families of formats, by their numbers in :mod:`.triton_device`.
-_FAMILIES = {"fixed": 1, "block": 2, "float": 3}
-
-
-def facts(fmt: NumberFormat, dtype: torch.dtype) -> dict[str, Any]:
-    """The seven compile-time numbers of a format (see :mod:`.triton_device`)."""
-    kernel = identity_of(fmt, dtype)
-    floating = kernel.family == "float"
-    ends = (kernel.min, kernel.max) if floating else (float(kernel.code_min), float(kernel.code_max))
-    numbers = (_FAMILIES[kernel.family], kernel.offset, kernel.low, kernel.high, *ends, kernel.carries)
-    return dict(zip(("KIND", "OFFSET", "LOW", "HIGH", "CMIN", "CMAX", "CARRY"), numbers))
-
-
-def identity_of(fmt: NumberFormat, dtype: torch.dtype) -> KernelIdentity:
-    """What the kernels are told of a format that :func:`refusal` let through."""
-    kernel = fmt.kernel(dtype)
-    assert kernel is not None
-    return kernel
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How a kernel cuts a tensor: rows and quads of a program, programs, chunks of a row, warps."""
-
-    rows: int
-    quads: int
-    chunks: int
-    programs: int
-    warps: int
-
-
-def tile_of(rows: Rows, aligned: bool) -> Tile:
-    """Tile for a row structure: 8 elements a thread, so that the step's kernels stay below 64 registers or so."""
-    window = rows.length + (0 if aligned else 3)
-    if rows.shared == ROW:
-        quads = 1 << max(-(-window // 4) - 1, 0).bit_length()
-        together = max(1, _CHUNK // (4 * quads))
-        return Tile(together, quads, 1, -(-rows.count // together), max(4, quads // 64))
-    chunks = -(-window // _CHUNK)
-    return Tile(1, _CHUNK // 4, chunks, rows.count * chunks, 4)
-
-
-def is_aligned(rows: Rows, offset: int, *tensors: Tensor) -> bool:
-    """Whether quads of draws are quads of memory in every row, at addresses that take vector moves."""
-    return rows.length % 4 == 0 and offset % 4 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
-
-
-def signed64(value: int) -> int:
-    """Two's complement of an unsigned 64-bit number: kernels take their integers as int64."""
-    return value - 2**64 if value >= 2**63 else value
-
-
-def root_bits(variance: float) -> int:
-    """The standard deviation's float64 bits, as an int64 (Triton would pass a float as float32)."""
-    bits: int = struct.unpack("<q", struct.pack("<d", math.sqrt(variance)))[0]
-    return bits
 
 
 def _kernels() -> Any:
@@ -248,7 +172,7 @@ def _carries(fmt: NumberFormat) -> bool:
     return identity_of(fmt, torch.float32).carries
 
 
-@lru_cache(_KEPT)
+@lru_cache(KEPT)
 def _rounding(fmt: NumberFormat, rounding: str, layout: _Layout) -> tuple[_Cut, tuple[Start, ...]]:
     """The kernels of :func:`quantize`."""
     cut, kernel = _cut(fmt, layout), _kernels().quantize_kernel
@@ -271,7 +195,7 @@ def quantize(x: Tensor, fmt: NumberFormat, rounding: Literal["nearest", "stochas
     return _in_layout_of(out, x)
 
 
-@lru_cache(_KEPT)
+@lru_cache(KEPT)
 def _correcting(fmt: NumberFormat, each: bool, at: bool, layout: _Layout) -> tuple[_Cut, tuple[Start, ...]]:
     """The kernels of :func:`quantize_variance_corrected`; ``at``: the variances' address is a multiple of 16."""
     cut, kernel = _cut(fmt, layout), _kernels().vc_kernel
@@ -302,7 +226,7 @@ def quantize_variance_corrected(mean: Tensor, variance: float | Tensor, fmt: Num
     return _in_layout_of(out, mean)
 
 
-@lru_cache(_KEPT)
+@lru_cache(KEPT)
 def _encoding(fmt: NumberFormat, rounding: str, layout: _Layout) -> tuple[_Cut, Start | None, Start]:
     """The kernels of :func:`encode`: for long rows that may be carried, one that says which are; that which encodes."""
     cut, dtype, device, kernels = _cut(fmt, layout), layout[1], layout[2], _kernels()
@@ -335,12 +259,12 @@ def encode(x: Tensor, fmt: NumberFormat, rounding: Literal["nearest", "stochasti
     return Encoded(codes, exponents, fmt)
 
 
-@lru_cache(_KEPT)
+@lru_cache(KEPT)
 def _has_nan(fmt: NumberFormat) -> bool:
     return identity_of(fmt, torch.float32).has_nan
 
 
-@lru_cache(_KEPT)
+@lru_cache(KEPT)
 def _decoding(fmt: NumberFormat, dtype: torch.dtype, at: bool, layout: _Layout) -> tuple[tuple[int, int, int], Start]:
     """The kernel of :func:`decode` and its sizes; ``at``: the exponents' address is a multiple of 16."""
     rows = rows_of(layout[0], fmt)

@@ -21,7 +21,8 @@ from torch import Tensor
 from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops.carry import carry_seed
 from lightning_lpsgld.ops.spec import Accumulation, StepSpec
-from lightning_lpsgld.ops.triton import (
+from lightning_lpsgld.ops.triton_launch import Start
+from lightning_lpsgld.ops.triton_layout import (
     LONG_ROW,
     NOTHING,
     ROW,
@@ -35,7 +36,6 @@ from lightning_lpsgld.ops.triton import (
     signed64,
     tile_of,
 )
-from lightning_lpsgld.ops.triton_launch import Start
 from lightning_lpsgld.ops.triton_step_kernel import COLUMNS, step_kernel
 from lightning_lpsgld.random import DrawKey, Role, stream_id
 

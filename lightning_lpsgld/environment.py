@@ -1,0 +1,26 @@
+"""What the environment says of the compiled CPU kernels, read in one place for all of them."""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["CPU_VARIABLE", "LEVELS", "cpu_limit"]
+
+CPU_VARIABLE = "LIGHTNING_LPSGLD_CPU"
+#: Instruction sets by what the variable calls them.
+LEVELS = {"baseline": 0, "avx2": 1, "avx512": 2}
+
+
+def cpu_limit() -> tuple[int | None, str | None]:
+    """The highest instruction set that may be used, and why none may.
+
+    Returns:
+        A value of :data:`LEVELS`, ``None`` if there is no limit; and a sentence if the kernels are turned off or the
+        variable holds something else than ``0``, ``1``, nothing or a name of :data:`LEVELS`, else ``None``.
+    """
+    wish = os.environ.get(CPU_VARIABLE, "")
+    if wish == "0":
+        return None, f"it is turned off by the environment variable {CPU_VARIABLE}=0."
+    if wish not in ("", "1", *LEVELS):
+        return None, f"{CPU_VARIABLE} must be 0, 1 or one of {sorted(LEVELS)}, got {wish!r}."
+    return LEVELS.get(wish), None
