@@ -13,7 +13,7 @@ from lightning_lpsgld.casting.draws import CallDraws, Rounding
 from lightning_lpsgld.casting.saved import ReluSigns
 from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops import Encoded, decode, encode, quantize
-from lightning_lpsgld.ops.autograd import Rounder, cast_node, cast_with
+from lightning_lpsgld.ops.autograd import Rounder, cast_with
 from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.random import DrawKey, Role, stream_id
 
@@ -119,6 +119,8 @@ class Caster:
 
     def node(self, x: Tensor, key: Tensor | None, rounding: Rounding, index: int) -> Tensor:
         """The same cast as one node of a compiled graph; ``key`` is a tensor, so that a new step compiles nothing."""
+        from lightning_lpsgld.ops.library import cast_node
+
         activations, errors = self.activations, self.errors
         return cast_node(
             x,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_lpsgld.random import DrawKey, Role, derive_seed, stream_id
 
-__all__ = ["CallDraws", "ForwardCounter", "Rounding", "open_forward"]
+__all__ = ["CallDraws", "ForwardCounter", "Rounding", "advance"]
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -36,7 +36,7 @@ class CallDraws:
 
     @property
     def tensor(self) -> Tensor:
-        """Seed (signed) and step as :func:`open_forward` gives them."""
+        """Seed (signed) and step as a graph's key has them."""
         return torch.tensor((_signed(self.seed), self.step), dtype=torch.int64)
 
     def activation_key(self, index: int) -> DrawKey:
@@ -48,34 +48,7 @@ class CallDraws:
         return DrawKey(self.seed, self.step, stream_id(Role.ERROR, index))
 
 
-@torch.library.custom_op("lpsgld::open_forward", mutates_args=("state",))
-def open_forward(state: Tensor, training: bool) -> Tensor:
-    """:meth:`ForwardCounter.open` as a node of a compiled graph.
-
-    Args:
-        state: The counter's tensor; counts up in place when the node runs, not when it is compiled.
-        training: Whether the call counts as training.
-
-    Returns:
-        int64 tensor (seed in two's complement, step).
-
-    Raises:
-        RuntimeError: If it runs in backward.
-    """
-    if torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(
-            "A compiled network is run again in backward (activation checkpointing around it), where its draws cannot "
-            "be repeated. Compile the part that calls `checkpoint` too, or checkpoint inside of no compiled network."
-        )
-    return torch.tensor(_advance(state, training), dtype=torch.int64)
-
-
-@open_forward.register_fake
-def _(state: Tensor, training: bool) -> Tensor:
-    return state.new_empty(2)
-
-
-def _advance(state: Tensor, training: bool) -> tuple[int, int]:
+def advance(state: Tensor, training: bool) -> tuple[int, int]:
     """Seed (signed) and step of the next call; counts it."""
     seed, forwards, evaluations = state.tolist()
     if training:
@@ -119,7 +92,7 @@ class ForwardCounter:
 
     def open(self, training: bool) -> CallDraws:
         """Draws of the next call."""
-        seed, step = _advance(self.state, training)
+        seed, step = advance(self.state, training)
         return CallDraws(seed % 2**64, step, self.rounding(training))
 
     def rounding(self, training: bool) -> Rounding:

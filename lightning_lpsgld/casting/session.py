@@ -46,7 +46,7 @@ from lightning_lpsgld.casting.calls import (
     warn_if_bypassed,
 )
 from lightning_lpsgld.casting.cast import Caster, is_castable
-from lightning_lpsgld.casting.draws import CallDraws, ForwardCounter, open_forward
+from lightning_lpsgld.casting.draws import CallDraws, ForwardCounter
 from lightning_lpsgld.casting.functions import SOFTMAX_FUNCTIONS, ActivationFunction
 from lightning_lpsgld.casting.graphs import GraphSide, is_running
 from lightning_lpsgld.casting.outputs import Held, OpenEnds, OutputTracker, Place, replace_tensors, tensors_in
@@ -191,6 +191,8 @@ class Session:
 
     def _open_traced(self, name: str, module: nn.Module) -> None:
         """Begin a forward call in a graph."""
+        from lightning_lpsgld.casting.nodes import open_forward
+
         training = self._training(module)
         key = open_forward(self.counter.state, training)
         self.calls.call = ForwardCall(name, training, self.counter.rounding(training), None, key)

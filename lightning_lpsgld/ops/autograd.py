@@ -9,12 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import FormatLike, parse_format
-from lightning_lpsgld.ops.dispatch import BackendName, choose
+from lightning_lpsgld.formats import FormatLike
+from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.ops.functional import quantize
 from lightning_lpsgld.random import DrawKey
 
-__all__ = ["Rounder", "cast", "cast_node", "cast_with"]
+__all__ = ["Rounder", "cast", "cast_with"]
 
 #: A function of one tensor to a new tensor of its shape and dtype.
 Rounder = Callable[[Tensor], Tensor]
@@ -111,71 +111,3 @@ def cast(
     activation = None if activation_format is None else rounder(fmt=activation_format, key=activation_key)
     error = None if error_format is None else rounder(fmt=error_format, key=error_key)
     return cast_with(x, activation, error)
-
-
-@torch.library.custom_op("lpsgld::cast", mutates_args=())
-def cast_node(
-    x: Tensor,
-    key: Tensor,
-    activation_format: str | None,
-    activation_stream: int,
-    error_format: str | None,
-    error_stream: int,
-    rounding: str,
-    backend: str,
-) -> Tensor:
-    """:func:`cast` as one node of a compiled graph, its backward included.
-
-    Args:
-        x: As for :func:`cast`; not checked.
-        key: int64 tensor (seed in two's complement, step) on the CPU. Its values are read when the node runs, so that
-            a new step compiles nothing.
-        activation_format: Grid as a string, or ``None``: the result is a copy.
-        activation_stream: Stream of Q_A.
-        error_format: Grid as a string, or ``None``.
-        error_stream: Stream of Q_E.
-        rounding: Of Q_A; errors are rounded stochastically.
-        backend: As for :func:`lightning_lpsgld.ops.quantize`.
-
-    Returns:
-        Tensor like ``x``, in new memory.
-    """
-    if activation_format is None:
-        return x.clone()
-    seed, step = key.tolist()
-    number = parse_format(activation_format)
-    draws = DrawKey(seed, step, activation_stream) if rounding == "stochastic" else None
-    out: Tensor = choose(backend, "quantize", x, number).quantize(x, number, rounding, draws)
-    like = torch.empty_like(x)  # the strides that the fake implementation promises
-    return out if out.stride() == like.stride() else like.copy_(out)
-
-
-@cast_node.register_fake
-def _(
-    x: Tensor,
-    key: Tensor,
-    activation_format: str | None,
-    activation_stream: int,
-    error_format: str | None,
-    error_stream: int,
-    rounding: str,
-    backend: str,
-) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _remember_error(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, key, _, _, error_format, error_stream, _, backend = inputs
-    ctx.error = (error_format, error_stream, backend)
-    ctx.save_for_backward(key)
-
-
-def _round_error(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    fmt, stream, backend = ctx.error
-    (key,) = ctx.saved_tensors
-    if fmt is not None:  # a second derivative passes straight through
-        grad = cast_node(grad, key, fmt, stream, None, 0, "stochastic", backend)
-    return (grad, *[None] * 7)
-
-
-cast_node.register_autograd(_round_error, setup_context=_remember_error)

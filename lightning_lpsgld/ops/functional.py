@@ -15,7 +15,6 @@ from lightning_lpsgld.formats import (
     code_dtype,
     parse_format,
 )
-from lightning_lpsgld.ops import library
 from lightning_lpsgld.ops.dispatch import BackendName, choose
 from lightning_lpsgld.ops.encoded import Encoded
 from lightning_lpsgld.random import DrawKey
@@ -98,6 +97,8 @@ def quantize(
     number = _checked(x, fmt)
     _check_rounding(rounding, key)
     if torch.compiler.is_compiling():
+        from lightning_lpsgld.ops import library
+
         node: Tensor = library.quantize(x.detach(), str(number), rounding, *library.key_fields(key), backend)
         return node
     out: Tensor = choose(backend, "quantize", x, number).quantize(x.detach(), number, rounding, key)
@@ -161,6 +162,8 @@ def quantize_variance_corrected(
     number = _checked(mean, fmt)
     _check_rounding("stochastic", key)
     if torch.compiler.is_compiling():  # a tensor of variances is then not checked: its values are not known
+        from lightning_lpsgld.ops import library
+
         many, one = (variance.detach(), 0.0) if isinstance(variance, Tensor) else (None, float(variance))
         fields = library.key_fields(key)
         node: Tensor = library.quantize_variance_corrected(mean.detach(), many, one, str(number), *fields, backend)
@@ -206,6 +209,8 @@ def encode(
     number = _checked(x, fmt)
     _check_rounding(rounding, key)
     if torch.compiler.is_compiling():
+        from lightning_lpsgld.ops import library
+
         codes, exponents = library.encode(x.detach(), str(number), rounding, *library.key_fields(key), backend)
         return Encoded(codes, exponents if number.blocks.shared else None, number)
     out: Encoded = choose(backend, "encode", x, number).encode(x.detach(), number, rounding, key)
@@ -237,6 +242,8 @@ def decode(encoded: Encoded, dtype: torch.dtype = torch.float32, *, backend: Bac
             f"decode: codes of {encoded.format} are {code_dtype(encoded.format)}, got {encoded.codes.dtype}."
         )
     if torch.compiler.is_compiling():
+        from lightning_lpsgld.ops import library
+
         node: Tensor = library.decode(encoded.codes, encoded.exponents, str(encoded.format), dtype, backend)
         return node
     out: Tensor = choose(backend, "decode", encoded.codes, encoded.format).decode(encoded, dtype)

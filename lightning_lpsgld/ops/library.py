@@ -6,9 +6,14 @@ fields travel as ints: one that changes every call (the step) becomes dynamic at
 recompilation, **if it reaches the compiled function as an argument or from a local object**. Dynamo compiles in ints
 that it finds on an ``nn.Module`` or in a global: there every step would recompile. For those there is
 :func:`quantize_keyed`, whose key is a tensor.
+
+The module is imported when a graph is first traced: registering operators is a third of what importing the package
+would take. Import it before loading a graph that another process has saved.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +23,16 @@ from lightning_lpsgld.ops.dispatch import choose
 from lightning_lpsgld.ops.encoded import Encoded
 from lightning_lpsgld.random import DrawKey
 
-__all__ = ["decode", "encode", "key_fields", "key_tensor", "quantize", "quantize_keyed", "quantize_variance_corrected"]
+__all__ = [
+    "cast_node",
+    "decode",
+    "encode",
+    "key_fields",
+    "key_tensor",
+    "quantize",
+    "quantize_keyed",
+    "quantize_variance_corrected",
+]
 
 
 def key_fields(key: DrawKey | None) -> tuple[int, int, int, int]:
@@ -123,3 +137,70 @@ def decode(codes: Tensor, exponents: Tensor | None, fmt: str, dtype: torch.dtype
 @decode.register_fake
 def _(codes: Tensor, exponents: Tensor | None, fmt: str, dtype: torch.dtype, backend: str) -> Tensor:
     return codes.new_empty(codes.shape, dtype=dtype)
+
+
+@torch.library.custom_op("lpsgld::cast", mutates_args=())
+def cast_node(
+    x: Tensor,
+    key: Tensor,
+    activation_format: str | None,
+    activation_stream: int,
+    error_format: str | None,
+    error_stream: int,
+    rounding: str,
+    backend: str,
+) -> Tensor:
+    """:func:`lightning_lpsgld.ops.cast` as one node of a compiled graph, its backward included.
+
+    Args:
+        x: As for :func:`lightning_lpsgld.ops.cast`; not checked.
+        key: int64 tensor (seed in two's complement, step) on the CPU. Its values are read when the node runs, so that
+            a new step compiles nothing.
+        activation_format: Grid as a string, or ``None``: the result is a copy.
+        activation_stream: Stream of Q_A.
+        error_format: Grid as a string, or ``None``.
+        error_stream: Stream of Q_E.
+        rounding: Of Q_A; errors are rounded stochastically.
+        backend: As for :func:`lightning_lpsgld.ops.quantize`.
+
+    Returns:
+        Tensor like ``x``, in new memory.
+    """
+    if activation_format is None:
+        return x.clone()
+    seed, step = key.tolist()
+    number = parse_format(activation_format)
+    draws = DrawKey(seed, step, activation_stream) if rounding == "stochastic" else None
+    out: Tensor = choose(backend, "quantize", x, number).quantize(x, number, rounding, draws)
+    return _in_layout_of(out, x)
+
+
+@cast_node.register_fake
+def _(
+    x: Tensor,
+    key: Tensor,
+    activation_format: str | None,
+    activation_stream: int,
+    error_format: str | None,
+    error_stream: int,
+    rounding: str,
+    backend: str,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _remember_error(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, key, _, _, error_format, error_stream, _, backend = inputs
+    ctx.error = (error_format, error_stream, backend)
+    ctx.save_for_backward(key)
+
+
+def _round_error(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    fmt, stream, backend = ctx.error
+    (key,) = ctx.saved_tensors
+    if fmt is not None:  # a second derivative passes straight through
+        grad = cast_node(grad, key, fmt, stream, None, 0, "stochastic", backend)
+    return (grad, *[None] * 7)
+
+
+cast_node.register_autograd(_round_error, setup_context=_remember_error)

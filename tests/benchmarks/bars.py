@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -331,12 +333,19 @@ class Reusable:
 
 
 def import_bars() -> None:
-    """Seconds that importing every public name takes after lightning, in fresh processes."""
+    """Seconds that importing every public name takes after lightning, in fresh processes, byte code at hand.
+
+    An installation has its byte code; with ``PYTHONDONTWRITEBYTECODE`` set a working tree would be compiled every time.
+    """
     code = (
         "import time; import lightning; began = time.perf_counter(); import lightning_lpsgld as m; "
         "[getattr(m, name) for name in m.__all__]; print(time.perf_counter() - began)"
     )
-    extra = min(float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3))
+    with tempfile.TemporaryDirectory() as cache:
+        keep = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        keep["PYTHONPYCACHEPREFIX"] = cache
+        runs = [float(subprocess.check_output([sys.executable, "-c", code], env=keep)) for _ in range(4)]
+    extra = min(runs[1:])
     report("import of every public name, seconds beyond lightning's", extra, "<= 0.3", extra <= 0.3, "best of 3")
 
 

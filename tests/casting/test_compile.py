@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lpsgld import LowPrecisionSGLD
 from lightning_lpsgld.casting import ActivationCasting
-from lightning_lpsgld.casting.draws import ForwardCounter, open_forward
-from lightning_lpsgld.ops.autograd import cast_node
+from lightning_lpsgld.casting.draws import ForwardCounter
+from lightning_lpsgld.casting.nodes import open_forward
+from lightning_lpsgld.ops.library import cast_node
 
 STEPS = 4
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -94,3 +96,37 @@ def test_fake_implementations_promise_what_the_ops_return(fmt):
     torch.library.opcheck(vc, (x, None, 1e-3, fmt, 1, 2, 3, 4, "auto"), test_utils=checks)
     codes, exponents = library.encode(x, fmt, "nearest", 0, 0, 0, 0, "auto")
     torch.library.opcheck(library.decode, (codes, exponents, fmt, torch.float32, "auto"), test_utils=checks)
+
+
+FIRST_TRACE = """
+import sys, torch
+import lightning_lpsgld
+from lightning_lpsgld.casting import ActivationCasting
+from lightning_lpsgld.ops import quantize
+from lightning_lpsgld.random import DrawKey
+
+every = [getattr(lightning_lpsgld, name) for name in lightning_lpsgld.__all__]
+nodes = {"lightning_lpsgld.ops.library", "lightning_lpsgld.casting.nodes"}
+assert not nodes & set(sys.modules), "operators are registered without a graph"
+x, key = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), DrawKey(1, step=2)
+compiled = torch.compile(lambda x, key: quantize(x, "bfp8", key=key), fullgraph=True, backend="eager")
+assert torch.equal(compiled(x, key), quantize(x, "bfp8", key=key))
+
+def outputs(prepare):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    ActivationCasting(net, seed=3).attach()
+    net.train()
+    net = prepare(net)
+    return torch.stack([net(x) for _ in range(3)])
+
+assert torch.equal(outputs(lambda net: net), outputs(lambda net: torch.compile(net, backend="eager")))
+print(sorted(nodes & set(sys.modules)))
+"""
+
+
+def test_operators_are_registered_when_a_graph_is_first_traced():
+    """In a process of its own: importing everything registers none, and the first trace of each finds its node."""
+    done = subprocess.run([sys.executable, "-c", FIRST_TRACE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "['lightning_lpsgld.casting.nodes', 'lightning_lpsgld.ops.library']"
