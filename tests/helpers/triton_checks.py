@@ -1,11 +1,13 @@
 """Checks of the Triton kernels against the reference, as functions: run in Triton's interpreter and on a GPU.
 
-``python -m helpers.triton_checks`` runs them all and prints one JSON line a check; :data:`DEVICE` is where tensors lie.
+``python -m helpers.triton_checks`` runs them all and prints one JSON line a check (``--powers``: the long chains
+over powers of two instead); :data:`DEVICE` is where tensors lie.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.crossings import DRIVEN, check_crossings
 from lightning_lpsgld.formats import BlockFloatingPoint, FixedPoint, check_dtype, parse_format
 from lightning_lpsgld.ops import StepSpec, decode, encode, quantize, quantize_variance_corrected, reference
 from lightning_lpsgld.random import DrawKey, normals
@@ -49,6 +52,8 @@ STEPS = [
 #: Steps and Q^vc decide on float32 thresholds where the reference has float64: a draw may fall between the two with a
 #: probability near 2**-22 an element. More than this share of differing elements is a fault, whatever their size.
 DIFFERING_SHARE = 1e-3
+#: Blocks whose largest element is taken over powers of two.
+CROSSED = ("bfp8", "bfp8b4", "bfp8-tensor")
 
 
 def samples(shape: tuple[int, ...], dtype: torch.dtype, seed: int, *, special: bool = True) -> Tensor:
@@ -257,6 +262,13 @@ def check_top(text: str) -> None:
     assert (chain >= 1.0).any()
 
 
+def check_powers_of_two(case: str, blocks: tuple[str, ...], temperatures: tuple[float, ...], steps: int) -> None:
+    """Chains over the powers of two: the reference's."""
+    for block in blocks:
+        for temperature in temperatures:
+            check_crossings(case, block, temperature, "triton", device=DEVICE, steps=steps, share=DIFFERING_SHARE)
+
+
 def check_plan_is_kept() -> None:
     """While addresses stay, a step builds nothing and copies nothing; a new gradient address is followed."""
     from lightning_lpsgld.ops import triton_step
@@ -321,16 +333,24 @@ def cases() -> Iterator[tuple[str, Callable[..., None], tuple[Any, ...]]]:
     yield "normals", check_normals, ()
     for text in ("bfp8", "bfp8-tensor", "bfp8b4"):
         yield f"top-{text}", check_top, (text,)
+    for number, case in enumerate(DRIVEN):  # every sampler once; all of it is powers_of_two()
+        yield f"powers-{case}", check_powers_of_two, (case, CROSSED[number % 3 : number % 3 + 1], (1e-3,), 3)
     yield "plan", check_plan_is_kept, ()
     yield "launches", check_launches, ()
     yield "encode-nan", check_encode_refuses_nan, ()
     yield "refusals", check_refusals, ()
 
 
-def run_cases() -> None:
+def powers_of_two() -> Iterator[tuple[str, Callable[..., None], tuple[Any, ...]]]:
+    """Every sampler over every boundary, of elements, runs and tensors, without noise, cold and warm: minutes."""
+    for case in DRIVEN:
+        yield f"all-powers-{case}", check_powers_of_two, (case, CROSSED, (0.0, 1e-3, 1.0), 8)
+
+
+def run_cases(chosen: Iterator[tuple[str, Callable[..., None], tuple[Any, ...]]]) -> None:
     """In the child: one JSON line per check."""
     torch.set_num_threads(1)
-    for name, check, arguments in cases():
+    for name, check, arguments in chosen:
         begun = time.perf_counter()
         try:
             check(*arguments)
@@ -341,4 +361,4 @@ def run_cases() -> None:
 
 
 if __name__ == "__main__":
-    run_cases()
+    run_cases(powers_of_two() if "--powers" in sys.argv else cases())

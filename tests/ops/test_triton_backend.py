@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.crossings import DRIVEN
 from helpers.triton_checks import cases
 
 from lightning_lpsgld.ops import quantize
@@ -29,9 +30,9 @@ def child(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, *arguments], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip # noqa: E501
 
 
-def lines(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
+def lines(process: subprocess.Popen[str], timeout: float = 600) -> list[dict[str, Any]]:
     """What the child reported."""
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=timeout)
     assert process.returncode == 0, err[-3000:]
     return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
 
@@ -67,6 +68,15 @@ def compiled(children: tuple[Any, Any], outcomes: Any) -> list[dict[str, Any]]:
 def test_interpreted_kernels(name: str, outcomes: dict[str, dict[str, Any]]) -> None:
     """Each check of this file, run under Triton's interpreter."""
     assert outcomes[name]["error"] is None, outcomes[name]["error"]
+
+
+@requires_triton
+@pytest.mark.slow
+def test_all_chains_over_powers_of_two() -> None:
+    """Every sampler, boundary, block and temperature in the interpreter: six minutes of a core."""
+    trusting = {"TRITON_INTERPRET": "1", "LIGHTNING_LPSGLD_SELF_CHECK": "off"}
+    seen = lines(child(["-m", "helpers.triton_checks", "--powers"], **trusting), timeout=3600)
+    assert [line["error"] for line in seen] == [None] * len(DRIVEN)
 
 
 @requires_triton
