@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from lightning_lpsgld.casting.calls import ForwardCall
 
@@ -63,6 +64,13 @@ class GraphSide:
     def outside(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function``, the one shielded as ``name``, to be run outside of the graph."""
         return function if self.shielded is None else self.shielded[name]
+
+    def open(self, counter: Tensor, training: bool) -> Tensor:
+        """Begin a forward call in a graph that is traced: the key's node, which counts when the graph runs."""
+        from lightning_lpsgld.casting.nodes import open_forward  # registers an operator
+
+        key: Tensor = open_forward(counter, training)
+        return key
 
     def note(self, call: ForwardCall, functional_sites: dict[str, None], packing: bool) -> None:
         """Compare a traced call with the forward that found the outputs."""

@@ -191,10 +191,8 @@ class Session:
 
     def _open_traced(self, name: str, module: nn.Module) -> None:
         """Begin a forward call in a graph."""
-        from lightning_lpsgld.casting.nodes import open_forward
-
         training = self._training(module)
-        key = open_forward(self.counter.state, training)
+        key = self.graphs.open(self.counter.state, training)
         self.calls.call = ForwardCall(name, training, self.counter.rounding(training), None, key)
 
     def _open(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
