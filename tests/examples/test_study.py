@@ -1,6 +1,7 @@
 """The study: its rows, its data, a short run on small archives, and the judgement of claims."""
 
 import csv
+import json
 import math
 import subprocess
 import sys
@@ -184,3 +185,38 @@ def test_committed_results_have_the_studys_columns_and_tables():
     assert all(math.isfinite(float(e["nll"])) and 0 <= float(e["error"]) <= 1 for e in entries)
     assert (results / "tables.md").exists()
     assert (results / "rows.json").exists()
+
+
+def test_a_low_accumulator_loses_only_where_the_top_of_a_block_is_a_ceiling():
+    """The committed comparison, and that its script still makes such rows."""
+    import accumulators
+
+    stored = json.loads((STUDY.parent / "results" / "study" / "accumulators.json").read_text())
+    for result in stored.values():
+        assert result["seeds"] == 8
+        assert set(result["mean, standard error"]) == {*accumulators.METHODS, *accumulators.GAPS}
+        again = accumulators.tables(result["runs"])
+        for label, (a, b) in accumulators.GAPS.items():
+            mean, error = again[label]["train NLL"]
+            assert [mean, error] == pytest.approx(result["mean, standard error"][label]["train NLL"], rel=1e-12)
+            rows = zip(result["runs"][a], result["runs"][b])
+            assert mean == pytest.approx(sum(p["train NLL"] - q["train NLL"] for p, q in rows) / 8)
+        assert abs(again["L - F, carrying"]["train NLL"][0]) < 3 * again["L - F, carrying"]["train NLL"][1]
+        assert again["L - F, published"]["train NLL"][0] > 10 * again["L - F, published"]["train NLL"][1]
+    runs = [accumulators.run(*accumulators.METHODS[label], lr=0.1, epochs=1, seed=3) for label in accumulators.METHODS]
+    assert len({run["train NLL"] for run in runs}) == len(runs)
+    assert all(abs(run["train NLL"] - runs[0]["train NLL"]) < 0.1 * runs[0]["train NLL"] for run in runs)
+
+
+def test_the_table_of_an_example_shows_minibatch_noise_beside_the_rounding(capsys):
+    sys.path.insert(0, str(STUDY.parent))
+    from comparison import Result, print_table
+
+    scores = {f"{kind}/{name}": 0.5 for kind in ("current", "ensemble") for name in ("accuracy", "nll", "ece")}
+    noise = {"noise/achieved_over_target": 1.25, "noise/minibatch_over_target": 3.75}
+    scores["ensemble/size"] = 4.0
+    measured, bare = (Result("a method", scores, [], 1, 4, 0.0, extra=extra) for extra in (noise, {}))
+    print_table([measured, bare])
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert first.split("|")[-2].split() == ["1.25", "3.75"]
+    assert second.split("|")[-2].split() == ["nan", "nan"]
