@@ -6,6 +6,7 @@ import os
 
 __all__ = ["CPU_VARIABLE", "LEVELS", "cpu_limit"]
 
+#: ``0`` turns the compiled CPU kernels off, a name of :data:`LEVELS` limits their instruction set.
 CPU_VARIABLE = "LIGHTNING_LPSGLD_CPU"
 #: Instruction sets by what the variable calls them.
 LEVELS = {"baseline": 0, "avx2": 1, "avx512": 2}

@@ -23,9 +23,7 @@ PRIVATE: dict[tuple[str, str], str] = {}
 #: Modules over the limit -> reason.
 MODULES: dict[str, str] = {}
 #: Functions over the limit -> reason.
-BODIES: dict[str, str] = {
-    "ops.triton_step_kernel.step_kernel": "one kernel, every phase of which shares its registers",
-}
+BODIES: dict[str, str] = {}
 
 #: Checks of a format's class outside ``formats/``: module -> (how many, reason); at most ten in all.
 FORMAT_CHECKS: dict[str, tuple[int, str]] = {

@@ -136,6 +136,24 @@ def test_everything_public_has_a_docstring(path):
     assert not silent, "no docstring: " + ", ".join(silent)
 
 
+def exported_values(tree):
+    """Names and lines of the values (no functions, no classes) that a module defines and lists in ``__all__``."""
+    bound = [(node.targets[0] if isinstance(node, ast.Assign) else node.target, node) for node in tree.body
+             if isinstance(node, (ast.Assign, ast.AnnAssign))]  # fmt: skip
+    listed = next((ast.literal_eval(node.value) for name, node in bound if getattr(name, "id", "") == "__all__"), ())
+    return [(name.id, node.lineno) for name, node in bound if isinstance(name, ast.Name) and name.id in listed]
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p.name != "__init__.py"], ids=relative)
+def test_every_exported_value_says_what_it_is(path):
+    """In a ``#:`` line above: constants and aliases of types have no docstring."""
+    lines = path.read_text().splitlines()
+    silent = [
+        name for name, line in exported_values(ast.parse(path.read_text())) if not lines[line - 2].startswith("#:")
+    ]
+    assert not silent, f"{relative(path)}: no #: line above {', '.join(silent)}"
+
+
 @pytest.mark.parametrize("path", [p for p in MODULES if p.name == "__init__.py"], ids=relative)
 def test_init_files_are_explicit_lists(path):
     """``__init__`` re-exports: no star, no logic but lazy lookup, and ``__all__`` names what it imports."""

@@ -15,6 +15,7 @@ from lightning_lpsgld.ops.reference import VariancePlan, power_of_two, variance_
 
 __all__ = ["BudgetUpdate", "VarianceBudget", "rounding_variance_after_noise", "variance_budget"]
 
+#: How a step is rounded, for its budget: Q^vc, noise and then stochastic rounding, or a full-precision sum.
 BudgetUpdate = Literal["vc", "naive", "full"]
 
 #: Above this noise (in gaps) the Fourier series has converged to 1e-9 with 8 terms; below, the folded normal is exact.

@@ -79,6 +79,7 @@ class LayerPlan:
         )
 
 
+#: Heads of the columns of the plan's table.
 HEADS = (
     "parameter",
     "shape",

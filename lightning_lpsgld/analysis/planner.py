@@ -78,10 +78,6 @@ def _gradients(module: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], T
     return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), grads)}
 
 
-def _bytes(shape: torch.Size, fmt: NumberFormat) -> int:
-    return -(-fmt.bits // 8) * math.prod(shape) + fmt.blocks.count(shape)
-
-
 def _points(lr: float | Sequence[float]) -> tuple[float, ...]:
     rates = [float(lr)] if isinstance(lr, (int, float)) else [float(rate) for rate in lr]
     if not rates or any(not rate > 0 for rate in rates):
@@ -266,8 +262,12 @@ def _layer(
         budgets=budgets,
         gradient_noise=extra,
         effective_temperature=temperature * (heat + sum(extra) / len(extra)),
-        weight_bytes=_bytes(theta.shape, fmt),
-        accumulator_bytes=4 * theta.numel() if update == "full" else 0 if sums is fmt else _bytes(theta.shape, sums),
+        weight_bytes=fmt.stored_bytes(theta.shape),
+        accumulator_bytes=4 * theta.numel()
+        if update == "full"
+        else 0
+        if sums is fmt
+        else sums.stored_bytes(theta.shape),
         remedy_bits=_bits_of_kind(least, sums),
         verdict=_verdict(heat, clipped, held, max(extra), least, sums, own),
         least=least,

@@ -29,6 +29,7 @@ from lightning_lpsgld.ops.lattice import Rates
 
 __all__ = ["Update", "stationary_law", "stationary_of", "transition_matrix"]
 
+#: Chains whose exact law is known; the words are those of :data:`.ops.spec.Accumulation`.
 Update = Literal["naive", "vc", "lattice"]
 Gradient = Callable[[Tensor], Tensor]
 

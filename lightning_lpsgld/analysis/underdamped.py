@@ -34,7 +34,9 @@ from lightning_lpsgld.ops.reference import variance_plan
 
 __all__ = ["Drift", "PairMasses", "PhaseGrid", "UnderdampedUpdate", "pair_masses", "step_flow", "underdamped_law"]
 
+#: How position and velocity are rounded: noise and then stochastic rounding, or Q^vc.
 UnderdampedUpdate = Literal["naive", "vc"]
+#: Mean of a step: that of the exact flow, or the published one.
 Drift = Literal["corrected", "paper"]
 
 #: Flat coordinate form of laws of a pair: row, index of the position's code, of the velocity's code, mass.

@@ -148,6 +148,7 @@ def _mixture_cdf(x: Tensor) -> Tensor:
     return 0.5 * (torch.special.ndtr(2.0 * (x - 1.0)) + torch.special.ndtr(2.0 * (x + 1.0)))
 
 
+#: The one-dimensional targets of the table.
 TOYS = (
     Toy("Gaussian", _identity, torch.special.ndtr, 1.0, 0.09, 2.0),
     Toy("mixture", _mixture_grad, _mixture_cdf, 1.25, 0.1, 1.0),

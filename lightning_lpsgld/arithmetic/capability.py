@@ -14,6 +14,7 @@ import torch
 
 __all__ = ["VARIABLE", "Capability", "capability"]
 
+#: Environment variable that takes instruction sets away, for tests of the other paths.
 VARIABLE = "LIGHTNING_LPSGLD_ARITHMETIC"
 _MASKS = ("no-onednn", "no-vnni")
 

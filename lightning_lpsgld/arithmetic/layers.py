@@ -20,6 +20,7 @@ __all__ = ["ARITHMETICS", "Arithmetic", "ArithmeticRefusal", "LayerArithmetic", 
 
 #: ``"simulated"``: products of floats; ``"auto"``: of codes where that pays; ``"integer"``: of codes, or refused.
 Arithmetic = Literal["simulated", "auto", "integer"]
+#: The values of :data:`Arithmetic`.
 ARITHMETICS: tuple[str, ...] = get_args(Arithmetic)
 
 #: Below so many multiplications a product in integers costs more in calls than it saves.

@@ -31,6 +31,7 @@ from lightning_lpsgld.arithmetic.capability import Capability
 
 __all__ = ["Geometry", "PackedWeight", "Path", "choose_path", "exact_product"]
 
+#: How a product of codes is computed; :func:`choose_path` says when.
 Path = Literal["unsigned", "shifted", "split", "float64"]
 
 _SHIFT = 128

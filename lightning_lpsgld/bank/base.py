@@ -29,6 +29,7 @@ __all__ = [
 
 #: ``"stored"``: the tensors stand once in the bank; ``"reference"``: only their checksums do.
 BaseKind = Literal["stored", "reference"]
+#: The values of :data:`BaseKind`.
 BASE_KINDS: tuple[str, ...] = get_args(BaseKind)
 
 _DIGEST = re.compile(r"[0-9a-f]{40}")

@@ -23,6 +23,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
+#: Name of the file in a bank's folder that its writer holds a lock on.
 LOCK = ".lock"
 _FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 

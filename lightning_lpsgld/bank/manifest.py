@@ -16,8 +16,10 @@ from lightning_lpsgld.bank.spec import ModuleSpec
 
 __all__ = ["MANIFEST", "MAX_MANIFEST_BYTES", "Manifest", "body_checksum", "check_json_size", "checksum"]
 
+#: Name of a bank's table of contents.
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 3
+#: A longer table of contents is not read: it is no bank's.
 MAX_MANIFEST_BYTES = 2**28
 #: Most values in a manifest. Parsed, each takes up to a hundred bytes, however few its text has.
 _MAX_VALUES = 2**23

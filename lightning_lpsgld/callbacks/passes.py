@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+from lightning_lpsgld.distributed.shares import unpadded
 from lightning_lpsgld.predictive import GaussianOutput, TaskReader, default_logits, default_targets
 
 __all__ = [
@@ -148,17 +149,10 @@ def _on_device(trainer: pl.Trainer, batch: Any, loader_index: int) -> Any:
 
 
 def _local_points(loader: Any) -> int | None:
-    """Points of this rank's share that are not padding; ``None`` where nothing pads.
-
-    ``DistributedSampler`` repeats points until all ranks have equally many; point i of rank r is number
-    ``i * world + r`` of the padded list, and those from ``len(dataset)`` on are repeats.
-    """
+    """Points of this rank's share that are not padding; ``None`` where nothing pads."""
     inner = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
     samplers = [s for s in (inner, getattr(loader, "sampler", None)) if isinstance(s, DistributedSampler)]
-    if not samplers:
-        return None
-    sampler = samplers[0]
-    return max(0, -(-(len(sampler.dataset) - sampler.rank) // sampler.num_replicas))  # type: ignore[arg-type]
+    return unpadded(samplers[0]) if samplers else None
 
 
 class EvaluationBatches:

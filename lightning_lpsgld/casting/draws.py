@@ -12,6 +12,7 @@ from lightning_lpsgld.random import DrawKey, Role, derive_seed, stream_id
 
 __all__ = ["CallDraws", "ForwardCounter", "Rounding", "advance"]
 
+#: How activations and errors are rounded.
 Rounding = Literal["nearest", "stochastic"]
 
 

@@ -41,7 +41,9 @@ ACTIVATION_FUNCTIONS = _functions(_NAMES)
 ACTIVATION_NAMES: dict[Any, str] = {function: function.__name__.rstrip("_") for function in ACTIVATION_FUNCTIONS}
 #: Those of them that overwrite their argument whatever the other arguments.
 OVERWRITING_FUNCTIONS = frozenset(function for function in ACTIVATION_FUNCTIONS if function.__name__.endswith("_"))
+#: Functions whose result is zero or the input: its codes tell the sign before rounding.
 RELU_FUNCTIONS = _functions(("relu",))
+#: Functions that make probabilities: of outputs found to be the network's they are taken before the cast, too.
 SOFTMAX_FUNCTIONS = _functions(_SOFTMAX_NAMES)
 #: Activations that draw from the global generator: never called a second time.
 RANDOM_FUNCTIONS = _functions(("rrelu",))

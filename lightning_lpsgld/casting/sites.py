@@ -28,6 +28,7 @@ LAYER_TYPES: tuple[type[nn.Module], ...] = (
 
 #: Softmax-like modules are no sites: they end a network or weight an average, and 8-bit blocks would zero small odds.
 _NO_ACTIVATIONS = {"MultiheadAttention", "Softmax", "Softmax2d", "LogSoftmax", "Softmin"}
+#: Modules of torch that are activations, by what they are called there.
 ACTIVATION_TYPES: tuple[type[nn.Module], ...] = tuple(
     getattr(_activation, name) for name in _activation.__all__ if name not in _NO_ACTIVATIONS
 )

@@ -26,7 +26,9 @@ from lightning_lpsgld.predictive.selection import (
 
 __all__ = ["EXAMPLE", "SUMMARY", "copy_samples", "parser", "run"]
 
+#: The command in the list of ``lpsgld --help``.
 SUMMARY = "look into a bank of samples: ls, info, verify, merge, thin, export"
+#: A call, for its help.
 EXAMPLE = "lpsgld bank info bank"
 
 _EXAMPLES = {

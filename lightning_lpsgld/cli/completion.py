@@ -9,7 +9,9 @@ from lightning_lpsgld.cli.parsing import OneLineParser
 
 __all__ = ["EXAMPLE", "SUMMARY", "run", "script"]
 
+#: The command in the list of ``lpsgld --help``.
 SUMMARY = "print the completion script of a shell"
+#: A call, for its help.
 EXAMPLE = 'eval "$(lpsgld completion bash)"'
 
 _ACTIONS = ("ls", "info", "verify", "merge", "thin", "export")

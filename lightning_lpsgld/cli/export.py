@@ -14,7 +14,9 @@ from lightning_lpsgld.export import export_onnx, export_program
 
 __all__ = ["EXAMPLE", "SUMMARY", "ExportCLI", "run"]
 
+#: The command in the list of ``lpsgld --help``.
 SUMMARY = "write the ensemble of a bank as ONNX (.onnx) or as a torch.export program (.pt2), and check it"
+#: A call, for its help.
 EXAMPLE = "lpsgld export --config run.yaml --ensemble.bank bank --ensemble.output posterior.onnx"
 
 

@@ -20,7 +20,9 @@ from lightning_lpsgld.precision.num_data import count_examples
 
 __all__ = ["EXAMPLE", "SUMMARY", "PlanCLI", "optimizer_of", "run", "step_sizes", "training_loss"]
 
+#: The command in the list of ``lpsgld --help``.
 SUMMARY = "predict what the formats will do to a run: table, verdict, what to change"
+#: A call, for its help.
 EXAMPLE = "lpsgld plan --config run.yaml --json"
 _POINTS = 9
 

@@ -15,7 +15,9 @@ from lightning_lpsgld.report import gather, render
 
 __all__ = ["EXAMPLE", "SUMMARY", "ReportCLI", "run"]
 
+#: The command in the list of ``lpsgld --help``.
 SUMMARY = "write one HTML page about the samples of a bank: scores, figures, traces, mistakes"
+#: A call, for its help.
 EXAMPLE = "lpsgld report --config run.yaml --ensemble.bank bank --ensemble.output report.html"
 
 

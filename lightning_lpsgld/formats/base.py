@@ -23,7 +23,7 @@ from lightning_lpsgld.formats.dtypes import DtypeFacts
 from lightning_lpsgld.formats.exponents import BOUNDLESS, power_of_two
 from lightning_lpsgld.formats.kernel import KernelIdentity
 
-__all__ = ["BlockFormat", "Bounds", "Coins", "NumberFormat", "require_int", "whole_codes"]
+__all__ = ["BlockFormat", "Bounds", "Coins", "NumberFormat", "require_int"]
 
 #: ``coins("carry")``: fresh words of 32 bits, one an element, int64; each name gives words of its own.
 Coins = Callable[[str], Tensor]
@@ -267,6 +267,10 @@ class NumberFormat:
         """Smallest signed integer dtype that holds a code."""
         return torch.int8 if self.bits <= 8 else torch.int16 if self.bits <= 16 else torch.int32
 
+    def stored_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of the codes and shared exponents of a tensor of ``shape``."""
+        return self.code_dtype.itemsize * math.prod(shape) + self.blocks.count(shape)
+
     @property
     def code_range(self) -> tuple[int, int]:
         """Smallest and largest stored code; by default all patterns of :attr:`bits` bits, sign on top."""
@@ -339,15 +343,3 @@ def values_of(limits: Bounds, gap_exponents: Tensor) -> tuple[Tensor, Tensor]:
     """Values of the smallest and largest code; those beyond every code are beyond every finite value."""
     gap, (low, high) = power_of_two(gap_exponents), limits
     return (gap * low).clamp(min=-BOUNDLESS), (gap * high).clamp(max=BOUNDLESS)
-
-
-def whole_codes(fmt: NumberFormat, codes: Tensor) -> Tensor:
-    """Codes in the integer dtype of ``fmt``.
-
-    Raises:
-        ValueError: If there is a NaN.
-    """
-    missing = int(codes.isnan().sum())
-    if missing:
-        raise ValueError(f"encode: the codes of {fmt} have no NaN, but {missing} of {codes.numel()} elements are NaN.")
-    return codes.to(fmt.code_dtype)

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats.base import BlockFormat, Bounds, Coins, require_int, whole_codes
+from lightning_lpsgld.formats.base import BlockFormat, Bounds, Coins, require_int
 from lightning_lpsgld.formats.blocks import Along, Blocks, Runs, Whole
 from lightning_lpsgld.formats.carry import halved_until_they_fit
 from lightning_lpsgld.formats.dtypes import DTYPES, DtypeFacts
@@ -22,9 +22,11 @@ from lightning_lpsgld.formats.exponents import (
     with_headroom,
 )
 from lightning_lpsgld.formats.kernel import KernelIdentity
+from lightning_lpsgld.formats.whole_codes import WholeCodes
 
 __all__ = ["BlockFloatingPoint", "Top"]
 
+#: What becomes of a code beyond the largest one of its block; see :class:`BlockFloatingPoint`.
 Top = Literal["carry", "clamp"]
 
 _NAME = re.compile(r"bfp(\d+)(?:b(\d+)|-(tensor)|-dim(-?\d+))?(?:e(\d))?(-clamp)?", re.ASCII)
@@ -32,7 +34,7 @@ _MOST_DOUBLINGS = 62
 
 
 @dataclass(frozen=True)
-class BlockFloatingPoint(BlockFormat):
+class BlockFloatingPoint(WholeCodes, BlockFormat):
     r"""Block floating point: integers of W bits that share one power-of-two scale per block.
 
     With :math:`E = \lfloor\log_2 \max|x|\rfloor` of a block (clamped to the range of the exponent), the gap is
@@ -96,16 +98,6 @@ class BlockFloatingPoint(BlockFormat):
                 )
 
     @property
-    def bits(self) -> int:
-        """Bits stored per element, the shared exponent not counted."""
-        return self.word_length
-
-    @property
-    def code_max(self) -> int:
-        """Largest integer code; the smallest is its negative."""
-        return 2 ** (self.word_length - 1) - 1
-
-    @property
     def code_min(self) -> int:
         """Smallest integer code."""
         return -self.code_max
@@ -161,16 +153,6 @@ class BlockFloatingPoint(BlockFormat):
         )
 
     # ------------------------------------------------------------------------------------- what every format answers
-
-    @property
-    def linear(self) -> bool:
-        """True."""
-        return True
-
-    @property
-    def code_range(self) -> tuple[int, int]:
-        """Smallest and largest code."""
-        return self.code_min, self.code_max
 
     @property
     def blocks(self) -> Blocks:
@@ -233,15 +215,6 @@ class BlockFloatingPoint(BlockFormat):
         assert exponents is not None
         return self.blocks.expand(exponents, x.shape) + self._offset
 
-    def code_limits(self, gap_exponents: Tensor, exponents: Tensor | None) -> Bounds:
-        """The smallest and the largest code."""
-        top = torch.full_like(gap_exponents, self.code_max, dtype=torch.float64)
-        return -top, top
-
-    def saturated(self, codes: Tensor, gap_exponents: Tensor, exponents: Tensor | None) -> Tensor:
-        """As :meth:`.NumberFormat.saturated`."""
-        return codes.clamp(self.code_min, self.code_max)
-
     def open_limits(self, gap_exponents: Tensor, exponents: Tensor | None, dtype: torch.dtype) -> Bounds:
         """Boundless below the largest exponent of a block that carries."""
         _, top = self.code_limits(gap_exponents, exponents)
@@ -282,10 +255,6 @@ class BlockFloatingPoint(BlockFormat):
     def unclamped(self) -> BlockFloatingPoint:
         """The same without ``-clamp``."""
         return replace(self, top="carry")
-
-    def pack(self, codes: Tensor, gap_exponents: Tensor, exponents: Tensor | None) -> Tensor:
-        """The codes as integers; there is none for a NaN."""
-        return whole_codes(self, codes)
 
     def unpack(self, codes: Tensor, exponents: Tensor | None) -> Tensor:
         """Code times the gap of the block."""

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats.base import Bounds, NumberFormat, require_int, whole_codes
+from lightning_lpsgld.formats.base import require_int
 from lightning_lpsgld.formats.dtypes import DtypeFacts
 from lightning_lpsgld.formats.kernel import KernelIdentity
+from lightning_lpsgld.formats.whole_codes import WholeCodes
 
 __all__ = ["FixedPoint"]
 
@@ -20,7 +21,7 @@ _NAME = re.compile(r"fixed(\d+)\.(-?\d+)(s?)", re.ASCII)
 
 
 @dataclass(frozen=True)
-class FixedPoint(NumberFormat):
+class FixedPoint(WholeCodes):
     r"""Two's-complement fixed point: the values :math:`k\,2^{-F}` for integers :math:`-2^{W-1} \le k \le 2^{W-1}-1`.
 
     Args:
@@ -48,16 +49,6 @@ class FixedPoint(NumberFormat):
     def __post_init__(self) -> None:
         require_int("FixedPoint", "word_length", self.word_length, 2, 24)
         require_int("FixedPoint", "fraction_length", self.fraction_length, -100, 120)
-
-    @property
-    def bits(self) -> int:
-        """Bits stored per element."""
-        return self.word_length
-
-    @property
-    def code_max(self) -> int:
-        """Largest integer code."""
-        return 2 ** (self.word_length - 1) - 1
 
     @property
     def code_min(self) -> int:
@@ -90,16 +81,6 @@ class FixedPoint(NumberFormat):
 
     # ------------------------------------------------------------------------------------- what every format answers
 
-    @property
-    def linear(self) -> bool:
-        """True."""
-        return True
-
-    @property
-    def code_range(self) -> tuple[int, int]:
-        """Smallest and largest code."""
-        return self.code_min, self.code_max
-
     def demands(self, facts: DtypeFacts) -> tuple[int, int, int]:
         """As :meth:`.NumberFormat.demands`."""
         return self.word_length - 1, -self.fraction_length, self.word_length - 1 - self.fraction_length
@@ -116,15 +97,6 @@ class FixedPoint(NumberFormat):
     def gap_exponents(self, x: Tensor, exponents: Tensor | None, sigma: Tensor | None = None) -> Tensor:
         """-F, 0-d."""
         return torch.tensor(-self.fraction_length, device=x.device)
-
-    def code_limits(self, gap_exponents: Tensor, exponents: Tensor | None) -> Bounds:
-        """The smallest and the largest code."""
-        ends = gap_exponents.double()
-        return torch.full_like(ends, self.code_min), torch.full_like(ends, self.code_max)
-
-    def pack(self, codes: Tensor, gap_exponents: Tensor, exponents: Tensor | None) -> Tensor:
-        """The codes as integers; there is none for a NaN."""
-        return whole_codes(self, codes)
 
     def unpack(self, codes: Tensor, exponents: Tensor | None) -> Tensor:
         """Code times gap."""

@@ -24,6 +24,7 @@ from lightning_lpsgld.formats.kernel import KernelIdentity
 
 __all__ = ["FloatingPoint", "Specials"]
 
+#: What the all-ones exponent of a float is used for; see :class:`FloatingPoint`.
 Specials = Literal["ieee", "nan", "none"]
 
 _NAME = re.compile(r"e(\d+)m(\d+)(?:-(ieee|nan|none))?", re.ASCII)

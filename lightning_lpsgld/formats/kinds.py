@@ -8,4 +8,5 @@ from lightning_lpsgld.formats.base import BlockFormat, NumberFormat
 
 __all__ = ["BlockFormat", "FormatLike", "NumberFormat"]
 
+#: What names a format: an object, a string such as ``"bfp8"``, or a QPyTorch number; see :func:`.parse_format`.
 FormatLike = Union[NumberFormat, str, Any]

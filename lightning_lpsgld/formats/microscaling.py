@@ -23,6 +23,7 @@ from lightning_lpsgld.formats.floating import FloatingPoint
 
 __all__ = ["MicroscalingFloat", "Scaling"]
 
+#: How the scale of a run follows from its largest magnitude; see :class:`MicroscalingFloat`.
 Scaling = Literal["floor", "fit"]
 
 #: (exponent bits, mantissa bits) of the floating element types of OCP MX v1.0, table 1, and their formats.

@@ -15,6 +15,7 @@ from lightning_lpsgld.linear.state import LOSSES, LinearState, padded_width
 
 __all__ = ["SolveReport", "SolverName", "pack_rows", "solve", "step_size"]
 
+#: Solvers of linear models: 8-bit HALP, and SVRG in float32.
 SolverName = Literal["halp8", "svrg"]
 
 

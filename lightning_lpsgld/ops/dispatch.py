@@ -19,10 +19,12 @@ __all__ = ["BACKENDS", "BackendName", "backend_report", "choose", "choose_step",
 
 log = logging.getLogger(__name__)
 
+#: What may be asked for; ``"auto"`` takes the first of the device's list that accepts the call.
 BackendName = Literal["auto", "reference", "cpu", "triton", "qtorch"]
 
 #: Order in which ``"auto"`` asks on each device type; the reference runs everywhere.
 _AUTO: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+#: All backends.
 BACKENDS = ("reference", "cpu", "triton", "qtorch")
 #: Backends whose kernels are compiled for the device at hand, and so compared with the reference at their first use.
 _COMPARED = ("triton",)

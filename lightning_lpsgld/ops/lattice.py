@@ -48,7 +48,9 @@ from lightning_lpsgld.random import DrawKey, words
 
 __all__ = ["RATES", "Rates", "WalkPlan", "jump_odds", "lattice_step", "walk_law", "walk_plan"]
 
+#: Odds of the walk's jumps; see the table above.
 Rates = Literal["exponential", "bernoulli", "linear", "heat-bath"]
+#: The values of :data:`Rates`.
 RATES: tuple[Rates, ...] = ("exponential", "bernoulli", "linear", "heat-bath")
 
 #: exp() of more than this overflows float64; odds are capped at 1 long before.

@@ -27,7 +27,9 @@ from lightning_lpsgld.random import DrawKey, normals
 
 __all__ = ["OPS", "VARIABLE", "differing", "failures", "first_use", "known_values", "op_trouble"]
 
+#: Environment variable that says which kernels to trust; see above.
 VARIABLE = "LIGHTNING_LPSGLD_SELF_CHECK"
+#: Ops that are checked.
 OPS = ("quantize", "quantize_variance_corrected", "encode", "decode", "langevin_step_")
 
 #: Q^vc and steps decide on float32 thresholds where the reference has float64: a draw may fall between the two.

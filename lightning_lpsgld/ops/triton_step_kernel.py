@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201, ANN202, C901, PLR0915, SIM102, SIM108, SIM300
+# ruff: noqa: ANN001, ANN201, ANN202, C901, SIM108, SIM300
 # mypy: disallow_untyped_defs=False
 # (device code: types are Triton's, and `if` on a compile-time value must stay a statement)
 """Triton kernel of the sampler's step; tiles and format numbers as in :mod:`.triton_device`."""
@@ -55,6 +55,69 @@ def _keep_key(keys, row, x):
     tl.atomic_max(keys + row + tl.zeros_like(key).to(tl.int64), key.to(tl.int64))
 
 
+@triton.jit
+def _rounded_gradient(grad, keys, row, mask, quads, stream, step, seed, carry, KIND: tl.constexpr,
+                      OFFSET: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, CMIN: tl.constexpr,
+                      CMAX: tl.constexpr, CARRY: tl.constexpr, SHARED: tl.constexpr, LEVELS: tl.constexpr):  # fmt: skip
+    """The gradient on its grid, by its own stream; itself where it has none."""
+    if KIND != NONE:
+        codes, exponent = rounded(
+            grad, keys, row, mask, quads, stream + _GRADIENT_STREAM, step, seed, carry, KIND, OFFSET, LOW, HIGH, CMAX,
+            CARRY, True, SHARED, LEVELS,
+        )  # fmt: skip
+        grad = values(codes, exponent + OFFSET, KIND, CMIN, CMAX)
+    return grad
+
+
+@triton.jit
+def _drifted(theta, grad, lr, decay, T_DTYPE: tl.constexpr):
+    """The weight after decay and drift."""
+    grad = _in(grad, T_DTYPE)
+    pull = tl.where(decay != 0, _in(grad + _in(decay * theta, T_DTYPE), T_DTYPE), grad)
+    return _in(theta - _in(lr * pull, T_DTYPE), T_DTYPE)
+
+
+@triton.jit
+def _noisy(value, sigma, mask, quads, stream, step, seed, T_DTYPE: tl.constexpr):
+    """With Gaussian noise added, where there is any."""
+    if sigma > 0:
+        noise = _in(sigma * draw_normals(quads, stream, step, seed), T_DTYPE)
+        value = _in(value + tl.where(mask, noise, 0.0), T_DTYPE)
+    return value
+
+
+@triton.jit
+def _count_outside(count, value, keys, row, mask, KIND: tl.constexpr, OFFSET: tl.constexpr, LOW: tl.constexpr,
+                   HIGH: tl.constexpr, CMIN: tl.constexpr, CMAX: tl.constexpr, CARRY: tl.constexpr,
+                   SHARED: tl.constexpr):  # fmt: skip
+    """Add the number of values out of range."""
+    own = shared_exponent(value, keys, row, SHARED, KIND, LOW, HIGH)
+    out = outside(value, own + OFFSET, KIND, CMIN, CMAX) & mask
+    if CARRY:  # elsewhere than at the largest exponent only infinities are out of range
+        out = out & ((own >= HIGH) | (tl.abs(value) == float("inf")))
+    lost = tl.sum(tl.sum(tl.sum(out.to(tl.int32), axis=2), axis=1), axis=0)
+    tl.atomic_add(count, lost.to(tl.int64), mask=lost > 0)
+
+
+@triton.jit
+def _weight_codes(value, sigma, keys, row, mask, quads, stream, step, seed, carry, VC: tl.constexpr,
+                  KIND: tl.constexpr, OFFSET: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, CMAX: tl.constexpr,
+                  CARRY: tl.constexpr, SHARED: tl.constexpr, LEVELS: tl.constexpr):  # fmt: skip
+    """Codes of the new weight, not saturated, and their exponents."""
+    if VC:
+        raised, _ = noise_exponent(value, keys, row, sigma, KIND, OFFSET, LOW, HIGH, CMAX, SHARED)
+        codes, exponent = corrected(
+            value, raised, sigma, keys, row, mask, quads, stream, step, seed, carry, KIND, OFFSET, HIGH, CMAX, CARRY,
+            SHARED, LEVELS, False,
+        )  # fmt: skip
+    else:
+        codes, exponent = rounded(
+            value, keys, row, mask, quads, stream, step, seed, carry, KIND, OFFSET, LOW, HIGH, CMAX, CARRY, True,
+            SHARED, LEVELS,
+        )  # fmt: skip
+    return codes, exponent
+
+
 @triton.jit(do_not_specialize=["seed", "carry", "step", "sigma_bits", "lr", "decay"])
 def step_kernel(table, program_map, counts, gradient_keys, weight_keys, seed: tl.int64, carry: tl.int64,
                 step: tl.int64, sigma_bits: tl.int64, lr, decay,
@@ -82,25 +145,19 @@ def step_kernel(table, program_map, counts, gradient_keys, weight_keys, seed: tl
     if PHASE == _GRADIENT_MAX:
         _keep_key(gradient_keys + first_key, row, grad)
     else:
-        if G_KIND != NONE:
-            codes, exponent = rounded(
-                grad, gradient_keys + first_key, row, mask, quads, stream + _GRADIENT_STREAM, step, seed, carry,
-                G_KIND, G_OFFSET, G_LOW, G_HIGH, G_CMAX, G_CARRY, True, G_SHARED, PHASE == _GRADIENT_LEVELS,
-            )  # fmt: skip
-            grad = values(codes, exponent + G_OFFSET, G_KIND, G_CMIN, G_CMAX)
+        grad = _rounded_gradient(
+            grad, gradient_keys + first_key, row, mask, quads, stream, step, seed, carry, G_KIND, G_OFFSET, G_LOW,
+            G_HIGH, G_CMIN, G_CMAX, G_CARRY, G_SHARED, PHASE == _GRADIENT_LEVELS,
+        )  # fmt: skip
         param = _at(tl.load(record), DTYPE, ALIGNED) + element
         if FULL:
             theta_at = _at(tl.load(record + 2), T_DTYPE, ALIGNED) + element
         else:
             theta_at = param
         theta = tl.load(theta_at, mask=mask, other=0.0).to(tl.float32)
-        grad = _in(grad, T_DTYPE)
-        pull = tl.where(decay != 0, _in(grad + _in(decay * theta, T_DTYPE), T_DTYPE), grad)
-        value = _in(theta - _in(lr * pull, T_DTYPE), T_DTYPE)
+        value = _drifted(theta, grad, lr, decay, T_DTYPE)
         if not VC:
-            if sigma > 0:
-                noise = _in(sigma * draw_normals(quads, stream, step, seed), T_DTYPE)
-                value = _in(value + tl.where(mask, noise, 0.0), T_DTYPE)
+            value = _noisy(value, sigma, mask, quads, stream, step, seed, T_DTYPE)
         if PHASE == _WEIGHT_MAX:
             _keep_key(weight_keys + first_key, row, _in(value, DTYPE))
         elif PHASE != _GRADIENT_LEVELS:
@@ -109,26 +166,15 @@ def step_kernel(table, program_map, counts, gradient_keys, weight_keys, seed: tl
             value = _in(value, DTYPE)
             if W_KIND != NONE:
                 keys = weight_keys + first_key
-                own = shared_exponent(value, keys, row, W_SHARED, W_KIND, W_LOW, W_HIGH)
                 if PHASE != _WEIGHT_LEVELS:  # before the rounding, which needs the registers
-                    out = outside(value, own + W_OFFSET, W_KIND, W_CMIN, W_CMAX) & mask
-                    if W_CARRY:  # elsewhere than at the largest exponent only infinities are out of range
-                        out = out & ((own >= W_HIGH) | (tl.abs(value) == float("inf")))
-                    lost = tl.sum(tl.sum(tl.sum(out.to(tl.int32), axis=2), axis=1), axis=0)
-                    tl.atomic_add(counts + which, lost.to(tl.int64), mask=lost > 0)
-                if VC:
-                    raised, _ = noise_exponent(
-                        value, keys, row, sigma64, W_KIND, W_OFFSET, W_LOW, W_HIGH, W_CMAX, W_SHARED
-                    )
-                    codes, exponent = corrected(
-                        value, raised, sigma64, keys, row, mask, quads, stream, step, seed, carry,
-                        W_KIND, W_OFFSET, W_HIGH, W_CMAX, W_CARRY, W_SHARED, PHASE == _WEIGHT_LEVELS, False,
+                    _count_outside(
+                        counts + which, value, keys, row, mask, W_KIND, W_OFFSET, W_LOW, W_HIGH, W_CMIN, W_CMAX,
+                        W_CARRY, W_SHARED,
                     )  # fmt: skip
-                else:
-                    codes, exponent = rounded(
-                        value, keys, row, mask, quads, stream, step, seed, carry, W_KIND, W_OFFSET, W_LOW, W_HIGH,
-                        W_CMAX, W_CARRY, True, W_SHARED, PHASE == _WEIGHT_LEVELS,
-                    )  # fmt: skip
+                codes, exponent = _weight_codes(
+                    value, sigma64, keys, row, mask, quads, stream, step, seed, carry, VC, W_KIND, W_OFFSET, W_LOW,
+                    W_HIGH, W_CMAX, W_CARRY, W_SHARED, PHASE == _WEIGHT_LEVELS,
+                )  # fmt: skip
                 if PHASE != _WEIGHT_LEVELS:
                     value = values(codes, exponent + W_OFFSET, W_KIND, W_CMIN, W_CMAX)
             if PHASE != _WEIGHT_LEVELS:

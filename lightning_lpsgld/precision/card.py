@@ -25,7 +25,7 @@ def stored_bits(shape: torch.Size, fmt: NumberFormat | None, dtype: torch.dtype)
     """Bits that a tensor takes when stored: codes and shared exponents, or the plain dtype."""
     if fmt is None:
         return shape.numel() * torch.finfo(dtype).bits
-    return shape.numel() * torch.iinfo(fmt.code_dtype).bits + 8 * fmt.blocks.count(shape)
+    return 8 * fmt.stored_bytes(shape)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ __all__ = ["ON_CHANGE", "Change", "ChangedSettingsError", "OnChange", "changes_b
 
 #: What happens if a fit resumes a checkpoint of a run that had other settings.
 OnChange = Literal["refuse", "checkpoint", "new"]
+#: The values of :data:`OnChange`.
 ON_CHANGE: tuple[OnChange, ...] = ("refuse", "checkpoint", "new")
 
 #: Settings that a built run can take over from a checkpoint, beside those that stand in parameter groups.

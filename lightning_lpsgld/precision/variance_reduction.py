@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from torchmetrics import Metric
 
 from lightning_lpsgld.casting import ActivationCasting
+from lightning_lpsgld.distributed.shares import unpadded
 from lightning_lpsgld.precision.progress import tracked
 from lightning_lpsgld.random import derive_seed
 from lightning_lpsgld.samplers import VarianceReduced
@@ -207,9 +209,7 @@ def full_data_loader(loader: Any) -> DataLoader:
 def _own_indices(sampler: Any) -> Iterable[int]:
     if not isinstance(sampler, DistributedSampler):
         return sampler  # type: ignore[no-any-return]
-    # Entry j of rank r is entry j * ranks + r of all; those beyond the length are the padding.
-    length, ranks = len(sampler.dataset), sampler.num_replicas  # type: ignore[arg-type]
-    return [index for j, index in enumerate(sampler) if j * ranks + sampler.rank < length]
+    return list(islice(sampler, unpadded(sampler)))
 
 
 def full_pass(

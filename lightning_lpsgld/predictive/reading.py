@@ -24,6 +24,7 @@ from lightning_lpsgld.predictive.tasks import (
 
 __all__ = ["TaskName", "TaskReader", "decide_task", "named_task"]
 
+#: What a module's outputs are for; ``"auto"`` finds out from outputs and targets.
 TaskName = Literal["auto", "multiclass", "binary", "multilabel", "regression"]
 
 _TASKS = {"multiclass": Multiclass, "binary": Binary, "multilabel": Multilabel, "regression": Regression}

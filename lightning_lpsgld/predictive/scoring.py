@@ -37,6 +37,7 @@ from lightning_lpsgld.predictive.tasks import Regression, Task
 
 __all__ = ["Metrics", "Scorer", "default_metrics", "further_scores", "regression_metrics"]
 
+#: Makes a fresh collection of metrics for that many classes.
 Metrics = Callable[[int], MetricCollection]
 
 

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from lightning_lpsgld.arguments import require_number
 from lightning_lpsgld.formats import NumberFormat
-from lightning_lpsgld.ops import quantize, quantize_variance_corrected
+from lightning_lpsgld.ops import quantize
 from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.ops.spec import Accumulation
 from lightning_lpsgld.random import DrawKey, Role, normals, stream_id
@@ -22,7 +22,7 @@ from lightning_lpsgld.samplers.grid import GridSampler
 from lightning_lpsgld.samplers.ignored import IGNORED_OPTIONS
 from lightning_lpsgld.samplers.options import GridOptions
 from lightning_lpsgld.samplers.statistics import Measured, StepStatistics, describe, rounding_variance, same_rows
-from lightning_lpsgld.samplers.updates import saturated
+from lightning_lpsgld.samplers.updates import put_, put_corrected_
 
 __all__ = ["PreconditionedSGLD", "PreconditionedSpec", "preconditioned_step_", "preconditioner_"]
 
@@ -120,20 +120,11 @@ def preconditioned_step_(
     fmt = spec.weight_format
     if spec.accumulation == "vc":
         assert fmt is not None
-        vc_backend: BackendName = "auto" if backend == "qtorch" else backend  # QPyTorch has no such op
-        param.copy_(quantize_variance_corrected(mean, variance, fmt, key=weight_key, backend=vc_backend))
-        return saturated(mean, fmt, variance)
+        return put_corrected_(param, mean, variance, fmt, weight_key, backend)
     value = mean
     if spec.noise_variance > 0:
         value = mean + (variance.sqrt() * normals(mean.shape, weight_key, device=mean.device)).to(mean.dtype)
-    if accumulator is not None:
-        accumulator.copy_(value)
-    if fmt is None:
-        param.copy_(value)
-        return torch.zeros((), dtype=torch.int64, device=param.device)
-    value = value.to(param.dtype)
-    param.copy_(quantize(value, fmt, key=weight_key, backend=backend))
-    return saturated(value, fmt)
+    return put_(param, accumulator, value, fmt, weight_key, backend)
 
 
 class PreconditionedSGLD(GridSampler):

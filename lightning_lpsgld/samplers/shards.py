@@ -18,6 +18,8 @@ from lightning_lpsgld.samplers.updates import langevin_steps_, views_
 
 __all__ = ["all_finite", "apply_to_whole_blocks_", "local_part", "sharded_steps_", "sharded_views_"]
 
+_Tensors = Sequence[Tensor]
+
 
 def local_part(x: Tensor) -> Tensor:
     """This rank's shard of a DTensor, sharing its memory; any other tensor itself."""
@@ -103,21 +105,68 @@ def sharded_steps_(
     """
     if not any(isinstance(p, DTensor) for p in params):
         return langevin_steps_(params, grads, accumulators, spec, keys, indices, backend)
+    formats = [spec.weight_format, spec.gradient_format]
+
+    def move(p: _Tensors, g: _Tensors, a: _Tensors | None, k: Sequence[DrawKey], numbers: Sequence[int]) -> Tensor:
+        return langevin_steps_(p, g, a, spec, k, numbers, backend)
+
+    return _moved(params, grads, accumulators, formats, keys, indices, move)
+
+
+def sharded_views_(
+    params: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    fmt: NumberFormat,
+    keys: Sequence[DrawKey],
+    indices: Sequence[int],
+    backend: BackendName = "auto",
+) -> Tensor:
+    """As :func:`.updates.views_`, for tensors of which some may be sharded, sums as their weights; shards as above."""
+    if not any(isinstance(p, DTensor) for p in params):
+        return views_(params, sums, fmt, keys, indices, backend)
+
+    def move(p: _Tensors, s: _Tensors, _: _Tensors | None, k: Sequence[DrawKey], numbers: Sequence[int]) -> Tensor:
+        return views_(p, s, fmt, k, numbers, backend)
+
+    return _moved(params, sums, None, [fmt], keys, indices, move)
+
+
+def _moved(
+    params: _Tensors,
+    others: _Tensors,
+    totals: _Tensors | None,
+    formats: Sequence[NumberFormat | None],
+    keys: Sequence[DrawKey],
+    indices: Sequence[int],
+    move: Callable[[_Tensors, _Tensors, _Tensors | None, Sequence[DrawKey], Sequence[int]], Tensor],
+) -> Tensor:
+    """Move plain tensors in place of those that are sharded, all in one call, and give each rank its shard back.
+
+    Args:
+        params: Weights, of which some are sharded.
+        others: What each is moved by: its gradient, or the sum that it is a view of.
+        totals: Accumulators, if there are any.
+        formats: Those whose blocks must be whole.
+        keys: One per weight.
+        indices: Number of each weight among the sampler's parameters.
+        move: Gets plain tensors, keys with the offsets of their first elements, and numbers; returns counts.
+
+    Returns:
+        The counts, of what a rank moved.
+    """
     work: list[tuple[Tensor, Tensor, Tensor | None, DrawKey, int]] = []
     back: list[tuple[Tensor, DTensor]] = []
     places: list[int] = []
-    rest: Sequence[Tensor | None] = [None] * len(params) if accumulators is None else accumulators
-    formats = [spec.weight_format, spec.gradient_format]
-    for i, (param, grad, total, key) in enumerate(zip(params, grads, rest, keys)):
-        tensors, offset = _working_set(param, grad, total, formats, back)
+    rest: Sequence[Tensor | None] = [None] * len(params) if totals is None else totals
+    for i, (param, other, total, key) in enumerate(zip(params, others, rest, keys)):
+        tensors, offset = _working_set(param, other, total, formats, back)
         if tensors[0].numel():
             places.append(i)
             work.append((*tensors, key.at(offset=key.offset + offset), indices[i]))
     counts = torch.zeros(len(params), dtype=torch.int64, device=local_part(params[0]).device)
     if work:
-        p, g, a, k, numbers = (list(column) for column in zip(*work))
-        totals = None if accumulators is None else a
-        counts[places] = langevin_steps_(p, g, totals, spec, k, numbers, backend).to(counts.device)
+        p, o, t, k, numbers = (list(column) for column in zip(*work))
+        counts[places] = move(p, o, None if totals is None else t, k, numbers).to(counts.device)
     for whole, target in back:
         _write_back(whole, target)
     return counts
@@ -142,29 +191,6 @@ def _working_set(
     if isinstance(total, DTensor) and whole_total is not None:
         back.append((whole_total, total))
     return (whole, _gathered(grad), whole_total), 0
-
-
-def sharded_views_(
-    params: Sequence[Tensor],
-    sums: Sequence[Tensor],
-    fmt: NumberFormat,
-    keys: Sequence[DrawKey],
-    indices: Sequence[int],
-    backend: BackendName = "auto",
-) -> Tensor:
-    """As :func:`.updates.views_`, for tensors of which some may be sharded, sums as their weights; shards as above."""
-    if not any(isinstance(p, DTensor) for p in params):
-        return views_(params, sums, fmt, keys, indices, backend)
-    counts = torch.zeros(len(params), dtype=torch.int64, device=local_part(params[0]).device)
-    for i, (param, total, key) in enumerate(zip(params, sums, keys)):
-        back: list[tuple[Tensor, DTensor]] = []
-        (own, its_sum, _), offset = _working_set(param, total, None, [fmt], back)
-        if own.numel():
-            key = key.at(offset=key.offset + offset)
-            counts[i] = views_([own], [its_sum], fmt, [key], [indices[i]], backend)[0]
-        for whole, target in back:
-            _write_back(whole, target)
-    return counts
 
 
 def all_finite(flags: Tensor, params: Sequence[Tensor]) -> Tensor:

@@ -31,7 +31,7 @@ from lightning_lpsgld.ops.flow import Flow, exact_flow
 from lightning_lpsgld.ops.reference import NOISE_REACH, exponent_of, power_of_two, variance_plan
 from lightning_lpsgld.ops.spec import Accumulation
 from lightning_lpsgld.random import DrawKey, Role, normals, stream_id
-from lightning_lpsgld.samplers.updates import saturated
+from lightning_lpsgld.samplers.updates import put_, saturated
 
 __all__ = [
     "Flow",
@@ -188,15 +188,9 @@ def underdamped_step_(
     mean_v = spec.flow.keep * velocity - spec.flow.kick * force + more
     new_velocity, scale = _round_velocity(mean_v, variance, spec, velocity_key, backend)
     velocity.copy_(new_velocity)
-    if accumulator is not None:
-        accumulator.copy_(position)
     fmt = spec.weight_format
-    if fmt is None:
-        param.copy_(position)
-        return torch.zeros((), dtype=torch.int64, device=param.device), scale
     if spec.accumulation == "vc":
-        param.copy_(position)
+        assert fmt is not None
+        param.copy_(position)  # drawn on the grid
         return saturated(mean_x, fmt, spec.flow.var_x), scale
-    position = position.to(param.dtype)
-    param.copy_(quantize(position, fmt, key=weight_key, backend=backend))
-    return saturated(position, fmt), scale
+    return put_(param, accumulator, position, fmt, weight_key, backend), scale

@@ -33,7 +33,7 @@ from lightning_lpsgld.ops.lattice import lattice_step
 from lightning_lpsgld.random import DrawKey, Role, normals, stream_id
 from lightning_lpsgld.samplers.step_check import step_trouble
 
-__all__ = ["descend", "langevin_step_", "langevin_steps_", "noisy", "saturated", "views_"]
+__all__ = ["descend", "langevin_step_", "langevin_steps_", "noisy", "put_", "put_corrected_", "saturated", "views_"]
 
 
 def descend(theta: Tensor, grad: Tensor, *, lr: float, weight_decay: float) -> Tensor:
@@ -55,6 +55,46 @@ def saturated(x: Tensor, fmt: NumberFormat, variance: float | Tensor = 0.0) -> T
     """
     low, high = fmt.value_limits(x, variance)
     return ((x < low) | (x > high)).sum()
+
+
+def put_(
+    param: Tensor,
+    accumulator: Tensor | None,
+    value: Tensor,
+    fmt: NumberFormat | None,
+    key: DrawKey,
+    backend: BackendName,
+) -> Tensor:
+    """Keep a new value: exactly in the accumulator, if there is one, and rounded stochastically in the weight.
+
+    Args:
+        param: θ, overwritten; in its dtype, and on the grid of ``fmt`` if there is one.
+        accumulator: a, overwritten; ``None``: the weight is all there is.
+        value: The new value, noise included.
+        fmt: Grid of the weight.
+        key: Of the rounding.
+        backend: For the op.
+
+    Returns:
+        Number of values outside the range of the grid, 0-d int64.
+    """
+    if accumulator is not None:
+        accumulator.copy_(value)
+    if fmt is None:
+        param.copy_(value)
+        return torch.zeros((), dtype=torch.int64, device=param.device)
+    value = value.to(param.dtype)
+    param.copy_(quantize(value, fmt, key=key, backend=backend))
+    return saturated(value, fmt)
+
+
+def put_corrected_(
+    param: Tensor, mean: Tensor, variance: float | Tensor, fmt: NumberFormat, key: DrawKey, backend: BackendName
+) -> Tensor:
+    """Set a weight to a draw of Q^vc with that mean and variance; arguments and result as :func:`put_`."""
+    own: BackendName = "auto" if backend == "qtorch" else backend  # QPyTorch has no such op
+    param.copy_(quantize_variance_corrected(mean, variance, fmt, key=key, backend=own))
+    return saturated(mean, fmt, variance)
 
 
 def langevin_step_(
@@ -97,19 +137,8 @@ def langevin_step_(
         return saturated(mean, fmt)
     if spec.accumulation == "vc":
         assert fmt is not None
-        vc_backend: BackendName = "auto" if backend == "qtorch" else backend  # QPyTorch has no such op
-        new = quantize_variance_corrected(mean, spec.noise_variance, fmt, key=weight_key, backend=vc_backend)
-        param.copy_(new)
-        return saturated(mean, fmt, spec.noise_variance)
-    value = noisy(mean, spec.noise_variance, weight_key)
-    if accumulator is not None:
-        accumulator.copy_(value)
-    if fmt is None:
-        param.copy_(value)
-        return torch.zeros((), dtype=torch.int64, device=param.device)
-    value = value.to(param.dtype)
-    param.copy_(quantize(value, fmt, key=weight_key, backend=backend))
-    return saturated(value, fmt)
+        return put_corrected_(param, mean, spec.noise_variance, fmt, weight_key, backend)
+    return put_(param, accumulator, noisy(mean, spec.noise_variance, weight_key), fmt, weight_key, backend)
 
 
 def langevin_steps_(
