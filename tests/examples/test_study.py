@@ -220,3 +220,60 @@ def test_the_table_of_an_example_shows_minibatch_noise_beside_the_rounding(capsy
     *_, first, second = capsys.readouterr().out.splitlines()
     assert first.split("|")[-2].split() == ["1.25", "3.75"]
     assert second.split("|")[-2].split() == ["nan", "nan"]
+
+
+# ---------------------------------------------------------------------------------------- the density, the optimizers
+
+
+def test_density_naive_widens_as_steps_shrink_and_nothing_else_does():
+    """The stored laws, and one of them from scratch; Monte Carlo of 20,000 chains: 5 standard errors."""
+    from density import ACCUMULATORS, EXACT, STEP_SIZES, exact, sampled, summary
+
+    stored = json.loads((STUDY.parent / "results" / "study" / "density.json").read_text())["results"]
+    assert set(stored) == {*EXACT, *ACCUMULATORS}
+    widths = {name: [by_step[f"{lr:g}"]["std"] for lr in STEP_SIZES] for name, by_step in stored.items()}
+    naive = widths.pop("naive SGLDLP-L")
+    assert naive == sorted(naive)
+    assert naive[-1] > 2.5
+    for name, found in widths.items():
+        assert all(abs(std - 1.0) < 0.005 + 5 / math.sqrt(2 * 20_000) for std in found), name
+    for name, update in EXACT.items():
+        again = summary(*exact(update, 1e-3))
+        assert again["w2"] == pytest.approx(stored[name]["0.001"]["w2"], rel=1e-9)
+    values, probability = sampled("fixed16.11", 0.05, chains=4_000, times=3.0)
+    assert summary(values, probability)["std"] == pytest.approx(1.0, abs=0.015 + 5 / math.sqrt(2 * 4_000))
+
+
+def test_stored_optimizers_say_what_the_papers_claim():
+    """HALP's gradient ends below LP-SGD's, and at SVRG's; slowing follows q, and compensation takes it back."""
+    from optimizers import SOLVERS, interval, log_ratio
+
+    stored = json.loads((STUDY.parent / "results" / "study" / "optimizers.json").read_text())
+    assert set(stored["digits"]) == set(SOLVERS)
+    for name in SOLVERS:
+        mean, low, high = interval(log_ratio(stored["digits"], name))
+        if name.startswith("LP-SGD") or name == "LP-SVRG, fixed8.6":
+            assert low > 0, name  # LP-SVRG in blocks: the difference is not shown
+        assert high > -0.2, name  # nothing is shown to end far below HALP
+        assert abs(mean) < 0.2 or not name.startswith("SVRG")
+    rows = stored["shrinkage"]
+    assert all(row["reached"] for row in rows)
+    kinds = ("q", "slowdown", "compensated")
+    shares, slow, back = ([sum(row[kind]) / len(row[kind]) for row in rows] for kind in kinds)
+    assert shares == sorted(shares, reverse=True)
+    assert slow == sorted(slow)
+    assert slow[-1] > 2.0
+    assert max(back) < 1.1
+
+
+def test_solvers_and_shrinkage_run_on_a_few_digits():
+    from optimizers import Whole, digits, shrinkage, solve
+
+    few = Whole(*(tensor[:300] for tensor in digits().tensors))
+    results = solve(few, seeds=1, epochs=2)
+    assert all(len(row["gradient"]) == 1 and row["gradient"][0] > 0 for row in results.values())
+    free = shrinkage(few, None, 0, False, loss=1.5)
+    clipped, back = (shrinkage(few, 4, 0, on, loss=1.5) for on in (False, True))
+    assert clipped["q"] < 0.6 < free["q"] == 1.0
+    assert back["steps"] < clipped["steps"]
+    assert clipped["reached"]
