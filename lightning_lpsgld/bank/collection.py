@@ -317,6 +317,9 @@ class SampleBank(WrittenSamples):
             BankError: As :meth:`merge`.
         """
         banks = [source if isinstance(source, SampleBank) else cls.open(source) for source in sources]
+        known = [(source._catalog, source.spec) for source in banks if source.spec is not None]
+        for _, spec in known:
+            check_same_module(known[0][0], spec)  # before anything is made
         kinds = [source.base.kind for source in banks if source.base is not None]
         bank = cls(into, base=base or (kinds[0] if kinds else "stored"))
         for source in banks:

@@ -189,9 +189,10 @@ class FileStore:
                 with _without_collection():
                     manifest = Manifest.loads(self.folder.read(MANIFEST, MAX_MANIFEST_BYTES))
                     return self._replayed(manifest, mark)
-            except BankError:
+            except BankError as error:
                 if self.folder.mark(MANIFEST) == mark:
-                    raise
+                    known = str(self.location) in str(error)
+                    raise (error if known else BankError(f"{self.location}: {error}")) from error.__cause__
         raise BankError(f"The bank at {self.location} changes faster than it can be read.")
 
     def _replayed(self, manifest: Manifest, mark: object) -> Catalog:

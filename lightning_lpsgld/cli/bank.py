@@ -222,6 +222,8 @@ def _export(options: Namespace) -> int:
     from safetensors.torch import save_file
 
     bank = SampleBank.open(options.path)
+    if not len(bank):
+        raise CommandError(f"{options.path}: has no usable sample, and {len(bank.damaged)} that are damaged.")
     if options.base is not None:
         bank.give_base(read_tensors(options.base, "--base"))
     elif bank.needs_base:

@@ -1,0 +1,43 @@
+"""The table of docs/compatibility.md is made of what was run."""
+
+import re
+
+import compatibility
+
+
+def test_the_compatibility_table_is_the_recorded_one():
+    """Rows name tests that exist and messages that these demand; both ends of the supported versions were run."""
+    text = compatibility.PAGE.read_text()
+    assert text == compatibility.page(text, compatibility.recorded()), "run .ci/compat --page"
+    for row in compatibility.ROWS:
+        file, function = compatibility.function_of(row)
+        source = file.read_text()
+        assert f"def {function}(" in source, row.test
+        assert row.refusal in source.replace("\\", ""), f"{row.test} does not demand {row.refusal!r}"
+    oldest, newest = compatibility.recorded()
+    bounds = dict(
+        re.findall(
+            r'^    "(torch|lightning)>=([\d.]+)', (compatibility.ROOT / "pyproject.toml").read_text(), flags=re.M
+        )
+    )
+    assert len(bounds) == 2
+    for package, bound in bounds.items():
+        assert oldest["versions"][package].startswith(bound)
+    assert {row.test for row in compatibility.ROWS} == oldest["outcomes"].keys() == newest["outcomes"].keys()
+    assert set(newest["outcomes"].values()) == {"passed"}
+    needs = {row.test: "failed" if row.newer else "passed" for row in compatibility.ROWS}
+    assert oldest["outcomes"] == needs
+
+
+def test_outcomes_of_rows_with_parameters():
+    """A failure anywhere is a failure; what was skipped or not run is said."""
+    row = compatibility.Row("area", "what", "a.py::test_x")
+    outcomes = {"a.py::test_x[1]": "passed", "a.py::test_x[2]": "skipped", "a.py::test_xy": "failed"}
+    assert compatibility.outcome_of(row, outcomes) == "passed"
+    assert compatibility.outcome_of(row, outcomes | {"a.py::test_x[3]": "failed"}) == "failed"
+    assert compatibility.outcome_of(row, {"a.py::test_x": "skipped"}) == "skipped"
+    assert compatibility.outcome_of(row, {}) == "not run"
+    one = compatibility.Row("area", "what", "a.py::test_x[1", "words")
+    assert compatibility.outcome_of(one, {"a.py::test_x[1-2]": "passed", "a.py::test_x[2]": "failed"}) == "passed"
+    assert compatibility.cell(one, {one.test: "passed"}) == "refused"
+    assert compatibility.cell(one, {one.test: "failed"}) == "fails"
