@@ -16,8 +16,10 @@ from torch import Tensor
 from lightning_lpsgld.callbacks.noise_budget import Case, LayerNoise, heating, held_below, overall, remedies
 from lightning_lpsgld.callbacks.tables import log_table
 from lightning_lpsgld.formats import NumberFormat
+from lightning_lpsgld.ops.coded import plain
 from lightning_lpsgld.samplers import SGLD
 from lightning_lpsgld.samplers.grid import GridSampler
+from lightning_lpsgld.samplers.in_backward import first_rows
 from lightning_lpsgld.samplers.updates import descend
 
 __all__ = ["EffectiveTemperature"]
@@ -239,11 +241,12 @@ def _cases(trainer: pl.Trainer, layers: Mapping[str, LayerNoise]) -> list[Case]:
         for group in sampler.sampled_groups:
             for param in group["params"]:
                 layer, mode = layers.get(sampler.name_of(param)), sampler.accumulation(param)
-                if layer is None or param.grad is None or mode not in ("vc", "naive"):
+                grad = sampler.gradient_rows.get(param) if param.grad is None else param.grad
+                if layer is None or grad is None or mode not in ("vc", "naive"):
                     continue
                 q = sampler.shrinkage_of(param)
                 theta = sampler.accumulator_of(param).detach()
-                mean = _mean_of_step(theta, param.grad, layer.lr / q, float(group["weight_decay"]) * q)
+                mean = _mean_of_step(theta, grad, layer.lr / q, float(group["weight_decay"]) * q)
                 cases.append(Case(mean, param.numel(), layer.lr, sampler.num_data, mode == "vc"))
     return cases
 
@@ -254,6 +257,6 @@ def _mean_of_step(theta: Tensor, grad: Tensor, lr: float, weight_decay: float) -
     The gradient is not rounded: on a coarse grid of its own it would, for round numbers of lr, land on exactly the grid
     that is being tried, and advice would not survive another lr.
     """
-    rows = max(1, _TRIAL_ELEMENTS * max(1, len(theta)) // max(1, theta.numel())) if theta.ndim else None
-    theta, grad = (t[:rows].cpu() if rows is not None else t.cpu() for t in (theta, grad))
+    theta = plain(first_rows(theta, _TRIAL_ELEMENTS)).cpu()
+    grad = (grad[: len(theta)] if theta.ndim else grad).cpu()
     return descend(theta, grad.to(theta.dtype), lr=lr, weight_decay=weight_decay)

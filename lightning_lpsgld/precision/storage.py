@@ -217,6 +217,10 @@ def _refuse_trainer(trainer: pl.Trainer) -> None:
         f"{type(trainer.strategy).__name__} shards float parameters. Use one device or DDPStrategy": isinstance(
             trainer.strategy, ModelParallelStrategy
         ),
+        "a compiled module has its weights traced as floats. Leave torch.compile out": (
+            bool(getattr(module, "_compiler_ctx", None))
+            or any(type(part).__name__ == "OptimizedModule" for part in module.modules())
+        ),
         f"{', '.join(averaging)} averages weights in place, of which codes would keep little. Use SampleCollector with "
         "EnsembleEvaluation": bool(averaging),
     }

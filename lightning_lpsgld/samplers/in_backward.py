@@ -12,10 +12,15 @@ from torch import Tensor
 from lightning_lpsgld.ops.coded import CodedTensor
 from lightning_lpsgld.samplers.grid import GridSampler
 
-__all__ = ["CodedSampler"]
+__all__ = ["CodedSampler", "first_rows"]
 
 #: Values of a group that a step is made with: what is set after the first step of a backward pass comes too late.
 _WATCHED = ("lr", "weight_decay", "temperature", "seed", "step")
+
+
+def first_rows(x: Tensor, elements: int) -> Tensor:
+    """The first rows of a tensor that hold about so many elements, at least one; a 0-d tensor itself."""
+    return x[: max(1, elements * max(1, len(x)) // max(1, x.numel()))] if x.ndim else x
 
 
 class CodedSampler(GridSampler):
@@ -29,6 +34,8 @@ class CodedSampler(GridSampler):
         steps_in_backward: Whether that is done; ``False`` leaves gradients until the closure has returned. ``None``:
             where there is one process; with several it has to be said, as gradients may have to be averaged first.
         gradient_transforms: Called with every gradient before its step in a backward pass, to change it in place.
+        gradient_rows: First rows of the gradients of the last measured step whose weights moved in a backward pass, for
+            those who ask when the gradients are gone.
     """
 
     takes_codes = True
@@ -36,6 +43,7 @@ class CodedSampler(GridSampler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.steps_in_backward: bool | None = None
         self.gradient_transforms: list[Callable[[Tensor], Any]] = []
+        self.gradient_rows: dict[Tensor, Tensor] = {}
         self._moved: dict[int, str] = {}
         self._settings_used: dict[int, tuple[Any, ...]] = {}
         super().__init__(*args, **kwargs)
@@ -125,6 +133,8 @@ class CodedSampler(GridSampler):
         if self.check_finite:
             super()._refuse_non_finite(None, [(group, params, grads)])
         self._moved[id(param)] = self.name_of(param)
+        if self._measure_next is not None:
+            self.gradient_rows[param] = first_rows(grads[0], self._measure_next).clone()
         self._step_of(group, params, grads)
         param.grad = None
 

@@ -203,11 +203,14 @@ def test_the_bank_and_its_averages_are_the_same(tmp_path):
 
 
 def test_meters_read_the_same(tmp_path):
-    tables = []
+    tables, verdicts = [], []
     for storage in ("codes", "float"):
         meters = [EffectiveTemperature(every_n_steps=2), GradientShrinkage(every_n_steps=2)]
-        fitted(tmp_path, storage, callbacks=meters)
+        fitted(tmp_path, storage, callbacks=meters, plugin={"weights": "fixed8.4"})
         tables.append([meter.table for meter in meters])
+        verdicts.append(meters[0].message)
+    assert verdicts[0] == verdicts[1]
+    assert verdicts[0] is not None, "a coarse grid is warmer than T = 1e-3, which is said with what would help"
     assert tables[0][0].keys() == tables[1][0].keys()
     assert repr(tables[0]) == repr(tables[1])
 
@@ -277,6 +280,7 @@ def test_arguments_that_do_not_go_together(options, message):
     ("module", "options", "message"),
     [
         (Module, {"gradient_clip_val": 1.0}, "needs the norm of all gradients"),
+        (lambda: torch.compile(Module()), {}, "a compiled module has its weights traced as floats"),
         (Clips, {}, "Clips.configure_gradient_clipping sees gradients only when they are gone"),
         (
             Module,
