@@ -19,6 +19,7 @@ from lightning_lpsgld.casting import matching_modules
 from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops.coded import CodedTensor
 from lightning_lpsgld.ops.coded_modules import code_parameters_, float_parameters_, parameters_made_as_codes
+from lightning_lpsgld.ops.memory import return_memory
 from lightning_lpsgld.precision.parts import ParameterRule, matching_parameters
 from lightning_lpsgld.precision.run import RunDescription
 from lightning_lpsgld.samplers import LangevinOptimizer
@@ -103,6 +104,7 @@ class CodedStorage:
                 "Build the module outside of `trainer.init_module()` and `configure_model`: it becomes codes when the "
                 "fit begins."
             )
+        return_memory()
         return parameters_made_as_codes(self._format)
 
     def convert(self, module: Module) -> None:
@@ -118,6 +120,7 @@ class CodedStorage:
             float_parameters_(module)
             return
         _refuse_trainer(trainer)
+        return_memory()
         assert self._format is not None
         chosen, names = self._chosen(module), {id(p): name for name, p in module.named_parameters()}
         self._round_aloud(chosen, names)

@@ -90,7 +90,6 @@ class CodedSampler(GridSampler):
             RuntimeError: If several backward passes reach a weight, or a setting changes after a step was made with it.
         """
         groups = {p: g for g in self.sampled_groups for p in g["params"] if isinstance(p, CodedTensor)}
-        self._moved, self._settings_used = {}, {}
         if not groups or not self._in_backward():
             yield
             return
@@ -171,6 +170,7 @@ class CodedSampler(GridSampler):
 
     def step(self, closure: Any = None) -> Any:
         """See :meth:`LangevinOptimizer.step`."""
+        self._moved, self._settings_used = {}, {}
         loss = super().step(closure)
         if self._moved:
             place = {self.name_of(param): i for i, param in enumerate(self._indices)}

@@ -1,5 +1,7 @@
 """Two real ranks whose weights are held as codes: replicas of one chain, and chains of their own, as with floats."""
 
+import os
+
 import pytest
 import torch
 from helpers.models import SyntheticData, make_trainer, small_mlp
@@ -29,6 +31,9 @@ class GradientsWhenMoved(Callback):
 
 def fit(storage, strategy, **options):
     watch, module = GradientsWhenMoved(), small_mlp()
+    rank = int(os.environ["RANK"])
+    with torch.no_grad():
+        module.net[0].weight += rank if strategy == "ddp" else 0  # DDP begins with rank zero's
     trainer = make_trainer(
         max_epochs=-1, max_steps=6, devices=2, limit_val_batches=0, strategy=strategy, callbacks=[watch],
         plugins=[LowPrecisionSGLD(seed=5, storage=storage, check_replicas=2, **options)],

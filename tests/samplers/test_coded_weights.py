@@ -290,3 +290,16 @@ def test_what_cannot_be_combined_is_refused_when_it_is_made(make, message):
     net = code_parameters_(nn.Linear(3, 2), "bfp8")
     with pytest.raises((TypeError, ValueError), match=message):
         make(list(net.parameters()))
+
+
+def test_a_step_without_a_closure_after_one_with_is_refused_whole():
+    net, opt = coded_pair()
+    step_with(net, opt, lambda loss: None)
+    before = bits(net)
+    x, y = batch(1)
+    nn.functional.cross_entropy(net(x), y).backward()
+    net[0].weight.grad.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="no parameter was changed"):
+        opt.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, bits(net)))
+    opt.state_dict()
