@@ -91,6 +91,18 @@ def diabetes_data() -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(x[train], y[train]), TensorDataset(x[test], y[test])
 
 
+class Diabetes(L.LightningDataModule):
+    """The same data for the command line (``configs/regression.yaml``)."""
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of 32."""
+        return DataLoader(diabetes_data()[0], batch_size=32, shuffle=True)
+
+    def test_dataloader(self) -> DataLoader:
+        """The 89 patients that are held out."""
+        return DataLoader(diabetes_data()[1], batch_size=256)
+
+
 def diabetes(epochs: int = 100, samples: int = 30) -> dict[str, dict[str, float]]:
     """Rows of the table: SGD's last weights, one sample on average, the ensemble; unit: one deviation of the target."""
     train, test = diabetes_data()

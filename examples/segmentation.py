@@ -72,6 +72,18 @@ class Segmenter(L.LightningModule):
         return torch.optim.SGD(self.parameters(), self.lr, weight_decay=self.weight_decay)
 
 
+class Shapes(L.LightningDataModule):
+    """The same images for the command line (``configs/segmentation.yaml``)."""
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of 16."""
+        return DataLoader(shapes(256, 0), batch_size=16, shuffle=True)
+
+    def test_dataloader(self) -> DataLoader:
+        """Half as many others."""
+        return DataLoader(shapes(128, 1), batch_size=64)
+
+
 def compare(epochs: int = 24, images: int = 256, samples: int = 12) -> dict[str, dict[str, float]]:
     """Rows of the table: SGD's last weights, one 8-bit sample on average, the ensemble."""
     train, test = shapes(images, 0), shapes(images // 2, 1)

@@ -205,7 +205,7 @@ def _selected(bank: SampleBank, options: Namespace) -> Selection:
         ensemble = PosteriorEnsemble(cli.model, bank, task="multiclass", members="streamed")
         return greedy_selection(member_probabilities(ensemble, cli.loader("val")), options.keep)
     loader, plugin = cli.loader("train"), cast(Any, cli.trainer.precision_plugin)
-    optimizer, _ = optimizer_of(cli.model)
+    optimizer, _ = optimizer_of(cli.model, cli.trainer)
     points, scores = posterior_scores(
         bank,
         cli.model,

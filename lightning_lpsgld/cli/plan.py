@@ -67,7 +67,7 @@ def _planned(cli: BuiltCLI) -> Plan:
     if not hasattr(loader, "__iter__") or isinstance(loader, (dict, list, tuple)):
         raise CommandError(f"data: a plan takes one train dataloader, and there is {type(loader).__name__}.")
     num_data = count_examples(loader) if plugin.num_data == "auto" else plugin.num_data
-    optimizer, scheduler = optimizer_of(cli.model)
+    optimizer, scheduler = optimizer_of(cli.model, cli.trainer)
     steps = _steps(cli.trainer, loader)
     collectors = [c for c in cli.trainer.callbacks if isinstance(c, SampleCollector)]  # type: ignore[attr-defined]
     return make_plan(
@@ -86,9 +86,13 @@ def _planned(cli: BuiltCLI) -> Plan:
     )
 
 
-def optimizer_of(model: Any) -> tuple[Optimizer, Any]:
-    """First optimizer and its scheduler, from whatever form ``configure_optimizers`` returns."""
-    configured = model.configure_optimizers()
+def optimizer_of(model: Any, trainer: Any) -> tuple[Optimizer, Any]:
+    """First optimizer and its scheduler; ``configure_optimizers`` may return any form, and may ask the trainer."""
+    model.trainer = trainer
+    try:
+        configured = model.configure_optimizers()
+    finally:
+        model.trainer = None  # what a step logs later is then let pass
     scheduler = None
     if isinstance(configured, dict):
         configured, scheduler = configured["optimizer"], configured.get("lr_scheduler")

@@ -401,19 +401,25 @@ def test_as_a_process(folder):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("name", "args"), [("digits", ()), ("fashion-mnist", ("--data.root=nowhere",))])
-def test_configurations_of_the_examples(name, args, lpsgld, monkeypatch, request):
-    """Digits is planned; Fashion-MNIST, whose files are not here, gets as far as looking for them."""
+#: Number of training examples that the plan counts; None: the data are not here.
+CONFIGS = {"digits": 1198, "regression": 353, "segmentation": 256, "fashion-mnist": None}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configurations_of_the_examples(name, lpsgld, monkeypatch, request):
+    """They are planned; Fashion-MNIST, whose files are not here, gets as far as looking for them."""
     pytest.importorskip("sklearn")
     examples = request.config.rootpath / "examples"
     monkeypatch.chdir(examples)
     monkeypatch.syspath_prepend(examples)
+    assert {path.stem for path in (examples / "configs").glob("*.yaml")} == set(CONFIGS)
+    args = () if CONFIGS[name] else ("--data.root=nowhere",)
     code, out, errors = lpsgld("plan", "--config", f"configs/{name}.yaml", *args)
-    if name == "digits":
+    if CONFIGS[name]:
         assert code == 0
-        assert "N = 1198" in out
+        assert f"N = {CONFIGS[name]}" in out
     else:
         assert code == 2
         assert "Dataset not found" in errors[0]
-    for module in ("digits", "comparison", "image_classification"):
+    for module in ("digits", "comparison", "image_classification", "regression", "segmentation", "score_table"):
         sys.modules.pop(module, None)
