@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import copy
+import pickle
+from dataclasses import fields, replace
 from fractions import Fraction
 from itertools import pairwise
 
@@ -12,11 +14,13 @@ from helpers import oracle
 
 from lightning_lpsgld.formats import (
     BlockFloatingPoint,
+    BlockFormat,
     FixedPoint,
     FloatingPoint,
     MicroscalingFloat,
     check_dtype,
     code_dtype,
+    numbers,
     parse_format,
     to_qtorch,
     with_word_length,
@@ -331,3 +335,17 @@ def test_unknown_qtorch_numbers_are_refused():
 
     with pytest.raises(TypeError, match="No equivalent for the qtorch number posit"):
         parse_format(Posit())
+
+
+@pytest.mark.parametrize("text", ["fixed8.6", "bfp8b32-clamp", "e4m3-none", "mxfp8e4m3-fit"])
+def test_formats_survive_pickles_and_copies(text):
+    """Also those that were pickled as their fields alone, by the module in which they stood then."""
+    fmt = parse_format(text)
+    old = type(fmt).__new__(type(fmt))
+    state = {field.name: getattr(fmt, field.name) for field in fields(fmt)}
+    old.__setstate__(state) if isinstance(fmt, BlockFormat) else old.__dict__.update(state)
+    for other in (pickle.loads(pickle.dumps(fmt)), copy.deepcopy(fmt), old):
+        assert other == fmt
+        assert hash(other) == hash(fmt)
+        assert other.blocks.compact((3, 64)) == fmt.blocks.compact((3, 64))
+    assert isinstance(fmt, MicroscalingFloat) or getattr(numbers, type(fmt).__name__) is type(fmt)

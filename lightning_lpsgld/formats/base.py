@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -47,6 +48,8 @@ class NumberFormat:
     answers of a format whose elements stand alone and that no fused kernel knows.
     """
 
+    #: Family of its kernel identity (:meth:`kernel`), by which backends say in a table what they can; ``None``: none.
+    family: ClassVar[str | None] = None
     #: All formats, in the order in which names are tried.
     kinds: ClassVar[list[type[NumberFormat]]] = []
 
@@ -330,6 +333,19 @@ class BlockFormat(NumberFormat):
 
     A subclass must also say :attr:`blocks`, :meth:`exponent_range` and :meth:`exponents`, and :attr:`top_code`.
     """
+
+    _blocks: Blocks
+
+    def keep_layout(self, blocks: Blocks) -> None:
+        """Keep the layout that the fields say, for :attr:`blocks`, which every op asks for; for ``__post_init__``."""
+        object.__setattr__(self, "_blocks", blocks)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of objects pickled as plain fields, before layouts were kept."""
+        type(self).__init__(self, **state)
 
     def value_limits(self, x: Tensor, variance: float | Tensor = 0.0) -> tuple[float | Tensor, float | Tensor]:
         """As :meth:`NumberFormat.value_limits`; by default whatever the variance is."""

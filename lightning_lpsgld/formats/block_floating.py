@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -76,6 +76,8 @@ class BlockFloatingPoint(WholeCodes, BlockFormat):
         Zhang, Wilson & De Sa, 2022, arXiv:2206.09909, section 2; Yang et al., 2019 (SWALP), arXiv:1904.11943.
     """
 
+    family: ClassVar[str | None] = "block"
+
     word_length: int
     block_dim: int | None = 0
     exponent_bits: int = 8
@@ -96,6 +98,7 @@ class BlockFloatingPoint(WholeCodes, BlockFormat):
                     f"BlockFloatingPoint: `block_size` cuts the last dim and excludes `block_dim`, "
                     f"got {self.block_dim}."
                 )
+        self.keep_layout(self._layout())
 
     @property
     def code_min(self) -> int:
@@ -157,9 +160,12 @@ class BlockFloatingPoint(WholeCodes, BlockFormat):
     @property
     def blocks(self) -> Blocks:
         """A block per index of ``block_dim``, runs of ``block_size``, or the tensor."""
+        return self._blocks
+
+    def _layout(self) -> Blocks:
         if self.block_size is not None:
             return Runs(self.block_size)
-        return Whole() if self.block_dim is None else Along(self.block_dim, owner=self)
+        return Whole() if self.block_dim is None else Along(self.block_dim)
 
     @property
     def _offset(self) -> int:
@@ -270,7 +276,7 @@ class BlockFloatingPoint(WholeCodes, BlockFormat):
         """Family ``"block"``."""
         low, high = self.exponent_range(dtype)
         ends = (self.code_min, self.code_max, self.min, self.max)
-        return KernelIdentity("block", self._offset, low, high, *ends, carries=self.top == "carry")
+        return KernelIdentity(self._offset, low, high, *ends, carries=self.top == "carry")
 
     def small_case(self, length: int) -> tuple[tuple[int, ...], BlockFloatingPoint]:
         """Two rows, or a vector."""

@@ -93,7 +93,6 @@ class Along(Blocks):
 
     Args:
         dim: Which; negative ones count from the last.
-        owner: The format, for the message.
 
     Raises:
         ValueError: By all methods, if the tensor has no such dim.
@@ -101,8 +100,8 @@ class Along(Blocks):
 
     shared = True
 
-    def __init__(self, dim: int, *, owner: object = "A block format") -> None:
-        self.dim, self.owner = dim, owner
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
 
     @property
     def by_sample(self) -> bool:  # type: ignore[override]
@@ -113,7 +112,9 @@ class Along(Blocks):
         if ndim == 0:
             return None
         if not -ndim <= self.dim < ndim:
-            raise ValueError(f"{self.owner}: `block_dim` {self.dim} does not exist in a tensor of {ndim} dims.")
+            raise ValueError(
+                f"Blocks along dim {self.dim}: `block_dim` {self.dim} does not exist in a tensor of {ndim} dims."
+            )
         return self.dim % ndim
 
     def compact(self, shape: Shape) -> tuple[int, ...]:

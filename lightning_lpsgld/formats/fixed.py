@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ class FixedPoint(WholeCodes):
     Reference:
         Zhang, Wilson & De Sa, 2022, arXiv:2206.09909, section 2.
     """
+
+    family: ClassVar[str | None] = "fixed"
 
     word_length: int
     fraction_length: int
@@ -109,7 +111,7 @@ class FixedPoint(WholeCodes):
     def kernel(self, dtype: torch.dtype) -> KernelIdentity:
         """Family ``"fixed"``."""
         ends = (self.code_min, self.code_max, self.min, self.max)
-        return KernelIdentity("fixed", -self.fraction_length, 0, 0, *ends)
+        return KernelIdentity(-self.fraction_length, 0, 0, *ends)
 
     def to_qtorch(self) -> Any:
         """As :meth:`.NumberFormat.to_qtorch`."""

@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -54,6 +54,8 @@ class FloatingPoint(NumberFormat):
     Reference:
         OCP 8-bit Floating Point Specification (OFP8), revision 1.0, 2023.
     """
+
+    family: ClassVar[str | None] = "float"
 
     exponent_bits: int
     mantissa_bits: int
@@ -183,7 +185,7 @@ class FloatingPoint(NumberFormat):
         """Family ``"float"``."""
         mantissa = 2**self.mantissa_bits - (2 if self.specials == "nan" else 1)
         return KernelIdentity(
-            "float", -self.mantissa_bits, self.exponent_min, self.exponent_max, -int(self.edge), int(self.edge),
+            -self.mantissa_bits, self.exponent_min, self.exponent_max, -int(self.edge), int(self.edge),
             self.min, self.max, mantissa_bits=self.mantissa_bits, exponent_bits=self.exponent_bits, bias=self.bias,
             has_nan=self.has_nan, top_pattern=((self.exponent_max + self.bias) << self.mantissa_bits) + mantissa,
         )  # fmt: skip

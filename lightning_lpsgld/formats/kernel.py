@@ -11,13 +11,12 @@ __all__ = ["KernelIdentity"]
 class KernelIdentity:
     r"""A format in the terms of the kernels: codes, and a gap of :math:`2^{e + \text{offset}}` at exponent e.
 
-    A backend has a table of families. A format of a known family is one whose values and whose rounding are fully told
-    by the numbers here, and whose blocks are runs of equal length (:meth:`.Blocks.run_length`); a backend without the
-    family leaves the call to the reference.
+    A backend has a table of families (:attr:`.NumberFormat.family`): ``"fixed"``, one gap; ``"block"``, one exponent a
+    block, from its largest magnitude; ``"float"``, an exponent an element, with subnormals. A format of a known family
+    is one whose values and whose rounding are fully told by the numbers here, and whose blocks are runs of equal length
+    (:meth:`.Blocks.run_length`); a backend without the family leaves the call to the reference.
 
     Attributes:
-        family: ``"fixed"``: one gap. ``"block"``: one exponent a block, from its largest magnitude. ``"float"``: an
-            exponent an element, with subnormals.
         offset: log2 of the gap less the exponent.
         low: Smallest exponent.
         high: Largest exponent.
@@ -33,7 +32,6 @@ class KernelIdentity:
         top_pattern: Bit pattern of the largest finite float.
     """
 
-    family: str
     offset: int
     low: int
     high: int

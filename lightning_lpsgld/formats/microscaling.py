@@ -100,6 +100,7 @@ class MicroscalingFloat(BlockFormat):
         require_int("MicroscalingFloat", "block_size", self.block_size, 1, 2**20)
         if self.scaling not in get_args(Scaling):
             raise ValueError(f"MicroscalingFloat: `scaling` must be one of {get_args(Scaling)}, got {self.scaling!r}.")
+        self.keep_layout(Runs(self.block_size))
 
     @property
     def element(self) -> FloatingPoint:
@@ -157,7 +158,7 @@ class MicroscalingFloat(BlockFormat):
     @property
     def blocks(self) -> Blocks:
         """Runs of ``block_size``."""
-        return Runs(self.block_size)
+        return self._blocks
 
     @property
     def edge(self) -> float:

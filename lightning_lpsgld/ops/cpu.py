@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import FloatingPoint, KernelIdentity, NumberFormat
+from lightning_lpsgld.formats import FloatingPoint, NumberFormat
 from lightning_lpsgld.ops import reference
 from lightning_lpsgld.ops.carry import carry_key
 from lightning_lpsgld.ops.cpu_library import Format, Key, Shape, Step, StepTensor, load
@@ -63,9 +63,9 @@ def instruction_set() -> str:
     return "" if reason else library.lpsgld_target().decode()
 
 
-def _inner(shape: Sequence[int], fmt: NumberFormat | None) -> int:
+def _inner(shape: torch.Size, fmt: NumberFormat | None) -> int:
     """Elements of a block, 0 where nothing is shared; -1 where a block is no contiguous run of that length."""
-    length = 0 if fmt is None else fmt.blocks.run_length(tuple(shape))
+    length = 0 if fmt is None else fmt.blocks.run_length(shape)
     return -1 if length is None else 0 if length == 1 else length
 
 
@@ -86,8 +86,7 @@ def refusal(op: str, x: Tensor, formats: Sequence[NumberFormat]) -> str | None:
     if op != "decode" and x.dtype not in _DTYPES:
         return f"the kernels take float32, bfloat16 and float16, got {x.dtype}."
     for fmt in formats:
-        kernel = _identity(fmt, x.dtype if x.dtype in _DTYPES else torch.float32)
-        if kernel is None or kernel.family not in _FAMILIES:
+        if fmt.family not in _FAMILIES:
             return f"no kernel has {'the scales of ' if fmt.blocks.shared else ''}{fmt} built in."
         if _inner(x.shape, fmt) < 0:
             return f"blocks of {fmt} are not runs of equal length in a tensor of shape {tuple(x.shape)}."
@@ -96,23 +95,18 @@ def refusal(op: str, x: Tensor, formats: Sequence[NumberFormat]) -> str | None:
     return None
 
 
-@lru_cache(maxsize=256)
-def _identity(fmt: NumberFormat, dtype: torch.dtype) -> KernelIdentity | None:
-    return fmt.kernel(dtype)
-
-
 #: What the kernels can: families of formats, by their numbers in ``cpu.cpp``.
-_FAMILIES = {"fixed": 0, "block": 1, "float": 2}
+_FAMILIES: dict[str | None, int] = {"fixed": 0, "block": 1, "float": 2}
 
 
 @lru_cache(maxsize=256)
 def _native(fmt: NumberFormat, dtype: torch.dtype, saturate: bool = True) -> Format:
-    kernel = _identity(fmt, dtype)
+    kernel = fmt.kernel(dtype)
     assert kernel is not None  # refusal() was asked
     ends = (kernel.min, kernel.max) if saturate else (-math.inf, math.inf)
     codes = (kernel.code_min, kernel.code_max)
     fields = (kernel.mantissa_bits, kernel.bias, fmt.bits, 2 ** (fmt.bits - 1) - 1, kernel.carries)
-    return Format(_FAMILIES[kernel.family], kernel.offset, kernel.low, kernel.high, *codes, *ends, *fields)
+    return Format(_FAMILIES[fmt.family], kernel.offset, kernel.low, kernel.high, *codes, *ends, *fields)
 
 
 def _key(key: DrawKey | None, stream: int | None = None) -> Key:
@@ -222,7 +216,7 @@ def encode(x: Tensor, fmt: NumberFormat, rounding: Rounding, key: DrawKey | None
 
 
 def _has_nan(fmt: NumberFormat) -> bool:
-    kernel = _identity(fmt, torch.float32)
+    kernel = fmt.kernel(torch.float32)
     return kernel is not None and kernel.has_nan
 
 
@@ -237,14 +231,13 @@ def _value_table(fmt: NumberFormat) -> Tensor:
 def _decode(encoded: Encoded, out: Tensor) -> None:
     """Write the values of ``encoded`` into ``out``: float32, dense, memory order of the codes."""
     fmt, codes, exponents = encoded.format, encoded.codes, encoded.exponents
-    table, kernel = None if fmt.linear else _value_table(fmt), _identity(fmt, torch.float32)
-    assert kernel is not None  # refusal() was asked
+    table = None if fmt.linear else _value_table(fmt)
     exponents = None if exponents is None else exponents.contiguous()
     load()[0].lpsgld_decode(
         _pointer(codes),
         codes.element_size(),
         None if exponents is None else _pointer(exponents),
-        kernel.offset if table is None else 0,
+        _native(fmt, torch.float32).offset if table is None else 0,
         None if table is None else _pointer(table),
         _pointer(out),
         ctypes.c_int64(codes.numel()),
@@ -256,7 +249,7 @@ def _decode(encoded: Encoded, out: Tensor) -> None:
 def decode(encoded: Encoded, dtype: torch.dtype) -> Tensor:
     """See :func:`lightning_lpsgld.ops.decode`; equal to the reference bit for bit."""
     codes = encoded.codes
-    if codes.numel() == 0 or dtype == torch.float64 or _identity(encoded.format, torch.float32) is None:
+    if codes.numel() == 0 or dtype == torch.float64 or encoded.format.element is not encoded.format:
         return reference.decode(encoded, dtype)
     if _layout(codes, encoded.format) is None:
         codes = codes.contiguous()

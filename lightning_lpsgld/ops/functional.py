@@ -236,7 +236,10 @@ def decode(encoded: Encoded, dtype: torch.dtype = torch.float32, *, backend: Bac
         >>> decode(encode(torch.tensor([0.30, -1.0]), "fixed8.6"))
         tensor([ 0.2969, -1.0000])
     """
-    check_dtype(encoded.format, dtype)
+    if torch.compiler.is_compiling():
+        check_dtype(encoded.format, dtype)
+    else:
+        _known_number(encoded.format, dtype)
     if encoded.codes.dtype != code_dtype(encoded.format):
         raise ValueError(
             f"decode: codes of {encoded.format} are {code_dtype(encoded.format)}, got {encoded.codes.dtype}."

@@ -36,9 +36,8 @@ def refusal(op: str, x: Tensor, formats: Sequence[NumberFormat]) -> str | None:
         return f"QPyTorch takes float32 only, got {x.dtype}."
     try:
         for fmt in formats:
-            kernel = fmt.kernel(x.dtype)
             to_qtorch(fmt)
-            if kernel is None or kernel.family not in _FAMILIES:
+            if fmt.family not in _FAMILIES:
                 return f"QPyTorch has no op for {fmt}."
     except ValueError as error:
         return str(error)
@@ -78,11 +77,9 @@ def _float(quant: Any, number: Any, x: Tensor, rounding: str) -> Any:
 
 
 #: What this backend can: families of formats (:class:`.KernelIdentity`).
-_FAMILIES = {"fixed": _fixed, "block": _block, "float": _float}
+_FAMILIES: dict[str | None, Any] = {"fixed": _fixed, "block": _block, "float": _float}
 
 
 def quantize(x: Tensor, fmt: NumberFormat, rounding: Literal["nearest", "stochastic"], key: DrawKey | None) -> Tensor:
     """QPyTorch's op with the meaning of ``fmt``; ``key`` is not used (see the module's docstring)."""
-    quant, number, kernel = _quant(), to_qtorch(fmt), fmt.kernel(x.dtype)
-    assert kernel is not None  # refusal() was asked
-    return torch.as_tensor(_FAMILIES[kernel.family](quant, number, x.contiguous(), rounding))
+    return torch.as_tensor(_FAMILIES[fmt.family](_quant(), to_qtorch(fmt), x.contiguous(), rounding))

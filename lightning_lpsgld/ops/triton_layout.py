@@ -65,15 +65,14 @@ def rows_of(shape: tuple[int, ...], fmt: NumberFormat | None) -> Rows | None:
 
 
 #: What the kernels can: families of formats, by their numbers in :mod:`.triton_device`.
-FAMILIES = {"fixed": 1, "block": 2, "float": 3}
+FAMILIES: dict[str | None, int] = {"fixed": 1, "block": 2, "float": 3}
 
 
 def facts(fmt: NumberFormat, dtype: torch.dtype) -> dict[str, Any]:
     """The seven compile-time numbers of a format (see :mod:`.triton_device`)."""
     kernel = identity_of(fmt, dtype)
-    floating = kernel.family == "float"
-    ends = (kernel.min, kernel.max) if floating else (float(kernel.code_min), float(kernel.code_max))
-    numbers = (FAMILIES[kernel.family], kernel.offset, kernel.low, kernel.high, *ends, kernel.carries)
+    ends = (kernel.min, kernel.max) if fmt.family == "float" else (float(kernel.code_min), float(kernel.code_max))
+    numbers = (FAMILIES[fmt.family], kernel.offset, kernel.low, kernel.high, *ends, kernel.carries)
     return dict(zip(("KIND", "OFFSET", "LOW", "HIGH", "CMIN", "CMAX", "CARRY"), numbers))
 
 
