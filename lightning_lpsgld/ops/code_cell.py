@@ -12,8 +12,8 @@ from lightning_lpsgld.ops.functional import decode, encode
 
 __all__ = ["CodeCell"]
 
-#: Elements that are decoded, moved and encoded at once: little enough for a cache, enough for several threads.
-_RUN = 2**18
+#: Elements that are decoded, moved and encoded at once: little memory, and work enough to pay for the calls.
+_RUN = 2**19
 
 
 class CodeCell:
@@ -51,7 +51,7 @@ class CodeCell:
         return Encoded(self.encoded.codes[start:stop], exponents, self.format)
 
     def runs(self, *formats: NumberFormat | None) -> list[tuple[int, int]]:
-        """Ranges of rows that can be moved one after another, each in the cache; one range where they cannot.
+        """Ranges of rows that can be moved one after another, each within little memory; one range where they cannot.
 
         Args:
             formats: Further formats whose blocks must lie within a range.

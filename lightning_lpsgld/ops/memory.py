@@ -9,7 +9,7 @@ from functools import cache
 __all__ = ["return_memory"]
 
 _M_MMAP_THRESHOLD = -3
-#: Bytes from which on a tensor gets memory of its own: more than the runs in which weights are moved.
+#: Bytes from which on a tensor gets memory of its own.
 _OWN = 2 * 2**20
 
 

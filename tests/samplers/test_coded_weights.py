@@ -16,8 +16,8 @@ from lightning_lpsgld.samplers import SGHMC, SGLD, CyclicalStepSize, Preconditio
 def network():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4200), nn.ReLU(),
-        nn.Linear(4200, 3),
+        nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8200), nn.ReLU(),
+        nn.Linear(8200, 3),
     )  # fmt: skip
 
 
