@@ -38,7 +38,8 @@ CASES = {
     "lattice": (SGLD, {"variant": "lattice"}, 0.005, (1e-3, 1.0)),
     "sghmc": (SGHMC, {"friction": 10.0}, 2.0, (0.0, 1e-3, 1.0)),
     "sghmc naive": (SGHMC, {"friction": 10.0, "variance_corrected": False}, 2.0, (0.0, 1e-3, 1.0)),
-    # Its step is no linear function of the weights, so where rounding is most of the noise means need not agree.
+    # Its step is no linear function of the weights, so where rounding is most of the noise means need not agree: cold,
+    # and of naive rounding in a block's smaller elements.
     "psgld": (PreconditionedSGLD, {}, 2.5e-4, (1.0,)),
     "psgld naive": (PreconditionedSGLD, {"variance_corrected": False}, 2.5e-4, (1.0,)),
 }
@@ -127,7 +128,13 @@ def test_the_published_rule_does_not():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "temperature", "block"),
-    [(case, T, block) for case in CASES for T in CASES[case][3] for block in BLOCKS if block != "bfp8-tensor"]
+    [
+        (case, T, block)
+        for case in CASES
+        for T in CASES[case][3]
+        for block in BLOCKS
+        if block != "bfp8-tensor" and (case != "psgld naive" or block == "bfp8")
+    ]
     + [(case, T, "bfp8-tensor") for case in ("vc", "naive", "full") for T in CASES[case][3]]
     + [(case, 1.0, "bfp8-tensor") for case in ("sghmc", "psgld")],  # thousands of small tensors: minutes
 )
