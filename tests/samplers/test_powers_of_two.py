@@ -38,8 +38,8 @@ CASES = {
     "lattice": (SGLD, {"variant": "lattice"}, 0.005, (1e-3, 1.0)),
     "sghmc": (SGHMC, {"friction": 10.0}, 2.0, (0.0, 1e-3, 1.0)),
     "sghmc naive": (SGHMC, {"friction": 10.0, "variance_corrected": False}, 2.0, (0.0, 1e-3, 1.0)),
-    # Its step is no linear function of the weights, so where rounding is most of the noise means need not agree: cold,
-    # and of naive rounding in a block's smaller elements.
+    # Its step is no linear function of the weights, so where rounding is most of the noise (cold) means need not agree.
+    # Naive rounding scatters a block's smaller elements too widely for so few chains to keep the declared power.
     "psgld": (PreconditionedSGLD, {}, 2.5e-4, (1.0,)),
     "psgld naive": (PreconditionedSGLD, {"variance_corrected": False}, 2.5e-4, (1.0,)),
 }
