@@ -37,7 +37,7 @@ __all__ = [
     "draw_beyond_range",
     "encode",
     "instruction_set",
-    "langevin_step_",
+    "langevin_steps_",
     "quantize",
     "quantize_variance_corrected",
     "refusal",
@@ -81,7 +81,7 @@ def refusal(op: str, x: Tensor, formats: Sequence[NumberFormat]) -> str | None:
         return f"the tensor is on {x.device.type}."
     if type(x) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
         return "tensor subclasses and traced code take the reference."
-    if op == "langevin_step_" and x.dtype != torch.float32:
+    if op == "langevin_steps_" and x.dtype != torch.float32:
         return f"the fused step takes float32, got {x.dtype}."
     if op != "decode" and x.dtype not in _DTYPES:
         return f"the kernels take float32, bfloat16 and float16, got {x.dtype}."
@@ -314,7 +314,7 @@ def _aligned(x: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(like).copy_(x)
 
 
-def _describe(
+def _fill(
     row: StepTensor, param: Tensor, layout: tuple[int, int], spec: StepSpec, key: DrawKey, index: int, role: Role
 ) -> None:
     row.numel, row.channels, row.pixels = param.numel(), *layout
@@ -324,7 +324,7 @@ def _describe(
     row.gradient_key = _key(key, stream_id(Role.GRADIENT, index))
 
 
-def langevin_step_(
+def langevin_steps_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor] | None,
     accumulators: Sequence[Tensor] | None,
@@ -367,7 +367,7 @@ def langevin_step_(
             if accumulator is not accumulators[i]:
                 copies.append((accumulators[i], accumulator))
         row.param = work.data_ptr()
-        _describe(row, param, layout, spec, key, index, Role.VIEW if grads is None else Role.WEIGHT)
+        _fill(row, param, layout, spec, key, index, Role.VIEW if grads is None else Role.WEIGHT)
     load()[0].lpsgld_step(ctypes.byref(_native_step(spec)), rows, len(params), torch.get_num_threads())
     for changed in (*params, *(accumulators or ())):
         _written(changed)

@@ -113,7 +113,7 @@ def choose(backend: str, op: str, x: Tensor, *formats: NumberFormat) -> Any:
 
     Args:
         backend: ``"auto"`` takes the first of the device's list that accepts; any other name is binding.
-        op: ``"quantize"``, ``"quantize_variance_corrected"``, ``"encode"``, ``"decode"`` or ``"langevin_step_"``.
+        op: ``"quantize"``, ``"quantize_variance_corrected"``, ``"encode"``, ``"decode"`` or ``"langevin_steps_"``.
         x: A tensor of the call.
         formats: Formats of the call.
 
@@ -154,7 +154,7 @@ def _chosen(backend: str, op: str, x: Tensor, formats: tuple[NumberFormat, ...])
 def choose_step(
     backend: str, tensors: Sequence[Tensor], *formats: NumberFormat, distrust: Callable[[ModuleType], str | None]
 ) -> ModuleType | None:
-    """Module with a fused ``langevin_step_`` for all ``tensors``, or ``None``: then the composed ops run.
+    """Module with a fused ``langevin_steps_`` for all ``tensors``, or ``None``: then the composed ops run.
 
     ``distrust`` says of a module whose kernels are compiled for the device at hand why its step is not to be used.
 
@@ -185,7 +185,7 @@ def _step_refusal(name: str, tensors: Sequence[Tensor], formats: tuple[NumberFor
         key = (name, formats, *((x.shape, x.dtype, x.device, x.is_contiguous()) for x in tensors))
         if key in _kept:
             return None
-    reasons = (_refusal(name, "langevin_step_", tensor, formats) for tensor in tensors)
+    reasons = (_refusal(name, "langevin_steps_", tensor, formats) for tensor in tensors)
     reason = next((r for r in reasons if r is not None), None)
     if reason is None and key is not None and len(_kept) < _MOST_KEPT:
         _kept[key] = name
@@ -193,7 +193,7 @@ def _step_refusal(name: str, tensors: Sequence[Tensor], formats: tuple[NumberFor
 
 
 def choose_views(backend: str, tensors: Sequence[Tensor], fmt: NumberFormat) -> ModuleType | None:
-    """Module whose ``langevin_step_`` rounds all ``tensors`` from their sums, or ``None``: then the composed ops run.
+    """Module whose ``langevin_steps_`` rounds all ``tensors`` from their sums, or ``None``: then the composed ops run.
 
     Raises:
         RuntimeError: As :func:`choose_step`.

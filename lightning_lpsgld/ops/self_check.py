@@ -7,7 +7,7 @@ takes over for what that kernel would have done; every other kernel stays in use
 
 ``LIGHTNING_LPSGLD_SELF_CHECK``: ``off`` trusts every kernel; ``fail`` treats every kernel as one that failed,
 ``fail-OP`` those of one op (a comma-separated list, of ``quantize``, ``quantize_variance_corrected``, ``encode``,
-``decode``, ``langevin_step_``): so every fallback can be forced on any machine. It is read at each first use.
+``decode``, ``langevin_steps_``): so every fallback can be forced on any machine. It is read at each first use.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["OPS", "VARIABLE", "differing", "failures", "first_use", "known_value
 #: Environment variable that says which kernels to trust; see above.
 VARIABLE = "LIGHTNING_LPSGLD_SELF_CHECK"
 #: Ops that are checked.
-OPS = ("quantize", "quantize_variance_corrected", "encode", "decode", "langevin_step_")
+OPS = ("quantize", "quantize_variance_corrected", "encode", "decode", "langevin_steps_")
 
 #: Q^vc and steps decide on float32 thresholds where the reference has float64: a draw may fall between the two.
 _TOLERATED_SHARE = 0.01

@@ -44,7 +44,7 @@ __all__ = [
     "decode",
     "encode",
     "facts",
-    "langevin_step_",
+    "langevin_steps_",
     "quantize",
     "quantize_variance_corrected",
     "refusal",
@@ -80,7 +80,7 @@ def refusal(op: str, x: Tensor, formats: Sequence[NumberFormat]) -> str | None:
         return f"the Triton kernels run on CUDA tensors, got {x.device}."
     if op != "decode" and x.dtype not in _DTYPES:
         return f"the Triton kernels take float32, bfloat16 and float16, got {x.dtype}."
-    if op == "langevin_step_" and not x.is_contiguous():
+    if op == "langevin_steps_" and not x.is_contiguous():
         return "the fused step takes contiguous parameters."
     return _shape_refusal(x.shape, tuple(formats))
 
@@ -292,7 +292,7 @@ def decode(encoded: Encoded, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def langevin_step_(
+def langevin_steps_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     accumulators: Sequence[Tensor] | None,
@@ -303,4 +303,4 @@ def langevin_step_(
     """One step of many tensors in a few launches; see :mod:`.triton_step`."""
     from lightning_lpsgld.ops import triton_step
 
-    return triton_step.langevin_step_(params, grads, accumulators, spec, keys, indices)
+    return triton_step.langevin_steps_(params, grads, accumulators, spec, keys, indices)

@@ -39,7 +39,7 @@ from lightning_lpsgld.ops.triton_layout import (
 from lightning_lpsgld.ops.triton_step_kernel import COLUMNS, step_kernel
 from lightning_lpsgld.random import DrawKey, Role, stream_id
 
-__all__ = ["langevin_step_", "step_meta"]
+__all__ = ["langevin_steps_", "step_meta"]
 
 #: Phases of rows too long for a program: the maxima first, after each how often a row that passes the top is carried,
 #: then the step. ``WHOLE``: all in registers.
@@ -228,7 +228,7 @@ def _by_device(params: Sequence[Tensor]) -> dict[torch.device, list[int]]:
     return places
 
 
-def langevin_step_(
+def langevin_steps_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     accumulators: Sequence[Tensor] | None,
@@ -248,7 +248,7 @@ def langevin_step_(
         for members in places.values():
             some = [[x[i] for i in members] for x in (params, grads, accumulators or params, keys, indices)]
             accs = None if accumulators is None else some[2]
-            counts[members] = langevin_step_(some[0], some[1], accs, spec, some[3], some[4]).to(counts.device)  # type: ignore[arg-type]
+            counts[members] = langevin_steps_(some[0], some[1], accs, spec, some[3], some[4]).to(counts.device)  # type: ignore[arg-type]
         return counts
     grads = [grad.contiguous() for grad in grads]
     plan = _plan(params, grads, accumulators, spec, keys, indices)

@@ -25,7 +25,7 @@ from lightning_lpsgld.precision.run import RunDescription
 from lightning_lpsgld.samplers import LangevinOptimizer
 from lightning_lpsgld.samplers.first_rounding import round_to_nearest_
 from lightning_lpsgld.samplers.in_backward import CodedSampler
-from lightning_lpsgld.samplers.updates import saturated
+from lightning_lpsgld.samplers.updates import count_saturated
 
 __all__ = ["CodedStorage", "Storage", "check_storage"]
 
@@ -144,7 +144,7 @@ class CodedStorage:
         outside = 0
         for param in chosen.values():
             if not isinstance(param, CodedTensor):
-                outside += int(saturated(param.detach(), self._format))
+                outside += int(count_saturated(param.detach(), self._format))
                 round_to_nearest_([param], self._format, lambda p: names[id(p)])
         self.saturated = outside / max(1, sum(param.numel() for param in chosen.values()))
 

@@ -18,7 +18,7 @@ from lightning_lpsgld.precision.run import RunDescription
 from lightning_lpsgld.precision.variance_reduction import check_variance_reduced
 from lightning_lpsgld.random import derive_seed
 from lightning_lpsgld.samplers import LangevinOptimizer, VarianceReduced, sample_part
-from lightning_lpsgld.samplers.updates import saturated
+from lightning_lpsgld.samplers.updates import count_saturated
 
 __all__ = ["round_parameters", "take_over"]
 
@@ -128,7 +128,7 @@ def round_parameters(samplers: Sequence[LangevinOptimizer]) -> float:
             count += param.numel()
             if isinstance(param, CodedTensor):
                 continue
-            outside += 0 if fmt is None else int(saturated(param.detach(), fmt))
+            outside += 0 if fmt is None else int(count_saturated(param.detach(), fmt))
         sampler.round_parameters_()
     return outside / max(count, 1)
 

@@ -19,7 +19,7 @@ from lightning_lpsgld.random import DrawKey, Role, stream_id
 from lightning_lpsgld.samplers.base import log
 from lightning_lpsgld.samplers.first_rounding import frozen_off_grid, round_to_nearest_
 from lightning_lpsgld.samplers.shards import first_index, local_part, sharded_views_
-from lightning_lpsgld.samplers.statistics import Measured, StepStatistics, rounding_variance, same_rows
+from lightning_lpsgld.samplers.statistics import Measurement, StepStatistics, rounding_variance, same_rows
 from lightning_lpsgld.samplers.step_size import StepSize
 from lightning_lpsgld.samplers.sums import SummingSampler
 
@@ -308,7 +308,7 @@ class GridSampler(SummingSampler):
         """Measure the step of a group's parameters, if that was asked for; to be called before it is made."""
         if self._measure_next is not None:
             for param, grad in zip(params, grads):
-                what = Measured(
+                what = Measurement(
                     self.name_of(param), self._draw_key(group, param), self.index_of(param), self._measure_next,
                     self._noise_per_temperature(group), self._kept.pop(param, None),
                 )  # fmt: skip
@@ -327,7 +327,7 @@ class GridSampler(SummingSampler):
         """What T = 1 would ask for: of a weight's variance per step."""
         return 2.0 * self.step_size(group) / self.num_data
 
-    def _seen(self, found: StepStatistics, param: Tensor, what: Measured) -> StepStatistics:
+    def _seen(self, found: StepStatistics, param: Tensor, what: Measurement) -> StepStatistics:
         """Statistics of a sum's step, with the variance of the weight around that sum."""
         if self.accumulator_format is None or not self.keeps_sum(param):
             return found
@@ -336,7 +336,7 @@ class GridSampler(SummingSampler):
         return replace(found, view_rounding=float(rounding_variance(total, self.weight_format).mean()))
 
     @abstractmethod
-    def _statistics(self, group: dict[str, Any], param: Tensor, grad: Tensor, what: Measured) -> StepStatistics:
+    def _statistics(self, group: dict[str, Any], param: Tensor, grad: Tensor, what: Measurement) -> StepStatistics:
         """What the step that is about to be made does to a parameter's noise; changes nothing."""
 
     def saturation_counts(self) -> dict[str, int]:

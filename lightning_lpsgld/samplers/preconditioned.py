@@ -21,7 +21,13 @@ from lightning_lpsgld.samplers.base import log
 from lightning_lpsgld.samplers.grid import GridSampler
 from lightning_lpsgld.samplers.ignored import IGNORED_OPTIONS
 from lightning_lpsgld.samplers.options import GridOptions
-from lightning_lpsgld.samplers.statistics import Measured, StepStatistics, describe, rounding_variance, same_rows
+from lightning_lpsgld.samplers.statistics import (
+    Measurement,
+    StepStatistics,
+    rounding_statistics,
+    rounding_variance,
+    same_rows,
+)
 from lightning_lpsgld.samplers.updates import put_, put_corrected_
 
 __all__ = ["PreconditionedSGLD", "PreconditionedSpec", "preconditioned_step_", "preconditioner_"]
@@ -317,7 +323,7 @@ class PreconditionedSGLD(GridSampler):
             counts.append(count + self._look(group, [param])[0] if self.keeps_sum(param) and not full else count)
         self.saturated.append((params, torch.stack(counts)))
 
-    def _statistics(self, group: dict[str, Any], param: Tensor, grad: Tensor, what: Measured) -> StepStatistics:
+    def _statistics(self, group: dict[str, Any], param: Tensor, grad: Tensor, what: Measurement) -> StepStatistics:
         """The noise of weight i is to have the variance v·G_i; reported are means over the weights."""
         beta = self._beta(group, param)
         second_moment, weight = self._second_moment(param, beta)
@@ -336,7 +342,7 @@ class PreconditionedSGLD(GridSampler):
         elif spec.gradient_format is not None:
             grad = quantize(grad, spec.gradient_format, key=what.stream(Role.GRADIENT))
         mean, variance, scale = _moments(theta, second_moment.clone(), grad, spec)
-        found = describe(theta, mean, variance, spec.weight_format, spec.accumulation, what)
+        found = rounding_statistics(theta, mean, variance, spec.weight_format, spec.accumulation, what)
         square = (spec.lr / spec.shrinkage * scale.double()) ** 2
         return replace(
             self._seen(found, param, what),

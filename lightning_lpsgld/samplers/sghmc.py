@@ -16,7 +16,7 @@ from lightning_lpsgld.formats import FormatLike, NumberFormat, check_dtype, pars
 from lightning_lpsgld.ops.spec import Accumulation
 from lightning_lpsgld.samplers.grid import GridSampler
 from lightning_lpsgld.samplers.options import GridOptions
-from lightning_lpsgld.samplers.statistics import Measured, StepStatistics
+from lightning_lpsgld.samplers.statistics import Measurement, StepStatistics
 from lightning_lpsgld.samplers.underdamped import Flow, UnderdampedSpec, exact_flow, underdamped_step_
 from lightning_lpsgld.samplers.underdamped_statistics import underdamped_statistics
 
@@ -228,7 +228,7 @@ class SGHMC(GridSampler):
     def _formats_of_a_step(self) -> tuple[NumberFormat | None, ...]:
         return self.weight_format, self.velocity_format, self.gradient_format
 
-    def _statistics(self, group: dict[str, Any], param: Tensor, grad: Tensor, what: Measured) -> StepStatistics:
+    def _statistics(self, group: dict[str, Any], param: Tensor, grad: Tensor, what: Measurement) -> StepStatistics:
         state = self.state.get(param, {})
         velocity = state.get("velocity")
         if velocity is None:

@@ -19,7 +19,7 @@ from lightning_lpsgld.samplers.coded_steps import stored_steps_
 from lightning_lpsgld.samplers.in_backward import CodedSampler
 from lightning_lpsgld.samplers.options import GridOptions
 from lightning_lpsgld.samplers.shards import local_part
-from lightning_lpsgld.samplers.statistics import Measured, StepStatistics, step_statistics
+from lightning_lpsgld.samplers.statistics import Measurement, StepStatistics, step_statistics
 
 __all__ = ["SGLD"]
 
@@ -216,7 +216,7 @@ class SGLD(CodedSampler):
                 counts = counts + self._look(group, some)
             self.saturated.append((some, counts))
 
-    def _statistics(self, group: dict[str, Any], param: Tensor, grad: Tensor, what: Measured) -> StepStatistics:
+    def _statistics(self, group: dict[str, Any], param: Tensor, grad: Tensor, what: Measurement) -> StepStatistics:
         accumulation = self.accumulation(param)
         theta = plain(self.accumulator_of(param))
         spec = self.spec(group, accumulation, self.shrinkage_of(param), self._noise_told(param))

@@ -18,9 +18,9 @@ from lightning_lpsgld.ops.reference import VariancePlan, power_of_two, quantize_
 from lightning_lpsgld.ops.spec import Accumulation
 from lightning_lpsgld.ops.tops import at_top
 from lightning_lpsgld.random import DrawKey, Role, normals, stream_id
-from lightning_lpsgld.samplers.updates import descend, saturated
+from lightning_lpsgld.samplers.updates import count_saturated, descend
 
-__all__ = ["Measured", "StepStatistics", "describe", "rounding_variance", "same_rows", "step_statistics"]
+__all__ = ["Measurement", "StepStatistics", "rounding_statistics", "rounding_variance", "same_rows", "step_statistics"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class StepStatistics:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """Which step of which tensor is measured, and on how many of its elements.
 
     Attributes:
@@ -149,7 +149,7 @@ def _standing(new: Tensor, fmt: NumberFormat) -> dict[str, Any]:
     return {"blocks": count, "at_top": float(standing.double().sum()) / max(count, 1)}
 
 
-def step_statistics(theta: Tensor, grad: Tensor, spec: StepSpec, what: Measured) -> StepStatistics:
+def step_statistics(theta: Tensor, grad: Tensor, spec: StepSpec, what: Measurement) -> StepStatistics:
     """Measure what a step with ``spec`` will do to ``theta``, before it is done.
 
     Variances are exact given the gradient (for naive rounding: given the noise of one draw). The share ``unchanged`` is
@@ -176,17 +176,17 @@ def step_statistics(theta: Tensor, grad: Tensor, spec: StepSpec, what: Measured)
         told = noise if isinstance(spec.gradient_std, Tensor) else spec.gradient_std
         found = _describe_walk(theta, mean, replace(spec, gradient_std=told), what)
     else:
-        found = describe(theta, mean, spec.noise_variance, spec.weight_format, spec.accumulation, what)
+        found = rounding_statistics(theta, mean, spec.noise_variance, spec.weight_format, spec.accumulation, what)
     return replace(found, numel=numel, gradient_rounding=gradient_rounding, minibatch=minibatch)
 
 
-def describe(
+def rounding_statistics(
     theta: Tensor,
     mean: Tensor,
     variance: float | Tensor,
     fmt: NumberFormat | None,
     accumulation: Accumulation,
-    what: Measured,
+    what: Measurement,
 ) -> StepStatistics:
     """Noise and rounding of a step to ``mean`` with ``variance``, a float or one per element; not the lattice walk's.
 
@@ -205,7 +205,7 @@ def describe(
         plan = variance_plan(mean, variance, fmt)
         unreachable, high = float(plan.unreachable.double().mean()), float(plan.high.double().mean())
         low = 1.0 - high - unreachable
-        clipped = float(saturated(value, fmt, variance if corrected else 0.0)) / max(value.numel(), 1)
+        clipped = float(count_saturated(value, fmt, variance if corrected else 0.0)) / max(value.numel(), 1)
         if corrected:
             new = quantize_variance_corrected(mean, variance, fmt, key)
             added, tops = _tops(plan, new, fmt)
@@ -239,8 +239,8 @@ def _walk_variance(theta: Tensor, drift: Tensor, spec: StepSpec) -> tuple[Tensor
     return torch.where(plan.ballistic, leap_variance, (second - first**2) * gap**2), gap
 
 
-def _describe_walk(theta: Tensor, mean: Tensor, spec: StepSpec, what: Measured) -> StepStatistics:
-    """As :func:`describe`; ``unreachable`` are the elements where the walk has more variance than v."""
+def _describe_walk(theta: Tensor, mean: Tensor, spec: StepSpec, what: Measurement) -> StepStatistics:
+    """As :func:`rounding_statistics`; ``unreachable`` are the elements where the walk has more variance than v."""
     v, fmt = spec.noise_variance, spec.weight_format
     assert fmt is not None
     drift = mean - theta
@@ -253,6 +253,6 @@ def _describe_walk(theta: Tensor, mean: Tensor, spec: StepSpec, what: Measured) 
     return StepStatistics(
         what.name, theta.numel(), theta.numel(), v, achieved, 0.0, 0.0,
         float(high.double().mean()), float((~high & ~more).double().mean()), float((~high & more).double().mean()),
-        float(saturated(mean, fmt)) / max(mean.numel(), 1), float((new == theta).double().mean()),
+        float(count_saturated(mean, fmt)) / max(mean.numel(), 1), float((new == theta).double().mean()),
         what.temperature(achieved), **_standing(new, fmt),
     )  # fmt: skip

@@ -37,7 +37,7 @@ def step_trouble(
     param, large = params[0], any(p.numel() >= _LONG[1] for p in params)
     formats = (spec.weight_format, spec.gradient_format)
     kinds = [(type(fmt).__name__, getattr(fmt, "top", "")) for fmt in formats]
-    name = ("langevin_step_", spec.accumulation, *kinds, param.dtype, param.device, large)
+    name = ("langevin_steps_", spec.accumulation, *kinds, param.dtype, param.device, large)
     what = f"the {spec.accumulation} step, weights {formats[0]}, gradients {formats[1]}, {str(param.dtype)[6:]}"
 
     def check() -> str:
@@ -46,12 +46,12 @@ def step_trouble(
         takes = [shape for shape in shapes if _takes(module, shape, param.dtype, param.device, formats)]
         return _difference(composed, module, known, takes, param)
 
-    return first_use(name, "langevin_step_", what, param.device, check)
+    return first_use(name, "langevin_steps_", what, param.device, check)
 
 
 def _takes(module: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, formats: Any) -> bool:
     x = torch.empty(shape, dtype=dtype, device=device)
-    return module.refusal("langevin_step_", x, [fmt for fmt in formats if fmt is not None]) is None
+    return module.refusal("langevin_steps_", x, [fmt for fmt in formats if fmt is not None]) is None
 
 
 def _difference(
@@ -64,7 +64,7 @@ def _difference(
     keys, indices = [_KEY] * len(shapes), range(len(shapes))
     ours = [w.to(like.device, copy=True) for w in weights]
     our_sums = None if sums is None else [a.to(like.device, copy=True) for a in sums]
-    module.langevin_step_(ours, [g.to(like.device) for g in grads], our_sums, spec, keys, indices)
+    module.langevin_steps_(ours, [g.to(like.device) for g in grads], our_sums, spec, keys, indices)
     for i, (weight, grad) in enumerate(zip(weights, grads)):
         composed(weight, grad, None if sums is None else sums[i], spec, keys[i], i, "reference")
     for i, shape in enumerate(shapes):

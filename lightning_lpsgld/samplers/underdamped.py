@@ -31,7 +31,7 @@ from lightning_lpsgld.ops.flow import Flow, exact_flow
 from lightning_lpsgld.ops.reference import NOISE_REACH, exponent_of, power_of_two, variance_plan
 from lightning_lpsgld.ops.spec import Accumulation
 from lightning_lpsgld.random import DrawKey, Role, normals, stream_id
-from lightning_lpsgld.samplers.updates import put_, saturated
+from lightning_lpsgld.samplers.updates import count_saturated, put_
 
 __all__ = [
     "Flow",
@@ -192,5 +192,5 @@ def underdamped_step_(
     if spec.accumulation == "vc":
         assert fmt is not None
         param.copy_(position)  # drawn on the grid
-        return saturated(mean_x, fmt, spec.flow.var_x), scale
+        return count_saturated(mean_x, fmt, spec.flow.var_x), scale
     return put_(param, accumulator, position, fmt, weight_key, backend), scale

@@ -12,7 +12,13 @@ from lightning_lpsgld.ops import quantize
 from lightning_lpsgld.ops.flow import Flow
 from lightning_lpsgld.ops.reference import power_of_two, variance_plan
 from lightning_lpsgld.random import DrawKey, Role
-from lightning_lpsgld.samplers.statistics import Measured, StepStatistics, describe, rounding_variance, same_rows
+from lightning_lpsgld.samplers.statistics import (
+    Measurement,
+    StepStatistics,
+    rounding_statistics,
+    rounding_variance,
+    same_rows,
+)
 from lightning_lpsgld.samplers.underdamped import (
     UnderdampedSpec,
     gaussian_noise,
@@ -25,7 +31,7 @@ __all__ = ["underdamped_statistics"]
 
 
 def underdamped_statistics(
-    theta: Tensor, velocity: Tensor, grad: Tensor, spec: UnderdampedSpec, what: Measured, at_one: Flow
+    theta: Tensor, velocity: Tensor, grad: Tensor, spec: UnderdampedSpec, what: Measurement, at_one: Flow
 ) -> StepStatistics:
     r"""Measure what a step will do to a tensor, before it is done; target, achieved and the shares are the position's.
 
@@ -55,7 +61,7 @@ def underdamped_statistics(
         grad = quantize(grad, spec.gradient_format, key=what.stream(Role.GRADIENT))
     force = grad.to(velocity.dtype) + spec.weight_decay * theta
     mean = theta + spec.flow.carry * velocity - spec.flow.shift * force
-    found = describe(theta, mean, spec.flow.var_x, spec.weight_format, spec.accumulation, what)
+    found = rounding_statistics(theta, mean, spec.flow.var_x, spec.weight_format, spec.accumulation, what)
     mean_velocity = spec.flow.keep * velocity - spec.flow.kick * force
     moved = _velocity_variance(mean, mean_velocity, spec, what)
     return replace(
@@ -86,7 +92,7 @@ def _spread(var_x: float, cov: float, var_v: float, time: float) -> float:
     return var_x + 2.0 * time * cov + time**2 * var_v
 
 
-def _minibatch(grad: Tensor, flow: Flow, what: Measured) -> float:
+def _minibatch(grad: Tensor, flow: Flow, what: Measurement) -> float:
     """The position's target times (minibatch noise over noise asked for) of a slow direction in the long run."""
     if flow.var_x == 0:
         return math.nan
@@ -95,7 +101,7 @@ def _minibatch(grad: Tensor, flow: Flow, what: Measured) -> float:
     return what.gradient_variance(grad, far) * flow.var_x / _spread(flow.var_x, flow.cov, flow.var_v, time)
 
 
-def _velocity_variance(mean: Tensor, mean_velocity: Tensor, spec: UnderdampedSpec, what: Measured) -> float:
+def _velocity_variance(mean: Tensor, mean_velocity: Tensor, spec: UnderdampedSpec, what: Measurement) -> float:
     """Mean over elements of Var v' given the gradient: what was asked for, and what rounding adds to it."""
     target = spec.flow.var_v
     if spec.velocity_format is None or spec.accumulation in ("float", "full"):

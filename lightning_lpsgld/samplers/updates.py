@@ -33,7 +33,16 @@ from lightning_lpsgld.ops.lattice import lattice_step
 from lightning_lpsgld.random import DrawKey, Role, normals, stream_id
 from lightning_lpsgld.samplers.step_check import step_trouble
 
-__all__ = ["descend", "langevin_step_", "langevin_steps_", "noisy", "put_", "put_corrected_", "saturated", "views_"]
+__all__ = [
+    "count_saturated",
+    "descend",
+    "langevin_step_",
+    "langevin_steps_",
+    "noisy",
+    "put_",
+    "put_corrected_",
+    "views_",
+]
 
 
 def descend(theta: Tensor, grad: Tensor, *, lr: float, weight_decay: float) -> Tensor:
@@ -48,7 +57,7 @@ def noisy(mean: Tensor, noise_variance: float, key: DrawKey) -> Tensor:
     return mean + (noise_variance**0.5 * normals(mean.shape, key, device=mean.device)).to(mean.dtype)
 
 
-def saturated(x: Tensor, fmt: NumberFormat, variance: float | Tensor = 0.0) -> Tensor:
+def count_saturated(x: Tensor, fmt: NumberFormat, variance: float | Tensor = 0.0) -> Tensor:
     """Number of elements of ``x`` outside the range of its grid, a 0-d int64 tensor (of its block's, for blocks).
 
     ``variance`` is that of Q^vc if ``x`` are its means: it may raise the scale of a microscaling format.
@@ -85,7 +94,7 @@ def put_(
         return torch.zeros((), dtype=torch.int64, device=param.device)
     value = value.to(param.dtype)
     param.copy_(quantize(value, fmt, key=key, backend=backend))
-    return saturated(value, fmt)
+    return count_saturated(value, fmt)
 
 
 def put_corrected_(
@@ -94,7 +103,7 @@ def put_corrected_(
     """Set a weight to a draw of Q^vc with that mean and variance; arguments and result as :func:`put_`."""
     own: BackendName = "auto" if backend == "qtorch" else backend  # QPyTorch has no such op
     param.copy_(quantize_variance_corrected(mean, variance, fmt, key=key, backend=own))
-    return saturated(mean, fmt, variance)
+    return count_saturated(mean, fmt, variance)
 
 
 def langevin_step_(
@@ -134,7 +143,7 @@ def langevin_step_(
         param.copy_(
             lattice_step(theta, drift, spec.noise_variance, fmt, key=weight_key, rates=spec.rates, gradient_std=told)
         )
-        return saturated(mean, fmt)
+        return count_saturated(mean, fmt)
     if spec.accumulation == "vc":
         assert fmt is not None
         return put_corrected_(param, mean, spec.noise_variance, fmt, weight_key, backend)
@@ -172,7 +181,7 @@ def langevin_steps_(
         trouble = partial(step_trouble, langevin_step_, spec, params)
         fused = choose_step(backend, params, *formats, distrust=trouble)
     if fused is not None:
-        counts: Tensor = fused.langevin_step_(params, grads, accumulators, spec, keys, indices)
+        counts: Tensor = fused.langevin_steps_(params, grads, accumulators, spec, keys, indices)
         return counts
     rest = [None] * len(params) if accumulators is None else accumulators
     return torch.stack(
@@ -209,9 +218,9 @@ def views_(
     fused = choose_views(backend, params, fmt)
     if fused is not None:
         spec = StepSpec(0.0, 0.0, 0.0, fmt, None, "full")
-        counts: Tensor = fused.langevin_step_(params, None, sums, spec, keys, indices)
+        counts: Tensor = fused.langevin_steps_(params, None, sums, spec, keys, indices)
         return counts
     for param, total, key, index in zip(params, sums, keys, indices):
         key = key.at(stream=stream_id(Role.VIEW, index))
         param.copy_(quantize(total, fmt, key=key, backend=backend))
-    return torch.stack([saturated(total, fmt) for total in sums])
+    return torch.stack([count_saturated(total, fmt) for total in sums])

@@ -371,7 +371,7 @@ def test_step_agrees_with_the_composition(mode, weight_format, gradient_format):
         sums = [p + 0.01 for p in params] if mode == "full" else None
         sums_composed = None if sums is None else [a.clone() for a in sums]
         indices = range(5, 5 + len(params))
-        counts = cpu.langevin_step_(params, grads, sums, spec, keys, indices)
+        counts = cpu.langevin_steps_(params, grads, sums, spec, keys, indices)
         expected = [
             langevin_step_(p, g, a, spec, k, j, "reference")
             for p, g, a, k, j in zip(composed, grads, sums_composed or [None] * len(params), keys, indices)
@@ -400,7 +400,7 @@ def test_step_does_not_depend_on_threads_or_instruction_set(fmt, instruction_set
         torch.set_num_threads(count)
         generator = torch.Generator().manual_seed(1)
         params = [torch.randn(s, generator=generator) for s in [(3, 70_001), (500, 301), (1000,)]]
-        cpu.langevin_step_(params, [p * 0.3 for p in params], None, spec, [DrawKey(seed=1)] * 3, [0, 1, 2])
+        cpu.langevin_steps_(params, [p * 0.3 for p in params], None, spec, [DrawKey(seed=1)] * 3, [0, 1, 2])
         torch.set_num_threads(before)
         results.append(params)
     for other in results[1:]:
@@ -414,7 +414,7 @@ def test_step_of_strided_parameters_goes_through_a_copy():
     untouched = storage[1::2].clone()
     version = param._version
     for target in (param, plain):
-        cpu.langevin_step_([target], [grad], None, spec, [DrawKey(seed=1)], [0])
+        cpu.langevin_steps_([target], [grad], None, spec, [DrawKey(seed=1)], [0])
     assert torch.equal(param, plain)
     assert torch.equal(storage[1::2], untouched)
     assert param._version > version
@@ -436,7 +436,7 @@ def test_a_lazy_negative_bit_is_not_overlooked():
     results = []
     for bits in ((False, False), (True, False), (False, True), (True, True)):
         param, grad = (negated(t) if lazy else t.clone() for t, lazy in zip((x, x.flip(0).contiguous()), bits))
-        cpu.langevin_step_([param], [grad], None, spec, [key], [0])
+        cpu.langevin_steps_([param], [grad], None, spec, [key], [0])
         results.append(param.resolve_neg())
     assert not torch.equal(results[0], x)
     assert all(torch.equal(result, results[0]) for result in results[1:])
@@ -468,7 +468,7 @@ def test_memory_that_begins_anywhere_is_read_and_written(fmt, shift, instruction
     spec = StepSpec(0.1, 1e-2, 1e-6, number, number, "vc")
     params = [x.clone(), moved(x)]
     for param, g in zip(params, (grad, moved(grad))):
-        cpu.langevin_step_([param], [g], None, spec, [key], [0])
+        cpu.langevin_steps_([param], [g], None, spec, [key], [0])
     assert torch.equal(*params)
 
 
@@ -478,7 +478,7 @@ def test_dispatch_takes_the_fused_step_and_steps_are_seen_by_autograd():
     other, version = param.detach().clone(), param._version
     with torch.no_grad():
         langevin_steps_([param], [grad], None, spec, [DrawKey(seed=1)], [4])
-    cpu.langevin_step_([other], [grad], None, spec, [DrawKey(seed=1)], [4])
+    cpu.langevin_steps_([other], [grad], None, spec, [DrawKey(seed=1)], [4])
     assert torch.equal(param, other)
     assert param._version > version
 
@@ -489,7 +489,7 @@ def test_on_grid_weights_stay_without_noise_and_gradient():
         param = reference.quantize(torch.randn(50, 40), number, "nearest", None)
         before = param.clone()
         spec = StepSpec(0.1, 0.0, 0.0, number, number, "vc")
-        cpu.langevin_step_([param], [torch.zeros(50, 40)], None, spec, [DrawKey(seed=1)], [0])
+        cpu.langevin_steps_([param], [torch.zeros(50, 40)], None, spec, [DrawKey(seed=1)], [0])
         assert torch.equal(param, before)
 
 
@@ -500,7 +500,7 @@ def test_refusals_name_the_reason():
     x, bfp = torch.zeros(4, 6), BlockFloatingPoint(8)
     assert cpu.refusal("quantize", x, (bfp,)) is None
     assert "float64" in cpu.refusal("quantize", x.double(), (bfp,))
-    assert "float32" in cpu.refusal("langevin_step_", x.bfloat16(), (bfp,))
+    assert "float32" in cpu.refusal("langevin_steps_", x.bfloat16(), (bfp,))
     assert "runs of equal length" in cpu.refusal("quantize", x, (BlockFloatingPoint(8, block_dim=1),))
     assert "runs of equal length" in cpu.refusal("quantize", x, (BlockFloatingPoint(8, block_size=4),))
     assert "meta" in cpu.refusal("quantize", x.to("meta"), (bfp,))

@@ -28,7 +28,7 @@ from lightning_lpsgld.ops.lattice import lattice_step
 from lightning_lpsgld.ops.reference import variance_plan
 from lightning_lpsgld.random import DrawKey, uniforms
 from lightning_lpsgld.samplers import HALP, SGHMC, SGLD, PreconditionedSGLD
-from lightning_lpsgld.samplers.updates import saturated
+from lightning_lpsgld.samplers.updates import count_saturated
 
 KEY = DrawKey(seed=77, step=3, stream=5)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -193,7 +193,7 @@ def test_only_the_floor_rule_saturates(name):
     """Stochastic rounding is unbiased where ``saturated`` counts nothing; ``"fit"`` never has anything to count."""
     fmt = one_run(name)
     top = torch.linspace(1.0, 2.0, 41)[:-1, None]
-    count = int(saturated(top, fmt))
+    count = int(count_saturated(top, fmt))
     largest = fmt.element.max / 2.0**fmt.element.exponent_max
     assert count == (0 if fmt.scaling == "fit" else int((top > largest).sum()))
     rounded = quantize(top, fmt, rounding="nearest")
@@ -329,8 +329,8 @@ def test_the_plan_tells_what_is_delivered():
     gap = 2.0 ** plan_.gap_exponents.double()
     assert gap[:3].tolist() == [1 / 8] * 3
     assert bool((gap * plan_.high_code >= 1.9).all()), "the scale is raised for the noise, so nothing saturates"
-    assert int(saturated(mean, fmt)) == 1
-    assert int(saturated(mean, fmt, variance)) == 0
+    assert int(count_saturated(mean, fmt)) == 1
+    assert int(count_saturated(mean, fmt, variance)) == 0
 
 
 # ------------------------------------------------------------------------------------------------ samplers and the rest

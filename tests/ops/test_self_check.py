@@ -146,12 +146,12 @@ def case_a_kernel_that_does_not_compile_gives_way_to_the_reference() -> None:
 def case_a_wrong_step_gives_way_to_the_composed_ops() -> None:
     from lightning_lpsgld.ops import triton as backend
 
-    right = backend.langevin_step_
+    right = backend.langevin_steps_
 
     def wrong(params: Any, grads: Any, *rest: Any) -> Tensor:
         return right(params, [-grad for grad in grads], *rest)
 
-    backend.langevin_step_ = wrong
+    backend.langevin_steps_ = wrong
     with pytest.warns(RuntimeWarning, match=r"the vc step, weights bfp8, gradients bfp8.*elements differ"):
         out = stepped("auto")
     assert (out - stepped("reference")).abs().max() <= 2.0**-5  # composed of Triton's ops: a threshold apart at most
