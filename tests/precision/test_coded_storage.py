@@ -310,6 +310,7 @@ def test_sharding_is_refused(tmp_path):
     module.trainer = run
     run.state.fn = "fit"
     run._accelerator_connector.strategy = ModelParallelStrategy()
+    run.strategy.connect(module)
     with pytest.raises(RuntimeError, match="ModelParallelStrategy shards float parameters"):
         plugin.convert_module(module)
 
