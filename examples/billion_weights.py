@@ -65,7 +65,7 @@ class ByteModel(L.LightningModule):
 
     def configure_optimizers(self):
         """What the plugin makes a sampler of."""
-        return self.optimizer(self.parameters(), lr=1e-4 if self.optimizer is torch.optim.AdamW else 0.05)
+        return self.optimizer(self.parameters(), lr=1e-4 if self.optimizer is torch.optim.AdamW else 0.002)
 
 
 def text() -> DataLoader:

@@ -33,3 +33,10 @@ def test_it_samples_and_says_what_it_took(tmp_path, monkeypatch, capsys):
     assert "float32 AdamW, computed" in capsys.readouterr().out
     (kept,) = SampleBank.open(bank)
     assert kept.step == 3
+
+
+def test_the_recorded_run_stayed_within_four_gigabytes():
+    figures = json.loads((EXAMPLES / "results" / "billion_weights.json").read_text())
+    assert figures["weights"] >= 1_000_000_000
+    assert figures["peak_bytes"] < 4e9
+    assert figures["peak_bytes"] < figures["sgd_bytes"] / 2 < figures["adamw_bytes"] / 4 + 1
