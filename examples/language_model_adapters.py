@@ -8,7 +8,7 @@ AdamW trains adapters and head first; then both are sampled from where it ended.
 cast.
 
 pip install "lightning_lpsgld[examples,language]"
-python examples/language_model_adapters.py   # table and JSON in examples/results (4 minutes on two cores)
+python examples/language_model_adapters.py   # table and JSON in examples/results (2 minutes of processor time)
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import math
 from pathlib import Path
 
 import torch
+from rows import paper_decay
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -49,11 +50,6 @@ def perceptron() -> nn.Sequential:
     return nn.Sequential(*hidden, nn.Linear(64, 10))
 
 
-def decay(progress: float) -> float:
-    """Constant for one half of the run, then linear to 1 % at nine tenths, as in SWA's schedule."""
-    return 1.0 if progress < 0.5 else max(1.0 - 0.99 * (progress - 0.5) / 0.4, 0.01)
-
-
 def data() -> tuple[Tensor, Tensor, Tensor]:
     """Inputs, targets, and which of them are for training: every third image is a test image."""
     x, y = load_digits(return_X_y=True)
@@ -77,7 +73,7 @@ def run(fmt: str | None, accumulator: str, *, lr: float, epochs: int, seed: int)
         if step % (len(targets) // BATCH) == 0:
             shuffled = torch.randperm(len(targets), generator=order)
         rows = shuffled[step % (len(targets) // BATCH) * BATCH :][:BATCH]
-        opt.param_groups[0]["lr"] = lr * decay(step / steps)
+        opt.param_groups[0]["lr"] = lr * paper_decay(step / steps)
         opt.zero_grad()
         nn.functional.cross_entropy(net(train[rows]), targets[rows]).backward()
         opt.step()

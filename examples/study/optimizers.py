@@ -26,8 +26,8 @@ from typing import Any
 
 import lightning as L
 import torch
-from scipy import stats
 from sklearn.datasets import load_digits
+from tables import Cell
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -186,10 +186,8 @@ class _Until(L.Callback):
 
 def interval(values: list[float]) -> tuple[float, float, float]:
     """Mean and 95 % interval (Student) of values over seeds."""
-    n, values64 = len(values), torch.tensor(values, dtype=torch.float64)
-    reach = float(stats.t.ppf(0.975, n - 1)) * float(values64.std()) / math.sqrt(n)
-    mean = float(values64.mean())
-    return mean, mean - reach, mean + reach
+    cell = Cell(dict(enumerate(values)))
+    return cell.mean, cell.mean - cell.reach, cell.mean + cell.reach
 
 
 def log_ratio(results: dict[str, dict[str, list[float]]], name: str, reference: str = "HALP, 8 bits") -> list[float]:

@@ -13,7 +13,7 @@ from typing import Any
 from lightning_lpsgld import LowPrecisionSGLD
 from lightning_lpsgld.samplers import SGHMC
 
-__all__ = ["FORMATS", "METHODS", "Row", "decay", "learning_rate", "make_plugin", "rows_of"]
+__all__ = ["FORMATS", "METHODS", "Row", "decay", "learning_rate", "make_plugin", "paper_decay", "rows_of"]
 
 #: Section of the tables -> formats. Fixed point rounds weights and gradients only, as the paper's does; its fraction
 #: length is 6 instead of 8, because batch-norm scales start at 1, which 8 fraction bits of 8 cannot hold.
@@ -117,6 +117,11 @@ def learning_rate(row: Row) -> float:
     return _TIME_STEP if "sghmc" in row.method else 0.2 if "cycles" in METHODS[row.method] else 0.1
 
 
+def paper_decay(progress: float) -> float:
+    """Factor on the learning rate at a share of the run: 1 to one half, then linear to 1 % at nine tenths."""
+    return min(1.0, max(0.01, 1.0 - 0.99 * (progress - 0.5) / 0.4))
+
+
 def decay(row: Row, progress: float) -> float:
     """Factor on the learning rate at a share ``progress`` of the run: the paper's schedule, or 1 for cycles.
 
@@ -125,5 +130,5 @@ def decay(row: Row, progress: float) -> float:
     """
     if "cycles" in METHODS[row.method]:
         return 1.0
-    factor = min(1.0, max(0.01, 1.0 - 0.99 * (progress - 0.5) / 0.4))
+    factor = paper_decay(progress)
     return factor**0.5 if "sghmc" in row.method else factor

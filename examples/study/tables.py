@@ -78,6 +78,11 @@ class Cell:
             return math.nan
         return math.sqrt(math.fsum((v - self.mean) ** 2 for v in self.values.values()) / (n - 1) / n)
 
+    @property
+    def reach(self) -> float:
+        """Half of the mean's 95 % interval (Student); NaN for one seed."""
+        return float(stats.t.ppf(0.975, len(self.values) - 1)) * self.error
+
 
 Key = tuple[str, float, str]
 
@@ -167,7 +172,7 @@ def _judged(cell: Cell, margin: float = 0.0) -> str:
     n = len(cell.values)
     if n < 2:
         return f"open: one seed, difference {cell.mean:+.4f}" if n else "not run"
-    reach = float(stats.t.ppf(0.975, n - 1)) * cell.error
+    reach = cell.reach
     verdict = "shown" if cell.mean + reach < margin else "refuted" if cell.mean - reach > margin else "open"
     return f"{verdict}: {cell.mean:+.4f} [{cell.mean - reach:+.4f}, {cell.mean + reach:+.4f}], {n} seeds"
 

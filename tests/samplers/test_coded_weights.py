@@ -36,16 +36,21 @@ def chain(coded, fmt="bfp8", steps=3, watch=lambda opt: None, **options):
     opt.round_parameters_()
     watch(opt)
     for step in range(steps):
-        x, y = batch(step)
-
-        def closure(x=x, y=y):
-            opt.zero_grad()
-            loss = nn.functional.cross_entropy(net(x), y)
-            loss.backward()
-            return loss
-
-        loss = opt.step(closure)
+        loss = step_on(net, opt, step)
     return net, opt, loss
+
+
+def step_on(net, opt, step):
+    """A step on the batch of that number; its loss."""
+    x, y = batch(step)
+
+    def closure():
+        opt.zero_grad()
+        loss = nn.functional.cross_entropy(net(x), y)
+        loss.backward()
+        return loss
+
+    return opt.step(closure)
 
 
 def bits(net):
@@ -189,15 +194,7 @@ def test_state_is_saved_and_the_chain_goes_on():
     )
     again.load_state_dict(saved.state_dict())
     for step in (2, 3):
-        x, y = batch(step)
-
-        def closure(x=x, y=y):
-            again.zero_grad()
-            loss = nn.functional.cross_entropy(twin(x), y)
-            loss.backward()
-            return loss
-
-        again.step(closure)
+        step_on(twin, again, step)
     assert_same(twin, floats)
     assert_same(net, floats)
     assert again.state_dict()["param_groups"] == opt.state_dict()["param_groups"]
