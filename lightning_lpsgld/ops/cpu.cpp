@@ -226,12 +226,29 @@ struct Kernels {
 
 namespace lpsgld {  // ======================= 3. Threads and scheduling =======================
 
-// A small pool that sleeps between jobs: torch's own threads keep their cores. Workers that wake up late find the job
+// torch's own team of threads (OpenMP's), where lpsgld_team was given it. OpenMP's threads go on spinning for a while after
+// torch's operators; other threads would share the cores with them.
+using Team = void (*)(void (*enter)(void *), void *data, unsigned threads, unsigned flags);
+static std::atomic<Team> the_team{nullptr};
+
+using Work = void (*)(void *context, int64_t item);
+
+struct Round {  // a job that a team works on: every thread takes the next item until none is left
+  Work work;
+  void *context;
+  int64_t items;
+  std::atomic<int64_t> next{0};
+
+  void drain() {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) work(context, i);
+  }
+  static void enter(void *round) { static_cast<Round *>(round)->drain(); }
+};
+
+// A small pool that sleeps between jobs, for where there is no team. Workers that wake up late find the job
 // done and go back to sleep; nobody waits for them.
 class Pool {
  public:
-  using Work = void (*)(void *context, int64_t item);
-
   void run(int threads, int64_t items, Work work, void *context) {
     std::unique_lock<std::mutex> owner(busy_, std::try_to_lock);
     if (threads > items) threads = int(items);
@@ -296,16 +313,25 @@ static std::atomic<Pool *> the_pool{nullptr};
 static Pool &pool() {
   Pool *existing = the_pool.load();
   if (existing) return *existing;
-#if !defined(_WIN32)  // a forked child has no workers: it starts with a new pool (the old one is left behind)
-  static std::once_flag once;
-  std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr); }); });
-#endif
   Pool *fresh = new Pool;  // never destroyed: workers sleep in it until the process ends
   if (!the_pool.compare_exchange_strong(existing, fresh)) {
     delete fresh;
     return *existing;
   }
   return *fresh;
+}
+
+static void run(int threads, int64_t items, Work work, void *context) {
+#if !defined(_WIN32)  // a forked child has no workers and no team: it starts with a new pool (the old one is left behind)
+  static std::once_flag once;
+  std::call_once(once, [] {
+    pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr), the_team.store(nullptr); });
+  });
+#endif
+  Team team = the_team.load(std::memory_order_acquire);
+  if (!team || threads <= 1 || items <= 1) return pool().run(threads, items, work, context);
+  Round round{work, context, items};
+  team(Round::enter, &round, unsigned(threads), 0);  // always torch's number: a smaller team would end threads
 }
 
 // Gradual underflow in the calling thread, whatever torch.set_flush_denormal says.
@@ -428,7 +454,7 @@ static void execute(const Job &job, Task *tasks, int count, int threads) {
   if (total < ITEM) threads = 1;
   auto phase = [&](const std::vector<Item> &items, Phase which) {
     plan.items = &items, plan.phase = which;
-    pool().run(threads, int64_t(items.size()), run_item, &plan);
+    run(threads, int64_t(items.size()), run_item, &plan);
   };
   if (!plan.whole.empty()) phase(plan.whole, MAIN);
   if (plan.shared.empty()) return;
@@ -477,7 +503,7 @@ static void fill_task(Task &t, const void *x, void *out, const Shape &shape, con
 // ======================= 4. The C interface =======================
 using namespace lpsgld;
 
-EXPORT int lpsgld_version() { return 2; }
+EXPORT int lpsgld_version() { return 3; }
 EXPORT int lpsgld_sizes(int which) {
   const int sizes[] = {sizeof(Format), sizeof(Key), sizeof(Shape), sizeof(Step), sizeof(StepTensor)};
   return sizes[which];
@@ -487,6 +513,7 @@ EXPORT int lpsgld_level(int wanted) {  // -1: best; returns the level in use
   level.store(wanted < 0 || wanted > best ? best : wanted);
   return level.load();
 }
+EXPORT void lpsgld_team(void *parallel) { the_team.store(reinterpret_cast<Team>(parallel), std::memory_order_release); }
 EXPORT const char *lpsgld_target() { return kernels().name; }
 
 EXPORT void lpsgld_quantize(const Format *format, const Shape *shape, int dtype, const void *x, void *out, int mode,
@@ -549,7 +576,7 @@ EXPORT void lpsgld_decode(const void *codes, int width, const int8_t *exponents,
                           float *out, int64_t numel, int64_t inner, int threads) {
   expect_large(out, numel * 4);
   Decoding d{static_cast<const char *>(codes), exponents, table, out, numel, inner, width, offset};
-  pool().run(numel < ITEM ? 1 : threads, (numel + ITEM - 1) / ITEM, decode_item, &d);
+  run(numel < ITEM ? 1 : threads, (numel + ITEM - 1) / ITEM, decode_item, &d);
 }
 
 EXPORT void lpsgld_step(const Step *step, StepTensor *tensors, int count, int threads) {

@@ -8,11 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lightning_lpsgld.environment import LEVELS, cpu_limit
+import torch
 
-__all__ = ["LEVELS", "Format", "Key", "Shape", "Step", "StepTensor", "load"]
+from lightning_lpsgld.environment import LEVELS, cpu_limit, own_threads
 
-_VERSION = 2
+__all__ = ["LEVELS", "Format", "Key", "Shape", "Step", "StepTensor", "load", "team_of_torch"]
+
+_VERSION = 3
 
 
 class Format(ctypes.Structure):
@@ -75,12 +77,28 @@ def _path() -> str | None:
     return str(found[0]) if found else None
 
 
+def team_of_torch() -> int | None:
+    """Address of the function by which torch's OpenMP threads are given work, ``None`` where there is none to be found.
+
+    It is ``GOMP_parallel``, which GNU's, LLVM's and Intel's run times have. The kernels work on these threads, because
+    they spin for a while after every operator of torch, and any other thread would have to share a core with them.
+    """
+    if not torch.backends.openmp.is_available():
+        return None
+    try:
+        function = ctypes.CDLL(None).GOMP_parallel
+    except (OSError, AttributeError, TypeError):  # hidden, another run time, or Windows
+        return None
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
 @cache
 def load() -> tuple[Any, str | None]:
     """The library, or ``None`` and the reason."""
     limit, reason = cpu_limit()
-    if reason is not None:
-        return None, reason
+    own, wrong = own_threads()
+    if reason or wrong:
+        return None, reason or wrong
     path = _path()
     if path is None:
         return None, (
@@ -98,4 +116,6 @@ def load() -> tuple[Any, str | None]:
     library.lpsgld_target.restype = ctypes.c_char_p
     library.lpsgld_encode.restype = ctypes.c_int64
     library.lpsgld_level(-1 if limit is None else limit)
+    library.lpsgld_team.argtypes = [ctypes.c_void_p]
+    library.lpsgld_team(None if own else team_of_torch())
     return library, None

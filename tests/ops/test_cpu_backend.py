@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 
 from lightning_lpsgld.formats import BlockFloatingPoint, FloatingPoint, check_dtype, parse_format
 from lightning_lpsgld.ops import StepSpec, cpu, encode, quantize, reference
-from lightning_lpsgld.ops.cpu_library import LEVELS, load
+from lightning_lpsgld.ops.cpu_library import LEVELS, load, team_of_torch
 from lightning_lpsgld.ops.encoded import Encoded
 from lightning_lpsgld.random import DrawKey, normals, words
 from lightning_lpsgld.samplers.updates import langevin_step_, langevin_steps_
@@ -56,11 +58,15 @@ def on_every_instruction_set(compute: Callable[[], torch.Tensor]) -> Iterator[to
                 library.lpsgld_level(-1)
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[(1, "torch"), (2, "torch"), (2, "own")], ids=["one", "two of torch", "two own"])
 def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    """Number of threads; more than one are torch's, as where it has OpenMP, or those of the kernels."""
+    count, whose = request.param
+    library, before = load()[0], torch.get_num_threads()
+    torch.set_num_threads(count)
+    library.lpsgld_team(team_of_torch() if whose == "torch" else None)
+    yield count
+    library.lpsgld_team(team_of_torch())
     torch.set_num_threads(before)
 
 
@@ -512,6 +518,23 @@ def test_environment_variable_turns_the_backend_off(monkeypatch):
     assert "LIGHTNING_LPSGLD_CPU=0" in load.__wrapped__()[1]
     monkeypatch.setenv("LIGHTNING_LPSGLD_CPU", "sse")
     assert "must be" in load.__wrapped__()[1]
+
+
+def test_environment_variable_keeps_the_kernels_off_torchs_threads():
+    """The threads of a process are counted: torch's two do the work, or a third is started."""
+    code = (
+        "import os, torch; from lightning_lpsgld.ops import quantize; torch.set_num_threads(2)\n"
+        "x = torch.randn(1000, 1000); x.exp(); before = len(os.listdir('/proc/self/task'))\n"
+        "quantize(x, 'bfp8', rounding='nearest'); print(len(os.listdir('/proc/self/task')) - before)"
+    )
+    for whose, more in (("own", "1"), ("", "0")):
+        environment = os.environ | {"LIGHTNING_LPSGLD_THREADS": whose}
+        assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).strip() == more
+
+
+def test_environment_variable_names_whose_threads(monkeypatch):
+    monkeypatch.setenv("LIGHTNING_LPSGLD_THREADS", "mine")
+    assert "must be torch or own" in load.__wrapped__()[1]
 
 
 def test_environment_variable_limits_the_instruction_set(monkeypatch):
