@@ -4,7 +4,7 @@ from lightning_lpsgld.arithmetic.capability import Capability, capability
 from lightning_lpsgld.arithmetic.layers import ARITHMETICS, Arithmetic, ArithmeticRefusal, LayerArithmetic, check_choice
 from lightning_lpsgld.arithmetic.operands import refusal_of_format
 from lightning_lpsgld.arithmetic.products import Geometry, PackedWeight, choose_path, exact_product
-from lightning_lpsgld.arithmetic.report import summary
+from lightning_lpsgld.arithmetic.report import ProductAccount, summary
 
 __all__ = [
     "ARITHMETICS",
@@ -14,6 +14,7 @@ __all__ = [
     "Geometry",
     "LayerArithmetic",
     "PackedWeight",
+    "ProductAccount",
     "capability",
     "check_choice",
     "choose_path",

@@ -14,7 +14,9 @@ from torch.overrides import TorchFunctionMode
 from lightning_lpsgld.arithmetic.capability import Capability, capability
 from lightning_lpsgld.arithmetic.operands import WeightCodes, activation_scales, refusal_of_format
 from lightning_lpsgld.arithmetic.products import Geometry, PackedWeight, Path, choose_path, exact_product
+from lightning_lpsgld.arithmetic.report import ProductAccount
 from lightning_lpsgld.ops import Encoded
+from lightning_lpsgld.ops.attention import opened_attention
 
 __all__ = ["ARITHMETICS", "Arithmetic", "ArithmeticRefusal", "LayerArithmetic", "check_choice"]
 
@@ -25,6 +27,12 @@ ARITHMETICS: tuple[str, ...] = get_args(Arithmetic)
 
 #: Below so many multiplications a product in integers costs more in calls than it saves.
 _WORTHWHILE = 2**24
+
+#: Attributes that hold the weight of a product, and what the product is called in its module.
+_WEIGHTS = {
+    "weight": "", "in_proj_weight": "in_proj", "q_proj_weight": "q_proj", "k_proj_weight": "k_proj",
+    "v_proj_weight": "v_proj",
+}  # fmt: skip
 
 #: Finds the codes of a layer's input; the second value says why there are none, and ``""`` that none are expected.
 CodesOf = Callable[[Tensor], "tuple[Encoded | None, str]"]
@@ -82,42 +90,45 @@ class LayerArithmetic:
         self.codes_of, self.arithmetic = codes_of, arithmetic
         self.machine = capability() if machine is None else machine
         self._names = {
-            id(weight): name
+            id(weight): ".".join(filter(None, (name, suffix)))
             for name, part in module.named_modules()
-            if isinstance(weight := getattr(part, "weight", None), Tensor)
+            for attribute, suffix in _WEIGHTS.items()
+            if isinstance(weight := getattr(part, attribute, None), Tensor)
         }
         self._weights = WeightCodes()
-        self._account: dict[str, str] = {}
+        self._account = ProductAccount()
         self._mode = _ProductMode(self)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within this, products of the module's layers are decided here."""
+        """Within this, products of the module's layers are decided here, and counted anew."""
+        self._account.begin()
         with self._mode:
             yield
 
     def report(self) -> dict[str, str]:
-        """Layer -> ``"integer"``, or why its last product was simulated."""
-        return dict(self._account)
+        """Layer -> ``"integer"`` if all of its products in the last :meth:`running` were, else why not."""
+        return self._account.report()
 
     def product(self, call: _Call) -> Tensor | None:
         """Result of a product in integers; ``None`` if it is to be simulated."""
-        name = self._names.get(id(call.weight), "a product outside of a module")
-        result = self._attempt(call)
+        owner = call.weight if id(call.weight) in self._names else call.weight._base  # of a slice, as attention takes
+        name = self._names.get(id(owner), "a product outside of a module")
+        result = self._attempt(call, None if id(owner) not in self._names else owner)
         if isinstance(result, str):
             first = result == ""
-            self._account[name] = "its input is the network's, which is not rounded" if first else result
+            self._account.note(name, "its input is the network's, which is not rounded" if first else result)
             if self.arithmetic == "integer" and not first:
                 raise ArithmeticRefusal(
                     f"arithmetic='integer': layer {name!r} cannot run in integers: {result}. Use arithmetic='auto', "
                     "which simulates such layers."
                 )
             return None
-        self._account[name] = "integer"
+        self._account.note(name, "integer")
         return result
 
-    def _attempt(self, call: _Call) -> Tensor | str:
-        """The result, or why there is none; ``""`` for the network's first layer."""
+    def _attempt(self, call: _Call, owner: Tensor | None) -> Tensor | str:
+        """The result, or why there is none; ``""`` for the network's first layer. ``owner``: what the weight is of."""
         x, weight = call.x, call.weight
         if call.geometry is None:
             return "its padding or its input's shape is none that integers cover"
@@ -126,6 +137,11 @@ class LayerArithmetic:
         if self.arithmetic == "auto" and x.device.type != "cpu":  # before anything waits for the device
             return f"integers are no faster than floats on {x.device.type}"
         encoded, reason = self.codes_of(x)
+        if encoded is None and call.geometry.kind == "linear" and x.ndim == 3:  # batch and time change places
+            encoded, _ = self.codes_of(x.transpose(0, 1))
+            if encoded is not None:
+                out = self._attempt(call.swapped(), owner)
+                return out if isinstance(out, str) else out.transpose(0, 1).contiguous()
         if encoded is None:
             return reason
         refusal = refusal_of_format(encoded.format)
@@ -134,7 +150,7 @@ class LayerArithmetic:
         work = call.geometry.multiplications(x.shape, weight.shape)
         if self.arithmetic == "auto" and work < _WORTHWHILE:
             return "it is too small for integers to pay"
-        packed = self._weights.of(weight, keep=id(weight) in self._names)
+        packed = self._weights.of(weight, owner)
         if packed is None:
             return "its weight does not lie on a grid of 8 bits per row"
         return self._in_integers(call, encoded, packed)
@@ -159,6 +175,10 @@ class _Call:
         self.x, self.weight, self.bias = x, weight, bias
         batched = x.ndim >= 2 if dims == 0 else x.ndim == dims + 2
         self.geometry = geometry if batched else None
+
+    def swapped(self) -> _Call:
+        """The same linear product of an input whose first two dims have changed places."""
+        return _Call(0, self.x.transpose(0, 1), self.weight, self.bias, self.geometry)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> _Call:
@@ -198,7 +218,12 @@ class _ProductMode(TorchFunctionMode):
         self.owner = owner
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func in _READERS and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return func(*args, **(kwargs or {}))
+        if func is F.multi_head_attention_forward and opened_attention() is not None:
+            with self:  # its projections come back here, one by one
+                return opened_attention()(*args, **(kwargs or {}))
+        if func in _READERS:
             call = _READERS[func](*args, **(kwargs or {}))
             out = self.owner.product(call)
             if out is not None:

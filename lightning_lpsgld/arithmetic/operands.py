@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,16 +47,25 @@ class WeightCodes:
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[int, int, PackedWeight | None]] = {}
+        self._known: dict[tuple[Any, ...], tuple[int, int, PackedWeight | None]] = {}
 
-    def of(self, weight: Tensor, *, keep: bool) -> PackedWeight | None:
-        """Codes of a weight, shape ``(out, ...)``, kept for the next call if asked; ``None`` if it has none."""
-        if not keep:
+    def of(self, weight: Tensor, owner: Tensor | None) -> PackedWeight | None:
+        """Codes of a weight.
+
+        Args:
+            weight: Shape ``(out, ...)``.
+            owner: The weight, or the one that it is a slice of, if that outlives the call: then they are kept.
+
+        Returns:
+            The codes; ``None`` if it has none.
+        """
+        if owner is None:
             return _rows_of(plain(weight.detach()))
-        version = 0 if weight.is_inference() else weight._version
-        known = self._known.get(id(weight))
-        if known is None or known[:2] != (version, weight.data_ptr()):
-            known = self._known[id(weight)] = (version, weight.data_ptr(), _rows_of(plain(weight.detach())))
+        version = 0 if owner.is_inference() else owner._version
+        part = (id(owner), weight.storage_offset(), weight.shape, weight.stride())
+        known = self._known.get(part)
+        if known is None or known[:2] != (version, owner.data_ptr()):
+            known = self._known[part] = (version, owner.data_ptr(), _rows_of(plain(weight.detach())))
         return known[2]
 
     def clear(self) -> None:

@@ -5,7 +5,47 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-__all__ = ["summary"]
+__all__ = ["ProductAccount", "summary"]
+
+
+class ProductAccount:
+    """How the products of each layer ran, counted over one pass; a layer may multiply several times in it.
+
+    Example:
+        >>> account = ProductAccount()
+        >>> for how in ("integer", "its input is not a rounded activation", "integer"):
+        ...     account.note("shared", how)
+        >>> account.note("other", "integer")
+        >>> account.report()
+        {'shared': 'its input is not a rounded activation (2 of its 3 products in integers)', 'other': 'integer'}
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[str, Counter[str]] = {}
+        self._stale: set[str] = set()
+
+    def begin(self) -> None:
+        """A new pass: what is known of a layer holds until it multiplies again."""
+        self._stale = set(self._counts)
+
+    def note(self, name: str, how: str) -> None:
+        """Count a product of a layer: ``"integer"``, or why it was simulated."""
+        if name in self._stale or name not in self._counts:
+            self._stale.discard(name)
+            self._counts[name] = Counter()
+        self._counts[name][how] += 1
+
+    def report(self) -> dict[str, str]:
+        """Layer -> ``"integer"`` if all of its products were, else why not."""
+        return {name: _in_words(counts) for name, counts in self._counts.items()}
+
+
+def _in_words(counts: Counter[str]) -> str:
+    reasons = [how for how, _ in counts.most_common() if how != "integer"]
+    if not reasons:
+        return "integer"
+    done = counts["integer"]
+    return f"{reasons[0]} ({done} of its {counts.total()} products in integers)" if done else reasons[0]
 
 
 def summary(report: Mapping[str, str]) -> str:

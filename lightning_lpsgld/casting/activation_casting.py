@@ -14,6 +14,7 @@ from torch import nn
 from lightning_lpsgld.casting.calls import Scope
 from lightning_lpsgld.casting.cast import Caster
 from lightning_lpsgld.casting.draws import ForwardCounter, Rounding
+from lightning_lpsgld.casting.heads import HeadCasts
 from lightning_lpsgld.casting.hooks import FunctionalMode, add_hooks, remove_hooks
 from lightning_lpsgld.casting.session import Session
 from lightning_lpsgld.casting.sites import ModuleRule, Site, find_sites
@@ -36,7 +37,9 @@ class ActivationCasting:
       activations and softmaxes since the last layer, in each of its outputs. Nothing is assumed about names or order;
     * losses and metrics (``torch.nn`` losses, ``torchmetrics``, any module without a layer inside), and what is
       computed outside of modules, unless it goes into another module;
-    * softmax-like modules and functions, and the inside of attention (its module's output is a site).
+    * softmax-like modules and functions, and the inside of attention (its module's output is a site), unless ``sites``
+      names its output projection (a pattern that ends in ``out_proj``): then what the heads give is rounded, inside
+      :meth:`forward_context`, with one exponent per token.
 
     The module's class, parameters, buffers and ``state_dict`` keys stay as they are, :meth:`remove` takes the hooks off
     again. A deep copy of an attached module is cast as well and shares the counter of draws.
@@ -132,7 +135,8 @@ class ActivationCasting:
         caster = Caster(formats[0], formats[1], backend)
         self._session = Session(caster, ForwardCounter(seed, rank, eval_rounding), codes)
         self._session.root = self._module
-        self._mode = FunctionalMode(self._session)  # one for all forwards: compiled graphs are guarded by it
+        heads = HeadCasts(self._session, self._plan.heads)
+        self._mode = FunctionalMode(self._session, heads)  # one for all forwards: compiled graphs are guarded by it
 
     @property
     def sites(self) -> tuple[Site, ...]:

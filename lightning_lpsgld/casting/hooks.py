@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_lpsgld.casting.calls import Scope
 from lightning_lpsgld.casting.functions import ACTIVATION_FUNCTIONS
+from lightning_lpsgld.casting.heads import HeadCasts
 from lightning_lpsgld.casting.session import Session
 
 __all__ = ["EnterHook", "FunctionalMode", "LeaveHook", "add_hooks", "remove_hooks", "sessions_on"]
@@ -76,16 +77,19 @@ def remove_hooks(root: nn.Module, session: Session) -> None:
 class FunctionalMode(TorchFunctionMode):
     """Hands calls of activation functions to a session, and every other call to its watcher while there is one.
 
-    What a library function calls inside (``F.cross_entropy``, attention) is not seen, only the function itself.
+    What a library function calls inside (``F.cross_entropy``) is not seen, only the function itself; attention is
+    opened where its heads are to be cast.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, heads: HeadCasts) -> None:
         super().__init__()
-        self.session = session
+        self.session, self.heads = session, heads
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func in ACTIVATION_FUNCTIONS:
             return self.session.on_activation(func, args, kwargs or {})
+        if self.heads.concerns(func):
+            return self.heads.run(func, args, kwargs or {})
         out = func(*args, **kwargs) if kwargs else func(*args)
         watch = self.session.watcher()
         if watch is not None:

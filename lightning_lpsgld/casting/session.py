@@ -274,7 +274,7 @@ class Session:
     # ---------------------------------------------------------------------------------------------------------- casts
 
     def _cast_layer(self, name: str, module: nn.Module, output: Any) -> Any:
-        if isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, nn.MultiheadAttention) and output is not None:
             return (self._cast(name, _Result(output[0])), *output[1:])
         if isinstance(output, PackedSequence):
             return output._replace(data=self._cast(name, _Result(output.data)))

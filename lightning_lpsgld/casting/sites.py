@@ -60,12 +60,14 @@ class SitePlan:
         containers: Modules that hold a layer (the root, blocks, sequences): they bound a forward call.
         excluded: Submodules inside which nothing is cast, functional activations included.
         opaque: Submodules that hooks or a torch-function mode cannot look into, with the reason.
+        heads: Attention layers inside which the heads' results are cast on their way into ``out_proj``.
     """
 
     sites: dict[str, Site] = field(default_factory=dict)
     containers: list[str] = field(default_factory=list)
     excluded: list[str] = field(default_factory=list)
     opaque: dict[str, str] = field(default_factory=dict)
+    heads: list[str] = field(default_factory=list)
 
 
 def _matches(rule: ModuleRule, module: nn.Module, names: Sequence[str]) -> bool:
@@ -163,7 +165,8 @@ def find_sites(
         root: Any module; not modified.
         sites: Module types and name patterns (``fnmatch``; ``"net.layer1*"``); those selected, and only those, are
             sites. A name selects the layers and activation modules below it too. ``None``: every convolution, linear,
-            recurrent and attention layer and every activation module except softmax-like ones.
+            recurrent and attention layer and every activation module except softmax-like ones. A pattern that ends
+            in ``out_proj`` and names that of an :class:`~torch.nn.MultiheadAttention` means what goes into it.
         exclude: Module types and name patterns to leave alone, with all that is below them. Losses and metrics are
             left alone anyway.
 
@@ -205,6 +208,14 @@ def find_sites(
             "nothing would be rounded. Name the layers in `sites`, or turn activation and error rounding off."
         )
     plan.containers = _containers(names, plan, covered)
+    asked = [rule for rule in sites or () if isinstance(rule, str) and rule.endswith("out_proj")]
+    plan.heads = [
+        known[0]
+        for module, known in names.items()
+        if isinstance(module, nn.MultiheadAttention)
+        and known[0] in plan.sites
+        and any(_matches(rule, module.out_proj, names[module.out_proj]) for rule in asked)
+    ]
     return plan
 
 

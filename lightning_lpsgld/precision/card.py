@@ -67,6 +67,7 @@ class PosteriorCard:
         likelihood: Which likelihood the loss is taken for, and what reweights it.
         minibatch: Variance that minibatch noise adds to a step, over that asked for, as EffectiveTemperature last
             estimated it in the run; ``None`` before.
+        arithmetic: How the products of a training step run: counted by layer when one has run, unless simulated.
     """
 
     sampler: str
@@ -95,6 +96,7 @@ class PosteriorCard:
     data_note: str = ""
     likelihood: str = ""
     minibatch: float | None = None
+    arithmetic: str = "simulated"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain Python values."""
@@ -112,7 +114,8 @@ class PosteriorCard:
             "parameters": f"{self.sampled} sampled, {self.trained} trained by the module's own optimizers, "
             f"{self.frozen} frozen",
             "lr, noise": ", ".join(f"lr {lr:g}: v = {v:.3g} a step" for lr, v in zip(self.lr, self.noise_variance)),
-            "formats": ", ".join(f"{role} {fmt}" for role, fmt in self.formats.items()) + " (simulated arithmetic)",
+            "formats": ", ".join(f"{role} {fmt}" for role, fmt in self.formats.items()),
+            "arithmetic": self.arithmetic,
             "top of blocks": f"{', '.join(self._clamping())}: codes are clamped, which holds the largest element of a "
             "block below every power of two",
             "stored sample": f"{self.weight_bytes / 1e6:.3g} MB for {self.weights} weights, "
@@ -200,6 +203,7 @@ def describe_sampler(
     casts: int,
     likelihood: str = "",
     prior_file: str | None = None,
+    arithmetic: str = "simulated",
 ) -> PosteriorCard:
     """Make the card of a sampler whose parameters are already on the grid.
 
@@ -211,6 +215,7 @@ def describe_sampler(
         casts: Number of activation sites.
         likelihood: Line about the likelihood that is assumed.
         prior_file: File whose weights the prior is centred at, if it is neither zero nor the initial weights.
+        arithmetic: Line about how products run.
 
     Returns:
         The card.
@@ -255,4 +260,5 @@ def describe_sampler(
         prior_mean=sampler.prior_mean if prior_file is None else f"weights of {prior_file}",
         data_note=run.data_note if sampler.num_data == run.num_data else "of the sampler",
         likelihood=likelihood,
+        arithmetic=arithmetic,
     )

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.nn import Module
 
-from lightning_lpsgld.arithmetic import Arithmetic, LayerArithmetic, summary
+from lightning_lpsgld.arithmetic import Arithmetic, LayerArithmetic, capability, summary
 from lightning_lpsgld.casting import carried_codes
 
 __all__ = ["IntegerForward"]
@@ -25,7 +25,7 @@ class IntegerForward:
         self.arithmetic = arithmetic
         self.layers: LayerArithmetic | None = None
         self._stack = ExitStack()
-        self._said = False
+        self._said: dict[str, str] | None = None
 
     def open(self, module: Module) -> None:
         """Let the casts of a module carry codes."""
@@ -34,7 +34,7 @@ class IntegerForward:
             return
         codes_of = self._stack.enter_context(carried_codes(module))
         assert codes_of is not None, "opened before the casts were put on"
-        self._said = False
+        self._said = None
         self.layers = LayerArithmetic(module, codes_of, self.arithmetic)
 
     @contextmanager
@@ -47,9 +47,28 @@ class IntegerForward:
         """Layer -> ``"integer"``, or why it was simulated."""
         return {} if self.layers is None else self.layers.report()
 
+    def describe(self) -> str:
+        """Line of the posterior card: how the products of a training step run."""
+        if self.arithmetic == "simulated":
+            return "simulated: products of floats, all of values on the grids"
+        if not self.report():
+            return f"{self.arithmetic} ({capability()}): layers are counted when the first step has run"
+        return f"{self.arithmetic} ({capability()}): forward {summary(self.report())}; backward in floats, all layers"
+
+    def say(self, *, again: bool = False) -> bool:
+        """Log how the layers ran, once; again only if that has changed.
+
+        Returns:
+            Whether there was something to say.
+        """
+        report = self.report()
+        if not report or report == self._said or (self._said is not None and not again):
+            return False
+        rank_zero_info(f"LowPrecisionSGLD: {summary(report)}.")
+        self._said = report
+        return True
+
     def close(self) -> None:
-        """Let go of the module, and say how its layers ran; the report stays."""
-        if self.layers is not None and not self._said and self.report():
-            rank_zero_info(f"LowPrecisionSGLD: {summary(self.report())}.")
-            self._said = True
+        """Let go of the module, and say how its layers ran, if that has not been said; the report stays."""
+        self.say(again=True)
         self._stack.close()

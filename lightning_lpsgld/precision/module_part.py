@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_lpsgld.casting import ActivationCasting, find_sites
 from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops.dispatch import BackendName
+from lightning_lpsgld.precision.card import PosteriorCard
 from lightning_lpsgld.precision.integers import IntegerForward
 from lightning_lpsgld.precision.parts import frozen_modules
 from lightning_lpsgld.precision.seeds import run_seed
@@ -38,6 +40,7 @@ class ModulePart(Precision):
     compute: Any
     cast_frozen: bool
     casting: ActivationCasting | None
+    card: PosteriorCard | None
     samplers: Sequence[LangevinOptimizer]
     _integers: IntegerForward
     _stored: CodedStorage
@@ -90,7 +93,10 @@ class ModulePart(Precision):
 
     @property
     def layer_report(self) -> dict[str, str]:
-        """Layer -> ``"integer"``, or why its last product was simulated; empty with ``arithmetic="simulated"``."""
+        """Layer -> ``"integer"`` if its products in the last step were, else why not.
+
+        Empty with ``arithmetic="simulated"``.
+        """
         return self._integers.report()
 
     @contextlib.contextmanager
@@ -116,6 +122,8 @@ class ModulePart(Precision):
         with self.forward_context():
             yield
         self._watched.trained(self.samplers)
+        if self.card is not None and self._integers.say():
+            self.card = replace(self.card, arithmetic=self._integers.describe())
 
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
         """As Lightning's, of the gradients that there are: those of weights held as codes were clipped and are gone."""

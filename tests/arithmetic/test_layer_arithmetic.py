@@ -255,6 +255,11 @@ def test_the_trainer_fits_in_integers_as_in_the_simulation():
         weights.append([p.detach().clone() for p in module.parameters()])
         with torch.no_grad():
             losses.append(float(F.cross_entropy(module(x), y)))
+        words = (
+            "forward 2 of 3 layers in integers; 1 simulated: its input is the network's, which is not rounded (net.0)"
+        )
+        assert words in plugin.card.arithmetic if arithmetic == "integer" else "simulated" in plugin.card.arithmetic
+        assert plugin.card.arithmetic in str(plugin.card)
         expected = {"net.2": "integer", "net.4": "integer"} if arithmetic == "integer" else {}
         assert {name: how for name, how in plugin.layer_report.items() if how == "integer"} == expected
     # sums of 16 terms are exact in float32, up to the bias: a draw would have to lie between two neighbouring floats

@@ -21,6 +21,7 @@ from lightning_lpsgld import (
     SampleBank,
     SampleCollector,
 )
+from lightning_lpsgld.arithmetic import capability, layers
 from lightning_lpsgld.ops import CodedTensor, float_parameters_, quantize
 from lightning_lpsgld.samplers import SGHMC, SGLD, SVRG, CyclicalStepSize
 
@@ -67,6 +68,12 @@ def head_only():
     return module
 
 
+def without_dropout():
+    module = module_of()
+    module.net[3] = nn.Identity()
+    return module
+
+
 class Tied(Module):
     def __init__(self):
         torch.manual_seed(0)
@@ -97,7 +104,7 @@ CASES = {
     "weight decay by prior": {"plugin": {"prior_std": {"*weight": 0.5}}},
     "bf16-mixed": {"plugin": {"compute": "bf16-mixed"}},
     "saved activations": {"plugin": {"saved_activations": "codes"}},
-    "integers": {"plugin": {"arithmetic": "auto"}},
+    "integers": {"plugin": {"arithmetic": "auto"}, "make": without_dropout},
     "a part, the rest by Adam": {
         "plugin": {"sampled": ["net.4*"]},
         "make": functools.partial(module_of, optimizer=lambda m: torch.optim.Adam(m.parameters(), lr=0.01)),
@@ -111,8 +118,11 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_run_is_that_of_floats(case, tmp_path):
-    _, codes, _, _ = assert_same_run(tmp_path, **CASES[case])
+def test_the_run_is_that_of_floats(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(layers, "_WORTHWHILE", 0)
+    mine, codes, _, _ = assert_same_run(tmp_path, **CASES[case])
+    if case == "integers" and capability().onednn:
+        assert mine.precision_plugin.layer_report["net.4"] == "integer"
     held = {name for name, p in codes.named_parameters() if isinstance(p, CodedTensor)}
     if case == "tied":
         assert codes.net[3].weight is codes.net[0].weight
