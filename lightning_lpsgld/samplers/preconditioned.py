@@ -158,7 +158,9 @@ class PreconditionedSGLD(GridSampler):
     follow, hides it. ``freeze_after`` ends it: with a constant G the law is that of :class:`SGLD` with a step size per
     weight. (2) V holds the present gradient, so G and f are correlated: a bias of order 1 - β, which freezing ends too.
     (3) A weight whose gradient is always zero has G = 1/ε and, unless weight decay holds it, wanders over its whole
-    range: Adam's 1e-8 makes that fast; ``eps=1e-5`` (the paper's) does not.
+    range: Adam's 1e-8 makes that fast; ``eps=1e-5`` (the paper's) does not. (4) On a grid, at T = 0 or with noise far
+    below a gap and exact gradients, the mean lies between the optimum and the middle of its gap: unbiased rounding
+    balances G f, not f. Freezing, noise of minibatches and a full accumulator end that.
 
     Args:
         params: Iterable of parameters or of parameter groups; as for :class:`SGLD`.

@@ -21,6 +21,8 @@ from lightning_lpsgld.random import DrawKey
 from lightning_lpsgld.samplers import HALP, SGHMC, SGLD, SVRG, PreconditionedSGLD
 
 CHAINS, TENSORS, STEPS = 3000, 600, 250
+#: Of tensor blocks every chain is a parameter of its own, so theirs take half as many steps, twice as long.
+PACE = {"bfp8-tensor": 2}
 #: Shape of a parameter, and centres of the elements of a block over that of the first, which is its largest.
 BLOCKS = {
     "bfp8": ((CHAINS,), (1.0,)),
@@ -38,16 +40,28 @@ CASES = {
     "lattice": (SGLD, {"variant": "lattice"}, 0.005, (1e-3, 1.0)),
     "sghmc": (SGHMC, {"friction": 10.0}, 2.0, (0.0, 1e-3, 1.0)),
     "sghmc naive": (SGHMC, {"friction": 10.0, "variance_corrected": False}, 2.0, (0.0, 1e-3, 1.0)),
-    # Its step is no linear function of the weights, so where rounding is most of the noise (cold) means need not agree.
+    # Its step is no linear function of the weights while V follows them: where rounding is most of the noise (cold) the
+    # mean is then another (test_preconditioned.py has which). With a fixed preconditioner it is that of SGLD.
     # Naive rounding scatters a block's smaller elements too widely for so few chains to keep the declared power.
     "psgld": (PreconditionedSGLD, {}, 2.5e-4, (1.0,)),
     "psgld naive": (PreconditionedSGLD, {"variance_corrected": False}, 2.5e-4, (1.0,)),
+    "psgld frozen": (PreconditionedSGLD, {"freeze_after": 1}, 2.5e-4, (0.0, 1e-3, 1.0)),
+    "psgld frozen naive": (
+        PreconditionedSGLD,
+        {"freeze_after": 1, "variance_corrected": False},
+        2.5e-4,
+        (0.0, 1e-3, 1.0),
+    ),
 }
 
 
-def chains(case, block, fmt, temperature, backend, seed):
-    """Last states after 250 steps over b, one tensor of shape (chains, elements) a boundary."""
+def chains(case, block, fmt, temperature, backend, seed, pace=1):
+    """Last states after 250 steps over b, one tensor of shape (chains, elements) a boundary.
+
+    A preconditioner that is to be fixed comes from a first gradient of 20/|b|, the same for all elements and chains.
+    """
     sampler, options, lr, _ = CASES[case]
+    lr = pace * lr
     shape, relative = BLOCKS[block]
     scale = torch.tensor(relative)
     params, centres, groups = [], [], []
@@ -66,10 +80,12 @@ def chains(case, block, fmt, temperature, backend, seed):
         if options.pop("variant", None):
             options["backend"] = "auto"
     opt = sampler(groups, lr=groups[0]["lr"], weight_format=fmt, **options)
-    for _ in range(STEPS):
+    for step in range(STEPS // pace):
         for own, tensors, b in zip(params, centres, BOUNDARIES):
             grads = torch._foreach_sub([param.detach() for param in own], tensors)
             torch._foreach_mul_(grads, 400.0 / b**2)
+            if step == 0 and "freeze_after" in options:
+                grads = [torch.full_like(grad, 20.0 / abs(b)) for grad in grads]
             for param, grad in zip(own, grads):
                 param.grad = grad
         opt.step()
@@ -77,15 +93,15 @@ def chains(case, block, fmt, temperature, backend, seed):
     return [end.reshape(shape[0], -1) / b for end, b in zip(ends, BOUNDARIES)]
 
 
-_RIVALS: dict[tuple[str, str, float], list[torch.Tensor]] = {}
+_RIVALS: dict[tuple[str, str, float, int], list[torch.Tensor]] = {}
 
 
-def rival(case, block, temperature):
+def rival(case, block, temperature, pace):
     """The same at full precision, kept: one run serves all backends, and elements need no tensors of their own."""
     block = "bfp8 rows" if block == "bfp8-tensor" else block
-    name = (case, block, temperature)
+    name = (case, block, temperature, pace)
     if name not in _RIVALS:
-        _RIVALS[name] = chains(case, block, None, temperature, "auto", seed=77)
+        _RIVALS[name] = chains(case, block, None, temperature, "auto", 77, pace)
     return _RIVALS[name]
 
 
@@ -95,7 +111,10 @@ def compare(case, block, temperature, backend, fmt=None):
         runs(backend, "quantize_variance_corrected", torch.ones(4, 4), fmt)
     unit = 1 / 20 if temperature == 1.0 else 1 / 64
     detect = 0.35 if block != "bfp8-tensor" else 0.85  # of the published rule's 0.87 to 1.13 standard deviations
-    for ours, exact in zip(chains(case, block, fmt, temperature, backend, seed=5), rival(case, block, temperature)):
+    pace = PACE.get(block, 1)
+    for ours, exact in zip(
+        chains(case, block, fmt, temperature, backend, 5, pace), rival(case, block, temperature, pace)
+    ):
         if temperature == 0.0:  # full precision is deterministic: every chain is the same draw
             exact = exact[:1].expand_as(ours)
         spread = 4 if temperature < 1.0 else 1  # rounding alone leaves a few gaps
@@ -136,7 +155,7 @@ def test_the_published_rule_does_not():
         if block != "bfp8-tensor" and (case != "psgld naive" or block == "bfp8")
     ]
     + [(case, T, "bfp8-tensor") for case in ("vc", "naive", "full") for T in CASES[case][3]]
-    + [(case, 1.0, "bfp8-tensor") for case in ("sghmc", "psgld")],  # thousands of small tensors: minutes
+    + [(case, 1.0, "bfp8-tensor") for case in ("sghmc", "psgld")],  # thousands of small tensors
 )
 def test_the_whole_cross(case, temperature, block):
     compare(case, block, temperature, "auto")

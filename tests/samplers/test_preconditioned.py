@@ -3,9 +3,10 @@
 import copy
 import logging
 
+import numpy as np
 import pytest
 import torch
-from helpers.stats import assert_moments, assert_normal, draws_for_distribution, draws_for_moments
+from helpers.stats import assert_moments, assert_normal, assert_same_mean, draws_for_distribution, draws_for_moments
 
 from lightning_lpsgld.formats import parse_format
 from lightning_lpsgld.ops import quantize, quantize_variance_corrected
@@ -258,3 +259,61 @@ def test_a_parameter_without_gradient_during_burn_in_takes_its_first_one():
     late.grad = torch.full((3,), 7.0)
     opt.step()
     assert torch.allclose(late, torch.full((3,), -0.1), rtol=1e-6)
+
+
+# ------------------------------------------------------------------------------------- cold, on a grid: which mean
+
+COLD, GAP, LOWER = 3000, 1 / 128, 80  # the optimum lies a share of a gap above code 80
+#: Grids of that gap: without blocks, of an element, of a run whose largest element stays, of a whole tensor.
+GRIDS = {"fixed8.7": 1, "bfp8": 1, "bfp8b4": 4}
+
+
+def cold_codes(fmt, share, *, beta, rate, steps, first=None, **options):
+    """Codes above the lower neighbour after ``steps`` without noise from it; curvature 1, steps of ``rate`` gaps."""
+    width = GRIDS[fmt]
+    start = torch.full((COLD, width) if width > 1 else (COLD,), LOWER * GAP)
+    theta = torch.nn.Parameter(start.clone())
+    opt = PreconditionedSGLD([theta], rate * GAP, num_data=1, temperature=0.0, beta=beta, eps=1e-9, weight_format=fmt,
+                             seed=9, **options)  # fmt: skip
+    for step in range(steps):
+        theta.grad = theta.detach() - (LOWER + share) * GAP
+        if step == 0 and first is not None:
+            theta.grad = torch.full_like(theta, first * GAP)
+        opt.step()
+    return theta.detach().reshape(COLD, width)[:, -1] / GAP - LOWER
+
+
+def written_codes(share, *, beta, rate, steps):
+    """The same, written down anew: RMSprop with bias correction and stochastic rounding, in units of the gap."""
+    random, x, moment = np.random.default_rng(4), np.zeros(20 * COLD), np.zeros(20 * COLD)
+    for step in range(1, steps + 1):
+        force = x - share
+        moment = beta * moment + (1.0 - beta) * force**2
+        mean = x - rate * force / (np.sqrt(moment / (1.0 - beta**step)) + 1e-9)
+        x = np.floor(mean) + (random.random(len(x)) < mean - np.floor(mean))
+    return torch.from_numpy(x)
+
+
+@pytest.mark.parametrize("corrected", [True, False], ids=["vc", "naive"])
+@pytest.mark.parametrize("fmt", GRIDS)
+def test_cold_and_following_at_once_the_mean_is_the_middle_of_the_gap(fmt, corrected):
+    """Each step is as long from either neighbour, however far from it the optimum is: E[G f] = 0, not E[f] = 0."""
+    found = cold_codes(fmt, 0.2, beta=0.0, rate=0.25, steps=40, variance_corrected=corrected)
+    assert_same_mean(found, torch.tensor([0.0, 1.0]).repeat(COLD), detect=0.2)
+
+
+@pytest.mark.parametrize("corrected", [True, False], ids=["vc", "naive"])
+@pytest.mark.parametrize("fmt", GRIDS)
+def test_cold_and_fixed_the_mean_is_the_optimum(fmt, corrected):
+    """G = 1/gap: steps of a quarter of the distance."""
+    found = cold_codes(fmt, 0.2, beta=0.0, rate=0.25, steps=60, first=1.0, freeze_after=1, variance_corrected=corrected)
+    assert_same_mean(found, torch.full((COLD,), 0.2), detect=0.15)
+
+
+@pytest.mark.parametrize("fmt", ["fixed8.7", "bfp8"])
+def test_cold_between_the_two_it_is_that_of_the_equations(fmt):
+    """Where V averages over about as many steps as a code holds; neither end is the answer."""
+    options = {"beta": 0.99, "rate": 1 / 64, "steps": 150}
+    expected = written_codes(0.2, **options)
+    assert 0.25 < float(expected.mean()) < 0.4
+    assert_same_mean(cold_codes(fmt, 0.2, **options), expected, detect=0.12)
