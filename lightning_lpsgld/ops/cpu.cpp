@@ -84,7 +84,6 @@ struct StepTensor {
   int64_t saturated;
 };
 
-constexpr int TILE = 512;          // elements that are rounded while their draws are in the L1 cache
 constexpr int SLACK = 192;         // words that a batch of draws may write beyond a tile
 constexpr int PATCH = 8192;        // the same for channels-last samples, whose draws come transposed
 constexpr int64_t ITEM = 16384;    // elements of a work item
@@ -618,8 +617,9 @@ namespace lpsgld {
 namespace LPSGLD_TARGET {
 
 constexpr int L = LPSGLD_LANES, Q = L / 2;
-constexpr int GROUPS = L == 16 ? 4 : 2;    // independent Philox chains in flight
-constexpr int BATCH = GROUPS * Q;          // Philox blocks of a batch; 4 words each
+constexpr int GROUPS = L == 16 ? 4 : L == 8 ? 3 : 2;  // independent Philox chains in flight
+constexpr int BATCH = GROUPS * Q;                     // Philox blocks of a batch; 4 words each
+constexpr int TILE = L == 8 ? 576 : 512;              // elements that are rounded while their draws are in the L1 cache
 typedef float vf __attribute__((vector_size(L * 4)));
 typedef int32_t vi __attribute__((vector_size(L * 4)));
 typedef uint32_t vu __attribute__((vector_size(L * 4)));
@@ -717,56 +717,97 @@ INLINE vq times(vq a, vq m) {  // products of the low words
   return (a & 0xffffffffull) * m;
 #endif
 }
-INLINE vq xor3(vq a, vq b, vq c) {
+INLINE vq xor3(vq late, vq b, vq c) {
 #if LPSGLD_LANES == 16
-  return (vq)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
+  return (vq)_mm512_ternarylogic_epi64((__m512i)late, (__m512i)b, (__m512i)c, 0x96);
 #else
-  return a ^ b ^ c;
+  return late ^ (b ^ c);
 #endif
 }
 
+// Words 0 and 2 (1 and 3) of each 16 bytes of a, then of b. (As generic shuffles they cost three instructions each.)
+#if LPSGLD_LANES == 16
+INLINE vu even_of(vu a, vu b) { return (vu)_mm512_shuffle_ps((__m512)a, (__m512)b, 0x88); }
+INLINE vu odd_of(vu a, vu b) { return (vu)_mm512_shuffle_ps((__m512)a, (__m512)b, 0xdd); }
+#elif LPSGLD_LANES == 8
+INLINE vu even_of(vu a, vu b) { return (vu)_mm256_shuffle_ps((__m256)a, (__m256)b, 0x88); }
+INLINE vu odd_of(vu a, vu b) { return (vu)_mm256_shuffle_ps((__m256)a, (__m256)b, 0xdd); }
+#elif defined(__x86_64__)
+INLINE vu even_of(vu a, vu b) { return (vu)_mm_shuffle_ps((__m128)a, (__m128)b, 0x88); }
+INLINE vu odd_of(vu a, vu b) { return (vu)_mm_shuffle_ps((__m128)a, (__m128)b, 0xdd); }
+#else
+INLINE vu even_of(vu a, vu b) { return SHUFFLE(a, b, vu, 0, 2, 4, 6); }
+INLINE vu odd_of(vu a, vu b) { return SHUFFLE(a, b, vu, 1, 3, 5, 7); }
+#endif
+
+constexpr uint64_t MULTIPLIER0 = 0xD2511F53ull, MULTIPLIER1 = 0xCD9E8D57ull;
+
 struct Philox {
-  uint64_t k0[10], k1[10], stream, step;
+  vq k0[10], k1[10];
+  uint64_t stream, step;
   void init(const Key &key, uint32_t stream_bits) {
     uint32_t a = uint32_t(key.seed), b = uint32_t(key.seed >> 32);
-    for (int r = 0; r < 10; r++, a += 0x9E3779B9u, b += 0xBB67AE85u) k0[r] = a, k1[r] = b;
+    for (int r = 0; r < 10; r++, a += 0x9E3779B9u, b += 0xBB67AE85u) k0[r] = vq{} + a, k1[r] = vq{} + b;
     stream = key.stream | stream_bits, step = key.step;
   }
 };
 
+// Of the counter's four words only one differs between blocks whose indices have the same high word, and the first rounds
+// mix slowly: two products and five words of the first three rounds are the same for all, and are taken once.
+struct Opening {
+  uint64_t high;
+  vq c2_first, c0_second, c2_second, c2_third;  // what is xored where a round's other half is the same for all
+  Opening(const Philox &p, uint64_t index) {
+    high = index >> 32;
+    const uint64_t p1 = p.stream * MULTIPLIER1, p0 = ((p1 >> 32) ^ high ^ p.k0[0][0]) * MULTIPLIER0;
+    c2_first = p.k1[0] ^ p.step, c0_second = p.k0[1] ^ uint64_t(uint32_t(p1));
+    c2_second = p.k1[1] ^ (p0 >> 32), c2_third = p.k1[2] ^ uint64_t(uint32_t(p0));
+  }
+};
+
 // Words live in the low halves of 64-bit lanes, where the multiplier wants them; what is above them is never read.
-// `block`: indices in lane order (block_lanes), GROUPS vectors of them. Writes BATCH blocks of four words in order.
-INLINE void philox(const Philox &p, const vq *block, uint32_t *out) {
-  const vq m0 = vq{} + 0xD2511F53ull, m1 = vq{} + 0xCD9E8D57ull, low = vq{} + 0xffffffffull;
+// `block`: indices in lane order (block_lanes), GROUPS vectors of them, high words as in `o`. Writes BATCH blocks of
+// four words in order.
+INLINE void philox(const Philox &p, const Opening &o, const vq *block, uint32_t *out) {
+  const vq m0 = vq{} + MULTIPLIER0, m1 = vq{} + MULTIPLIER1;
   vq c0[GROUPS], c1[GROUPS], c2[GROUPS], c3[GROUPS];
-  for (int g = 0; g < GROUPS; g++)
-    c0[g] = block[g], c1[g] = block[g] >> 32, c2[g] = vq{} + p.stream, c3[g] = vq{} + p.step;
-#pragma GCC unroll 10
-  for (int r = 0; r < 10; r++) {
-    const vq k0 = vq{} + p.k0[r], k1 = vq{} + p.k1[r];
+#pragma GCC unroll 4
+  for (int g = 0; g < GROUPS; g++) {
+    const vq first = times(block[g], m0), second = times((first >> 32) ^ o.c2_first, m1);
+    c0[g] = (second >> 32) ^ o.c0_second, c2[g] = first ^ o.c2_second;
+    const vq p0 = times(c0[g], m0), p1 = times(c2[g], m1);
+    c0[g] = xor3(p1 >> 32, second, p.k0[2]), c2[g] = (p0 >> 32) ^ o.c2_third;
+    c1[g] = p1, c3[g] = p0;
+  }
+#pragma GCC unroll 7
+  for (int r = 3; r < 10; r++) {
 #pragma GCC unroll 4
     for (int g = 0; g < GROUPS; g++) {
-      vq p0 = times(c0[g], m0), p1 = times(c2[g], m1);
-      c0[g] = xor3(p1 >> 32, c1[g], k0), c2[g] = xor3(p0 >> 32, c3[g], k1);
+      const vq p0 = times(c0[g], m0), p1 = times(c2[g], m1);
+      c0[g] = xor3(p1 >> 32, c1[g], p.k0[r]), c2[g] = xor3(p0 >> 32, c3[g], p.k1[r]);
       c1[g] = p1, c3[g] = p0;
     }
   }
 #pragma GCC unroll 4
   for (int g = 0; g < GROUPS; g++) {
-    vq a = (c0[g] & low) | (c1[g] << 32), b = (c2[g] & low) | (c3[g] << 32);
-#if LPSGLD_LANES == 16
-    vq first = SHUFFLE(a, b, vq, 0, 8, 2, 10, 4, 12, 6, 14), second = SHUFFLE(a, b, vq, 1, 9, 3, 11, 5, 13, 7, 15);
-#elif LPSGLD_LANES == 8
-    vq first = SHUFFLE(a, b, vq, 0, 4, 2, 6), second = SHUFFLE(a, b, vq, 1, 5, 3, 7);
-#else
-    vq first = SHUFFLE(a, b, vq, 0, 2), second = SHUFFLE(a, b, vq, 1, 3);
-#endif
-    store(out + g * 2 * L, first), store(out + g * 2 * L + L, second);
+    vu a = even_of((vu)c0[g], (vu)c1[g]), b = even_of((vu)c2[g], (vu)c3[g]);
+    store(out + g * 2 * L, even_of(a, b)), store(out + g * 2 * L + L, odd_of(a, b));
   }
 }
 
 INLINE int block_lane(int j) {  // lane that holds block j of a group: the shuffles above then need no permutation
   return j < Q / 2 ? 2 * j : 2 * (j - Q / 2) + 1;
+}
+
+// A batch of blocks in any order, block j of it in lane block_lane(j % Q) of vector j / Q; high words may differ.
+__attribute__((noinline)) static void philox_mixed(const Philox &p, const uint64_t *index, uint32_t *out) {
+  alignas(64) uint32_t words[4 * BATCH];
+  for (int j = 0; j < BATCH; j++) {
+    const uint64_t own = index[j / Q * Q + block_lane(j % Q)];
+    const vq block[GROUPS] = {vq{} + own};
+    philox(p, Opening(p, own), block, words);
+    memcpy(out + 4 * j, words, 16);
+  }
 }
 
 // n words from global element `first` on; out[0] is element 4 * (first / 4). Writes up to SLACK words too many.
@@ -775,10 +816,19 @@ static void words_from(const Philox &p, uint64_t first, int64_t n, uint32_t *out
   for (int j = 0; j < Q; j++) lanes[block_lane(j)] = uint64_t(j);
   vq block[GROUPS];
   for (int g = 0; g < GROUPS; g++) block[g] = load<vq>(lanes) + first / 4 + uint64_t(g * Q);
-  int64_t end = int64_t(first % 4) + n;
+  const int64_t end = int64_t(first % 4) + n;
+  const Opening opening(p, first / 4);
+  if ((first / 4 + uint64_t(end / 4 + BATCH)) >> 32 == opening.high) {
+    for (int64_t i = 0; i < end; i += 4 * BATCH) {
+      philox(p, opening, block, out + i);
+      for (int g = 0; g < GROUPS; g++) block[g] += uint64_t(BATCH);
+    }
+    return;
+  }
   for (int64_t i = 0; i < end; i += 4 * BATCH) {
-    philox(p, block, out + i);
-    for (int g = 0; g < GROUPS; g++) block[g] += uint64_t(BATCH);
+    alignas(64) uint64_t index[BATCH];
+    for (int g = 0; g < GROUPS; g++) store(index + g * Q, block[g]), block[g] += uint64_t(BATCH);
+    philox_mixed(p, index, out + i);
   }
 }
 
@@ -816,14 +866,7 @@ INLINE void turn(vu word, vf &cosine, vf &sine) {
 static void normals_of(uint32_t *words, int64_t n) {
   for (int64_t i = 0; i < n; i += 2 * L) {
     vu a = load<vu>(words + i), b = load<vu>(words + i + L);
-#if LPSGLD_LANES == 16
-    vu even = SHUFFLE(a, b, vu, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30);
-    vu odd = SHUFFLE(a, b, vu, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
-#elif LPSGLD_LANES == 8
-    vu even = SHUFFLE(a, b, vu, 0, 2, 8, 10, 4, 6, 12, 14), odd = SHUFFLE(a, b, vu, 1, 3, 9, 11, 5, 7, 13, 15);
-#else
-    vu even = SHUFFLE(a, b, vu, 0, 2, 4, 6), odd = SHUFFLE(a, b, vu, 1, 3, 5, 7);
-#endif
+    const vu even = even_of(a, b), odd = odd_of(a, b);
     vf radius = root(minus_two_log(even)), c, s;
     turn(odd, c, s);
     c *= radius, s *= radius;
@@ -912,9 +955,14 @@ __attribute__((noinline)) void Draws::fill_patch() {
   int filled = 0;
   auto flush = [&] {
     vq block[GROUPS];
-    for (int j = filled; j < BATCH; j++) index[j / Q * Q + block_lane(j % Q)] = 0;
+    for (int j = filled; j < BATCH; j++) index[j / Q * Q + block_lane(j % Q)] = index[0];
+    uint64_t other = 0;
+    for (int j = 0; j < BATCH; j++) other |= (index[j] ^ index[0]) >> 32;
     for (int g = 0; g < GROUPS; g++) block[g] = load<vq>(index + g * Q);
-    philox(p, block, out);
+    if (other)
+      philox_mixed(p, index, out);
+    else
+      philox(p, Opening(p, index[0]), block, out);
     if (normal) normals_of(out, 4 * BATCH);
     for (int j = 0; j < filled; j++) memcpy(to[j], out + 4 * j, 16);
     filled = 0;
@@ -997,7 +1045,7 @@ INLINE uint32_t largest(vi m) {
   for (int i = 0; i < L; i++) peak = m[i] > peak ? m[i] : peak;
   return uint32_t(peak);
 }
-static uint32_t peak_of(const float *x, int64_t n) {
+static uint32_t largest_bits(const float *x, int64_t n) {  // of a magnitude; NaN above infinity
   vi a = {}, b = {}, c = {}, d = {};
   int64_t i = 0;
   for (; i + 4 * L <= n; i += 4 * L) {
@@ -1007,9 +1055,10 @@ static uint32_t peak_of(const float *x, int64_t n) {
     d = max_of(d, as_int(load<vf>(x + i + 3 * L)) & 0x7fffffff);
   }
   for (; i < n; i += L) a = max_of(a, as_int(load_part(x + i, n - i < L ? int(n - i) : L)) & 0x7fffffff);
-  uint32_t bits = largest(max_of(max_of(a, b), max_of(c, d)));
-  return bits < INF_BITS ? 2 * bits : slow_peak(x, n);
+  return largest(max_of(max_of(a, b), max_of(c, d)));
 }
+INLINE uint32_t peak_from(uint32_t bits, const float *x, int64_t n) { return bits < INF_BITS ? 2 * bits : slow_peak(x, n); }
+static uint32_t peak_of(const float *x, int64_t n) { return peak_from(largest_bits(x, n), x, n); }
 static uint32_t scan(const void *x, Dtype dtype, int64_t start, int64_t len) {
   if (dtype == F32) return peak_of(static_cast<const float *>(x) + start, len);
   float buffer[TILE];
@@ -1027,6 +1076,7 @@ static uint32_t scan(const void *x, Dtype dtype, int64_t start, int64_t len) {
 
 struct Scale {
   float up1, up2, gap;        // x / gap = x * up1 * up2 (2^-gap exponent may be out of float's range)
+  float up, tame;             // 1 / gap where it is in that range; tame: see `tame_below`
   float negative, positive;   // largest magnitudes of a code
   float below, above;         // values beyond these saturate
   float target, spread;       // Q^vc, in units of the gap
@@ -1038,10 +1088,23 @@ INLINE Scale scale_at(const Format &f, int gap) {
   Scale s;
   int half = -gap / 2;
   s.up1 = power_of_two(half), s.up2 = power_of_two(-gap - half), s.gap = power_of_two(gap);
+  const bool direct = gap >= -126 && gap <= 106;
+  s.up = direct ? power_of_two(-gap) : 0, s.tame = -1;
   s.negative = -f.code_min, s.positive = f.code_max;
   s.below = f.code_min * s.gap, s.above = f.code_max * s.gap;
   s.target = s.spread = 0, s.high = false, s.exponent = gap - f.offset, s.level = 0;
   return s;
+}
+
+// Codes up to this one stay in their range whatever the draw.
+INLINE float safe_code(const Scale &s, Mode mode) {
+  return s.positive - (mode != VC ? 0.0f : s.high ? 6.8f * s.spread + 2.0f : 2.0f);
+}
+
+// Magnitudes up to `tame` are scaled in one multiplication, and neither they nor their roundings need any care.
+INLINE void tame_below(Scale &s, Mode mode) {
+  const float safe = safe_code(s, mode);
+  s.tame = s.up > 0 ? (safe < 0x1p20f ? safe : 0x1p20f) * s.gap : -1;
 }
 
 INLINE Scale scale_for(const Job &job, const Format &f, uint32_t peak) {
@@ -1058,20 +1121,37 @@ INLINE Scale scale_for(const Job &job, const Format &f, uint32_t peak) {
     s.below = below, s.above = above;
     s.target = job.target[gap + 160], s.spread = job.spread[gap + 160], s.high = gap <= job.high_gap;
   }
+  tame_below(s, job.mode);
   return s;
 }
 
+// Whole numbers of |x| < 2^24, below and nearest (ties to even; |x| < 2^22), in one instruction where there is one.
+#if LPSGLD_LANES == 16
+INLINE vf floor_of(vf x) { return (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+INLINE vf even_integer(vf x) { return (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#elif LPSGLD_LANES == 8
+INLINE vf floor_of(vf x) { return (vf)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+INLINE vf even_integer(vf x) { return (vf)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#else
+INLINE vf floor_of(vf x) {
+  vf whole = to_float(to_int(x));
+  return x < whole ? whole - 1.0f : whole;
+}
+INLINE vf even_integer(vf x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
+#endif
+
 // Rounds a >= 0, at most 2^24. A negative number rounds away from zero where u >= 1 - frac(a): where frac(a) >= 1 - u,
-// which is the uniform of the inverted word. A positive one does where frac(a) > u: where frac(a) >= the next float.
+// which is the uniform of the inverted word. A positive one does where frac(a) > u; so a negative one where frac(a) > the
+// float before. (Floats that are not negative compare like their bits.)
 template <int M> INLINE vf round_magnitude(vf a, vi sign, vu word) {
   if (M == NEAREST) return a < 0x1p23f ? (a + 0x1p23f) - 0x1p23f : a;
-  vf whole = to_float(to_int(a));
-  vf threshold = as_float(as_int(uniform(word ^ (vu)sign)) - ~sign);
-  return one_more(whole, a - whole >= threshold);
+  vf whole = floor_of(a);
+  vi threshold = as_int(uniform(word ^ (vu)sign)) + sign;
+  return one_more(whole, as_int(a - whole) > threshold);
 }
 
 template <bool SMALL> INLINE vf nearest_integer(vf x) {  // SMALL: |x| < 2^22 for certain
-  vf rounded = (x + 0x1.8p23f) - 0x1.8p23f;
+  vf rounded = even_integer(x);
   return SMALL ? rounded : magnitude(x) < 0x1p22f ? rounded : x;
 }
 
@@ -1082,23 +1162,21 @@ template <bool SMALL> INLINE vf vc_high(vf s, vf spread, vf z, vf u) {
   vf nearest = nearest_integer<SMALL>(y);
   vf r = y - nearest;
   vf down = (0.5f - r) * (0.5f - r) * 0.5f, up = (0.5f + r) * (0.5f + r) * 0.5f;
-  return one_more(one_more((whole + nearest) - 1.0f, u >= down), u >= 1.0f - up);
+  return ((whole + nearest) - 1.0f) - to_float((u >= down) + (u >= 1.0f - up));
 }
 INLINE vf vc_low(vf s, vf target, vf u) {
-  vf whole = to_float(to_int(s));
-  whole = s < whole ? whole - 1.0f : whole;
+  vf whole = floor_of(s);
   vf p = s - whole, q = 1.0f - p;
   vf side = max_of(target - p * q, splat(0.0f)) * 0.5f;
   vf minus = q * side, upper = q + side * (p - q), plus = 1.0f - p * side;
-  return one_more(one_more(one_more(whole - 1.0f, u >= minus), u >= upper), u >= plus);
+  return (whole - 1.0f) - to_float((u >= minus) + (u >= upper) + (u >= plus));
 }
 
 // The same where codes of more than `edge`, a float's next power of two, are even: from it one down with 1/3 and two up
 // with 1/6 of the jump's variance, which keeps both moments.
 INLINE vf vc_low_float(vf s, vf target, vf u, float edge) {
   const float third = 1.0f / 3.0f;
-  vf whole = to_float(to_int(s));
-  whole = s < whole ? whole - 1.0f : whole;
+  vf whole = floor_of(s);
   vf p = s - whole, q = 1.0f - p, one = splat(1.0f), two = splat(2.0f);
   vf side = max_of(target - p * q, splat(0.0f)) * 0.5f;
   vi above = whole == edge - 1.0f, below = whole == -edge;
@@ -1121,30 +1199,45 @@ INLINE void put_codes(void *out, int64_t i, vi codes, int sink, int m) {
   }
 }
 
+// Stochastic rounding of tame values, as finish_uniform does it.
+INLINE vf tame_rounding(vf v, const Scale &s, vu word) {
+  vi sign = as_int(v) >> 31;
+  vf code = round_magnitude<STOCHASTIC>(magnitude(v * s.up), sign, word);
+  return as_float(as_int(code) | (sign & (int)0x80000000)) * s.gap + 0.0f;
+}
+
 // One tile with one gap. M: NEAREST, STOCHASTIC, VC (small variance), VC + 1 (large), VC + 2 (large, codes below 2^20).
+// CALM: all magnitudes are known to be at most `tame`.
 // Returns the number of saturated (or, for codes, NaN) elements.
-template <int M, int S, bool COUNT>
+template <int M, int S, bool COUNT, bool CALM>
 static int64_t finish_uniform(const Scale &s, const float *x, const uint32_t *words, const float *z, int64_t n,
                               void *out, int64_t at) {
   const vf negative = splat(s.negative), positive = splat(s.positive), gap = splat(s.gap);
   const vf target = splat(s.target), spread = splat(s.spread);
   vi count = {};
   auto body = [&](int64_t i, int m) __attribute__((always_inline)) {
-    vf v = load_part(x + i, m), code, scaled = v * s.up1 * s.up2;
-    vi sign = as_int(v) >> 31, good = v == v;
-    if (M <= STOCHASTIC) {
-      vf a = min_of(magnitude(scaled), s.negative == s.positive ? positive : (sign ? negative : positive));
+    vf v = load_part(x + i, m), code, scaled = CALM ? v * s.up : v * s.up1 * s.up2;
+    vi sign = as_int(v) >> 31, good = CALM ? vi{} - 1 : v == v;
+    if (CALM && M == STOCHASTIC) {
+      code = vf{};
+    } else if (M <= STOCHASTIC) {
+      vf a = magnitude(scaled);
+      if (!CALM) a = min_of(a, s.negative == s.positive ? positive : (sign ? negative : positive));
       vu w = M == STOCHASTIC ? load<vu>(words + i) : vu{};
       code = as_float(as_int(round_magnitude<M>(a, sign, w)) | (sign & (int)0x80000000));
     } else {
       const vf far = splat(M == VC + 2 ? 0x1p21f : 0x1p24f);  // beyond what noise brings back
-      scaled = max_of(min_of(scaled, far), -far);
+      if (!CALM) scaled = max_of(min_of(scaled, far), -far);
       vf u = uniform(load<vu>(words + i));
       code = M == VC ? vc_low(scaled, target, u) : vc_high<M == VC + 2>(scaled, spread, load<vf>(z + i), u);
-      code = max_of(min_of(code, positive), -negative);
-      code = magnitude(v) < __builtin_inff() ? code : (sign ? -negative : positive);  // noise moves no infinity
+      if (!CALM) code = max_of(min_of(code, positive), -negative);
+      if (!CALM) code = magnitude(v) < __builtin_inff() ? code : (sign ? -negative : positive);  // noise moves no infinity
     }
-    if (S == VALUES) {
+    if (CALM && M == STOCHASTIC) {
+      store_part(static_cast<float *>(out) + i, tame_rounding(v, s, load<vu>(words + i)), m);
+    } else if (CALM) {
+      store_part(static_cast<float *>(out) + i, M == NEAREST ? code * gap + 0.0f : code * gap, m);
+    } else if (S == VALUES) {
       if (COUNT) count = ((v < s.below) | (v > s.above)) ? count + 1 : count;  // zeros after the end never count
       store_part(static_cast<float *>(out) + i, good ? (M <= STOCHASTIC ? code * gap + 0.0f : code * gap) : v + v, m);
     } else {
@@ -1313,26 +1406,27 @@ struct Scratch {
 
 INLINE bool lanes(const Format &f, int64_t inner) { return f.kind == FLOAT || (f.kind == BLOCK && inner == 0); }
 
-template <int S, bool COUNT>
+template <int S, bool COUNT, bool CALM = false>
 static int64_t finish_block(Mode mode, const Scale &scale, const float *x, const uint32_t *w, const float *z, int64_t n,
                             void *out, int64_t at) {
-  if (mode == NEAREST) return finish_uniform<NEAREST, S, COUNT>(scale, x, w, nullptr, n, out, at);
-  if (mode == STOCHASTIC) return finish_uniform<STOCHASTIC, S, COUNT>(scale, x, w, nullptr, n, out, at);
-  if (!scale.high) return finish_uniform<VC, VALUES, COUNT>(scale, x, w, nullptr, n, out, at);
+  if (mode == NEAREST) return finish_uniform<NEAREST, S, COUNT, CALM>(scale, x, w, nullptr, n, out, at);
+  if (mode == STOCHASTIC) return finish_uniform<STOCHASTIC, S, COUNT, CALM>(scale, x, w, nullptr, n, out, at);
+  if (!scale.high) return finish_uniform<VC, VALUES, COUNT, CALM>(scale, x, w, nullptr, n, out, at);
   const bool small = scale.negative <= 0x1p20f && scale.spread <= 0x1p17f;
-  return small ? finish_uniform<VC + 2, VALUES, COUNT>(scale, x, w, z, n, out, at)
-               : finish_uniform<VC + 1, VALUES, COUNT>(scale, x, w, z, n, out, at);
+  return small ? finish_uniform<VC + 2, VALUES, COUNT, CALM>(scale, x, w, z, n, out, at)
+               : finish_uniform<VC + 1, VALUES, COUNT, false>(scale, x, w, z, n, out, at);
 }
 
 template <int S, bool COUNT>
 static int64_t finish_tile(const Job &job, Task &t, Scratch &s, int64_t i, int64_t n, int64_t limit, const Scale &scale,
-                           void *out) {
+                           void *out, bool calm = false) {
   const float *x = tile_of(t.x, job.dtype, i, n, s.in);
   const uint32_t *w = job.mode == NEAREST ? nullptr : s.weight.at(t, i, limit);
   const Format &f = job.format;
   if (!lanes(f, t.inner)) {
     const bool far = job.mode == VC && scale.high;
     const float *z = far ? reinterpret_cast<const float *>(s.normal.at(t, i, limit)) : nullptr;
+    if (S == VALUES && !COUNT && calm) return finish_block<VALUES, false, true>(job.mode, scale, x, w, z, n, out, i);
     return finish_block<S, COUNT>(job.mode, scale, x, w, z, n, out, i);
   }
   if (job.mode == NEAREST) return finish_lanes<NEAREST, S, COUNT>(job, t, f, x, w, nullptr, n, out, i, t.exponents);
@@ -1384,7 +1478,7 @@ static int level_of(const Job &job, Task &t, Scratch &s, int64_t start, int64_t 
   const int room = f.high - scale.exponent;
   if (!f.carry || room <= 0 || (from.mode != STOCHASTIC && from.mode != VC)) return 0;
   const bool far = from.mode == VC && scale.high;
-  const float near = f.code_max - (far ? 6.8f * scale.spread + 2.0f : from.mode == VC ? 2.0f : 0.0f);
+  const float near = safe_code(scale, from.mode);
   if (codes_of_peak(peak, scale.exponent + f.offset) <= near) return 0;
   const Scale open = opened(scale);
   int level = 0;
@@ -1476,33 +1570,21 @@ INLINE void finish_one(const Job &job, Task &t, Scratch &s, int64_t i, int64_t n
     float *out = job.dtype == F32 ? static_cast<float *>(t.out) + i : s.out;
     count = job.counting && may_saturate(job, t, scale, peak)
                 ? finish_tile<VALUES, true>(job, t, s, i, n, limit, scale, out)
-                         : finish_tile<VALUES, false>(job, t, s, i, n, limit, scale, out);
+                : finish_tile<VALUES, false>(job, t, s, i, n, limit, scale, out, float_of(peak) <= scale.tame);
     if (job.dtype != F32) narrow(out, n, job.dtype, t.out, i);
   }
   if (count) t.count.fetch_add(count, std::memory_order_relaxed);
 }
 
-// One tile of x = x - lr (Q(grad) + weight_decay x) + noise. Returns the bits of the largest magnitude.
-static uint32_t drift_one(const Job &job, Task &t, Scratch &s, int64_t i, int64_t n, int64_t limit,
-                          const Scale &scale) {
-  const float *grad = t.grad + i;
-  if (job.gradient_mode != NONE) {
-    const uint32_t *w = s.gradient.at(t, i, limit);
-    if (lanes(job.gradient, t.gradient_inner))
-      finish_lanes<STOCHASTIC, VALUES, false>(job, t, job.gradient, grad, w, nullptr, n, s.in, i, nullptr);
-    else
-      finish_uniform<STOCHASTIC, VALUES, false>(scale.level ? opened(scale) : scale, grad, w, nullptr, n, s.in, i);
-    if (scale.level) {
-      const uint32_t *coins = s.coins_of(t, t.gradient_key).at(t, i, limit);
-      carry_tile<VALUES>(job.gradient, scale, grad, s.in, coins, n, s.in, i);
-    }
-    grad = s.in;
-  }
-  const float *z = job.noise != 0 ? reinterpret_cast<const float *>(s.normal.at(t, i, limit)) : nullptr;
-  float *x = static_cast<float *>(const_cast<void *>(t.x)) + i;
+// x = x - lr (g + weight_decay x) + noise z. ROUND: g is the rounding of `grad` by `words`. Returns the bits of the
+// largest magnitude.
+template <bool ROUND>
+static uint32_t move_tile(const Job &job, float *x, const float *grad, const Scale &scale, const uint32_t *words,
+                          const float *z, int64_t n) {
   vi peak = {};
   auto body = [&](int64_t j, int m) __attribute__((always_inline)) {
     vf v = load_part(x + j, m), g = load_part(grad + j, m);
+    if (ROUND) g = tame_rounding(g, scale, load<vu>(words + j));
     if (job.weight_decay != 0) g = g + v * job.weight_decay;
     v = v - g * job.lr;
     if (z) v = v + load_part(z + j, m) * job.noise;
@@ -1515,26 +1597,58 @@ static uint32_t drift_one(const Job &job, Task &t, Scratch &s, int64_t i, int64_
   return largest(peak);
 }
 
+// One tile of x = x - lr (Q(grad) + weight_decay x) + noise. Returns the bits of the largest magnitude.
+// `bound`: bits of a magnitude that no gradient exceeds (NaN and infinities above all).
+static uint32_t drift_one(const Job &job, Task &t, Scratch &s, int64_t i, int64_t n, int64_t limit,
+                          const Scale &scale, uint32_t bound) {
+  const float *grad = t.grad + i;
+  float *x = static_cast<float *>(const_cast<void *>(t.x)) + i;
+  const float *z = job.noise != 0 ? reinterpret_cast<const float *>(s.normal.at(t, i, limit)) : nullptr;
+  if (job.gradient_mode == NONE) return move_tile<false>(job, x, grad, scale, nullptr, z, n);
+  const uint32_t *w = s.gradient.at(t, i, limit);
+  if (lanes(job.gradient, t.gradient_inner)) {
+    finish_lanes<STOCHASTIC, VALUES, false>(job, t, job.gradient, grad, w, nullptr, n, s.in, i, nullptr);
+  } else {
+    if (!t.gradient_inner) bound = largest_bits(grad, n);
+    if (!scale.level && float_of(bound) <= scale.tame) return move_tile<true>(job, x, grad, scale, w, z, n);
+    finish_uniform<STOCHASTIC, VALUES, false, false>(scale.level ? opened(scale) : scale, grad, w, nullptr, n, s.in, i);
+    if (scale.level) {
+      const uint32_t *coins = s.coins_of(t, t.gradient_key).at(t, i, limit);
+      carry_tile<VALUES>(job.gradient, scale, grad, s.in, coins, n, s.in, i);
+    }
+  }
+  return move_tile<false>(job, x, s.in, scale, nullptr, z, n);
+}
+
 INLINE Scale gradient_scale(const Job &job, const Task &t, uint32_t peak) {
   const Format &f = job.gradient;
   if (job.gradient_mode == NONE || lanes(f, t.gradient_inner)) return Scale{};
-  return scale_at(f, f.offset + (f.kind == BLOCK ? exponent_of_peak(peak, f) : 0));
+  Scale s = scale_at(f, f.offset + (f.kind == BLOCK ? exponent_of_peak(peak, f) : 0));
+  tame_below(s, STOCHASTIC);
+  return s;
 }
 
+// Into the second-level cache: a run is computed on for longer than the next one takes to come.
+INLINE void fetch(const float *x, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(x + i, 0, 2);
+}
+
+// Returns the bits of the largest magnitude after the move.
 static uint32_t drift_run(const Job &job, Task &t, Scratch &s, int64_t start, int64_t len, int64_t limit,
-                          const Scale &scale, const Scale *finish) {
+                          const Scale &scale, uint32_t bound, const Scale *finish) {
   uint32_t bits = 0;
   tiles(t, start, start + len, limit, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    uint32_t here = drift_one(job, t, s, i, n, limit, scale);
+    if (i + len + n <= t.numel) fetch(t.grad + i + len, n), fetch(static_cast<const float *>(t.x) + i + len, n);
+    uint32_t here = drift_one(job, t, s, i, n, limit, scale, bound);
     bits = here > bits ? here : bits;
     if (finish) finish_one(job, t, s, i, n, limit, *finish, here);
   });
-  return bits < INF_BITS ? 2 * bits : slow_peak(static_cast<const float *>(t.x) + start, len);
+  return bits;
 }
 
-static void finish_run(const Job &job, Task &t, Scratch &s, int64_t start, int64_t len, int64_t limit, uint32_t peak,
+// `bound`: bits of a magnitude that no element exceeds (infinities above all; NaN, too, unless nothing is tame).
+static void finish_run(const Job &job, Task &t, Scratch &s, int64_t start, int64_t len, int64_t limit, uint32_t bound,
                        const Scale &scale) {
-  const uint32_t bound = t.inner && !(peak & 1) ? peak >> 1 : INF_BITS;
   if (t.exponents && t.inner && start % t.inner == 0)
     t.exponents[start / t.inner] = int8_t(scale.exponent + scale.level);
   tiles(t, start, start + len, limit,
@@ -1554,13 +1668,15 @@ static uint32_t drift(const Job &job, Task &t, int64_t start, int64_t len, uint3
   Scratch s(job, t);
   Scale scale = gradient_scale(job, t, gradient_peak);
   scale.level = gradient_level;
-  return drift_run(job, t, s, start, len, start + len, scale, nullptr);
+  const uint32_t bits = drift_run(job, t, s, start, len, start + len, scale, INF_BITS, nullptr);
+  return peak_from(bits, static_cast<const float *>(t.x) + start, len);
 }
 static void finish(const Job &job, Task &t, int64_t start, int64_t len, uint32_t peak, int level) {
   Scratch s(job, t);
   Scale scale = weight_scale(job, t, peak);
   scale.level = level;
-  finish_run(job, t, s, start, len, start + len, peak, scale);
+  scale.tame = -1;  // the peak knows nothing of NaN
+  finish_run(job, t, s, start, len, start + len, t.inner && !(peak & 1) ? peak >> 1 : INF_BITS, scale);
 }
 
 // Whole blocks (or a run of elements where there are none): each stays in the cache from its first pass to its last.
@@ -1570,19 +1686,25 @@ static void rows(const Job &job, Task &t, int64_t start, int64_t len) {
   Scale constant{};
   if (job.mode != NONE && !t.inner && !lanes(job.format, 0)) constant = scale_for(job, job.format, 0);
   for (int64_t row = start, n = unit ? unit : len; row < end; row += n) {
-    uint32_t peak = 0;
+    uint32_t bits = INF_BITS, peak = 0;
     if (job.descend) {
-      const uint32_t gradient_peak = t.gradient_inner ? peak_of(t.grad + row, n) : 0;
+      const float *grad = t.grad + row;
+      const uint32_t bound = t.gradient_inner ? largest_bits(grad, n) : INF_BITS;
+      const uint32_t gradient_peak = t.gradient_inner ? peak_from(bound, grad, n) : 0;
       Scale slope = gradient_scale(job, t, gradient_peak);
       if (t.gradient_inner) slope.level = level_of(job, t, s, row, n, end, slope, gradient_peak, true);
-      peak = drift_run(job, t, s, row, n, end, slope, job.mode == NONE || t.inner ? nullptr : &constant);
+      bits = drift_run(job, t, s, row, n, end, slope, bound, job.mode == NONE || t.inner ? nullptr : &constant);
+      peak = peak_from(bits, static_cast<const float *>(t.x) + row, n);
+    } else if (t.inner && job.dtype == F32) {
+      bits = largest_bits(static_cast<const float *>(t.x) + row, n);
+      peak = peak_from(bits, static_cast<const float *>(t.x) + row, n);
     } else if (t.inner) {
       peak = scan(t.x, job.dtype, row, n);
     }
     if (job.mode == NONE || (!t.inner && job.descend)) continue;
     Scale scale = weight_scale(job, t, peak);
     if (t.inner) scale.level = level_of(job, t, s, row, n, end, scale, peak, false);
-    finish_run(job, t, s, row, n, end, peak, scale);
+    finish_run(job, t, s, row, n, end, bits, scale);
   }
 }
 

@@ -230,6 +230,16 @@ def test_channels_last_draws_by_logical_index(fmt, shape, rounding, threads):
         assert ours.is_contiguous(memory_format=last)
 
 
+def test_channels_last_draws_on_both_sides_of_a_high_word():
+    """Words are made in batches whose first rounds are shared where the counter's high word is the same."""
+    x = special_values(2 * 64 * 81)["normal"].reshape(2, 64, 9, 9).contiguous(memory_format=torch.channels_last)
+    number = parse_format("fixed8.6")
+    for before in (3, 700, 5300):  # elements before the block with index 2**32
+        key = DrawKey(seed=5, offset=2**34 - before)
+        ours = cpu.quantize(x, number, "stochastic", key)
+        assert_same(ours, reference.quantize(x.contiguous(), number, "stochastic", key))
+
+
 @pytest.mark.parametrize("fmt", ["bfp8", "fixed8.6", "e4m3"])
 def test_other_strides_are_copied(fmt):
     base = special_values(6 * 8 * 10)["normal"].reshape(6, 8, 10)
