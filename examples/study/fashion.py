@@ -79,7 +79,7 @@ class Fashion(L.LightningDataModule):
             images = (images[:limit].to(self.device).float() / 255 - mean) / std
             parts.append((images, labels[:limit].to(self.device).long()))
         self.train, self.test = parts
-        self.background = -mean / std
+        self.background, self.spread = -mean / std, std
 
     def train_dataloader(self) -> _Augmented:
         """Shuffled and augmented batches."""

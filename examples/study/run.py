@@ -5,11 +5,13 @@
     python examples/study/run.py --data-dir FOLDER --size 5000 --seeds 5          # the small study
     python examples/study/run.py --data-dir FOLDER --size 5000 --only vc-sgldlp-l/bfp8   # one row
     python examples/study/run.py --data-dir FOLDER --accelerator cuda --jobs 12          # side by side on one GPU
+    python examples/study/run.py --data-dir FOLDER --keep-banks                          # for outliers.py
 
 ``FOLDER`` holds Fashion-MNIST's four idx archives. Every run appends two rows to ``rows.csv`` (of the last weights and
-of the ensemble) and leaves its predicted probabilities in ``--cache``, from which ensembles of several runs are made.
-Several processes may share a study (``--jobs`` starts so many): a run is claimed by a lock file in the cache, which a
-process that ends with an error or is interrupted takes away again.
+of the ensemble) and leaves its predicted probabilities in ``--cache``, from which ensembles of several runs are made;
+with ``--keep-banks`` the samples and the last weights, too. Several processes may share a study (``--jobs`` starts so
+many): a run is claimed by a lock file in the cache, which a process that ends with an error or is interrupted takes
+away again.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -34,6 +37,7 @@ import numpy as np
 import torch
 from fashion import Fashion, resnet8
 from rows import Row, decay, learning_rate, make_plugin, rows_of
+from safetensors.torch import save_file
 from scores import scores_of
 from torch import Tensor, nn
 
@@ -74,22 +78,30 @@ class Net(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def _collector(row: Row, steps: int) -> SampleCollector:
+def _collector(row: Row, steps: int, bank: Path | None) -> SampleCollector:
     """Thirty samples of the last two fifths; with cycles seven of the last fifth of each of four."""
     if "csgld" in row.method:
-        return SampleCollector(per_cycle=7, every=max(1, steps // 4 // 5 // 7))
-    return SampleCollector(start=0.6, every=max(1, round(0.4 * steps / 30)))
+        return SampleCollector(bank, per_cycle=7, every=max(1, steps // 4 // 5 // 7))
+    return SampleCollector(bank, start=0.6, every=max(1, round(0.4 * steps / 30)))
 
 
-def run_row(row: Row, data: Fashion, epochs: int) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+def run_row(
+    row: Row, data: Fashion, epochs: int, keep: Path | None = None
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     """Train, collect, evaluate on the test images.
+
+    Args:
+        row: What to run.
+        data: On what.
+        epochs: For how long.
+        keep: Folder for the bank and the last weights; ``None``: they are not kept.
 
     Returns:
         The two rows of the table, and the probabilities of the last weights and of the ensemble, shape (n, 10).
     """
     L.seed_everything(row.seed, verbose=False)
     steps = epochs * (row.size // data.batch_size)
-    module, collector = Net(row, steps), _collector(row, steps)
+    module, collector = Net(row, steps), _collector(row, steps, None if keep is None else keep / "bank")
     meter = EffectiveTemperature(every_n_steps=max(1, steps // 20), verdict=False)
     plugin = make_plugin(row)
     plugin.num_data, plugin.seed = row.size, row.seed
@@ -100,6 +112,8 @@ def run_row(row: Row, data: Fashion, epochs: int) -> tuple[list[dict[str, Any]],
     began = time.perf_counter()
     trainer.fit(module, data)
     seconds = time.perf_counter() - began
+    if keep is not None:
+        save_file(module.net.state_dict(), keep / "last.safetensors")
     data.setup("test")
     batches, targets = list(data.test_dataloader()), data.test[1].cpu()
     module.to(data.device).eval()
@@ -155,6 +169,14 @@ def _claim_of(cache: Path, row: Row) -> Path:
     return cache / f"{row.name}.claimed"
 
 
+def _kept(cache: Path, row: Row) -> Path:
+    """An empty folder for what a run leaves; of an attempt that came to nothing, nothing stays."""
+    folder = cache / row.name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
 def environment(accelerator: str) -> dict[str, str]:
     """Versions, machine and commit."""
     gpu = {"gpu": torch.cuda.get_device_name()} if accelerator == "cuda" else {}
@@ -180,6 +202,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--test-images", type=int, help="only the first of them (a quick look)")
     parser.add_argument("--out", type=Path, default=RESULTS / "rows.csv")
     parser.add_argument("--cache", type=Path, default=Path("runs/study"))
+    parser.add_argument("--keep-banks", action="store_true", help="leave samples and last weights in the cache")
     return parser.parse_args()
 
 
@@ -210,7 +233,7 @@ def main() -> None:
         if not _claim(args.cache, row):
             continue
         try:
-            table, probabilities = run_row(row, data, epochs)
+            table, probabilities = run_row(row, data, epochs, _kept(args.cache, row) if args.keep_banks else None)
         except BaseException as error:
             _claim_of(args.cache, row).unlink()
             if not isinstance(error, Exception):

@@ -81,6 +81,7 @@ def test_a_row_runs_once_and_stands_in_the_table(tmp_path):
     command = [
         sys.executable, str(STUDY / "run.py"), f"--data-dir={tmp_path}", "--size=200", "--epochs=5", "--seeds=1",
         "--only", "vc-sgldlp-l/bfp8/0.001", f"--out={tmp_path / 'rows.csv'}", f"--cache={tmp_path / 'cache'}",
+        "--keep-banks",
     ]  # fmt: skip
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True)
@@ -91,6 +92,51 @@ def test_a_row_runs_once_and_stands_in_the_table(tmp_path):
     assert all(0 <= float(e["error"]) <= 1 and float(e["seconds"]) > 0 for e in entries)
     assert all(int(e["samples"]) >= 3 for e in entries if e["of"] == "ensemble")
     assert len(list((tmp_path / "cache").glob("*.npz"))) == 1
+    _the_bank_is_shown_foreign_images(tmp_path)
+
+
+def _the_bank_is_shown_foreign_images(folder: Path) -> None:
+    from outliers import OUTLIER_COLUMNS
+
+    command = [sys.executable, str(STUDY / "outliers.py"), f"--data-dir={folder}", "--size=200", "--seeds=1"]
+    command += [f"--out={folder / 'outliers.csv'}", f"--cache={folder / 'cache'}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with (folder / "outliers.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert tuple(lines[0]) == OUTLIER_COLUMNS
+    scores = ["confidence", "entropy", "mutual information"]
+    kinds = ["test", "digits", "noise", "moved"]
+    assert [(line["images"], line["score"]) for line in lines] == [(kind, score) for kind in kinds for score in scores]
+    for line in lines:
+        share = [float(line[name]) for name in (("aurc",) if line["images"] == "test" else ("auroc", "fpr95"))]
+        assert all(0 <= value <= 1 for value in share)
+
+
+def test_foreign_images_that_pass_and_errors_by_coverage_are_what_they_are_called():
+    from outliers import aurc, false_positives
+
+    known = torch.arange(100.0)
+    assert false_positives(known, torch.tensor([94.5, 95.0, 95.5, 200.0])) == pytest.approx(0.5)  # 95 of 100 pass at 95
+    wrong = torch.tensor([False, True, False, True])
+    assert aurc(torch.tensor([0.0, 1.0, 2.0, 3.0]), wrong) == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 2) / 4)
+    assert aurc(torch.tensor([0.0, 3.0, 1.0, 2.0]), wrong) == pytest.approx((0 + 0 + 1 / 3 + 1 / 2) / 4)
+
+
+def test_foreign_images_are_scaled_as_the_training_images(tmp_path):
+    from fashion import Fashion
+    from outliers import foreign_images
+
+    write_fashion_mnist(tmp_path, packed=True, train=20, test=10)
+    data = Fashion(tmp_path, 20)
+    data.setup("test")
+    low, high = data.background, data.background + 1 / data.spread
+    for kind, images in foreign_images(data, 8).items():
+        assert images.shape == (8, 1, 28, 28), kind
+        assert low - 1e-6 <= images.min() <= images.max() <= high + 1e-6, kind
+    moved = foreign_images(data, 8)["moved"]
+    assert torch.equal(moved[..., 10:, 10:], data.test[0][:8][..., :18, :18])
+    assert (moved[..., :10, :] == low).all()
 
 
 def test_jobs_side_by_side_share_one_table(tmp_path):
