@@ -6,18 +6,18 @@
     python examples/study/peers.py --data-dir FOLDER --seeds 5
     python examples/study/tables.py
 
-Lines go to the study's ``rows.csv``, of the last weights and of the average, as those of ``run.py`` do; what is stored is
-not run again. Every peer is used as its documentation shows: nothing is tuned, neither here nor for our rows.
+Lines go to the study's ``rows.csv``, of the last weights and of the average, as those of ``run.py`` do; what is stored
+is not run again. Every peer is used as its documentation shows: nothing is tuned, neither here nor for our rows.
 
-======================  ===========================================================================================
-``swa``                 ``torch.optim.swa_utils``: mean of the weights after each epoch of the second half, at 0.3 of the
-                        first learning rate; batch-norm statistics measured anew
-``swag``                torch-uncertainty's SWAG over the same epochs, rank 20, 30 draws with statistics measured anew
+======================  =========================================================================================
+``swa``                 ``torch.optim.swa_utils``: mean of the weights after each epoch of the second half, at
+                        0.3 of the first learning rate; batch-norm statistics measured anew
+``swag``                torch-uncertainty's SWAG over the same epochs, rank 20, 30 draws, statistics measured anew
 ``mc-dropout``          dropout (0.1) before the last layer and between blocks, 30 passes
 ``laplace``             laplace-torch, last layer, full covariance, prior by marginal likelihood, probit
 ``torch-uncertainty``   its SGLD with the noise factor that it ships (0.01), 30 samples as in our rows
 ``posteriors-sghmc``    its SGHMC with our time steps, friction and temperature, 30 samples as in our rows
-======================  ===========================================================================================
+======================  =========================================================================================
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from fashion import Fashion, resnet8
 from rows import paper_decay
-from run import COLUMNS, EPOCHS, RESULTS, WEIGHT_DECAY, store, stored
+from run import COLUMNS, EPOCHS, RESULTS, WEIGHT_DECAY, environment, remember, store, stored
 from scores import scores_of
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
@@ -256,6 +257,14 @@ def run_peer(name: str, data: Fashion, epochs: int, seed: int) -> list[dict[str,
     ]
 
 
+def _versions(name: str) -> dict[str, str]:
+    """Of the package that a peer comes from."""
+    package = {"swag": "torch-uncertainty", "laplace": "laplace-torch", "posteriors-sghmc": "posteriors"}.get(
+        name, name
+    )
+    return {package: version(package)} if package in ("torch-uncertainty", "laplace-torch", "posteriors") else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
@@ -277,6 +286,7 @@ def main() -> None:
                 continue
             lines = run_peer(name, data, args.epochs or EPOCHS[args.size], seed)
             store(args.out, [{column: line[column] for column in COLUMNS} for line in lines])
+            remember(args.out, "-".join((*key[:4], f"T{key[4]}", f"s{seed}")), environment("cpu") | _versions(name))
             print(name, seed, *(f"{e['of']} {100 * e['error']:.2f} {e['nll']:.4f}" for e in lines), flush=True)
 
 

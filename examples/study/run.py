@@ -152,6 +152,27 @@ def store(path: Path, table: list[dict[str, Any]]) -> None:
         file.flush()
 
 
+def remember(path: Path, name: str, where: dict[str, Any]) -> None:
+    """Note beside the table how and where a run was made: every set of settings once, with the runs that had it.
+
+    Args:
+        path: The table.
+        name: Of the run.
+        where: Configuration, versions, machine and commit.
+    """
+    beside = path.with_suffix(".json")
+    with path.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        known = json.loads(beside.read_text()) if beside.exists() else []
+        for entry in known:
+            entry["runs"] = [run for run in entry["runs"] if run != name]
+        same = next((entry for entry in known if {k: v for k, v in entry.items() if k != "runs"} == where), None)
+        if same is None:
+            known.append(same := where | {"runs": []})
+        same["runs"].append(name)
+        beside.write_text(json.dumps([entry for entry in known if entry["runs"]], indent=1) + "\n")
+
+
 def _text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
@@ -177,13 +198,19 @@ def _kept(cache: Path, row: Row) -> Path:
     return folder
 
 
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
 def environment(accelerator: str) -> dict[str, str]:
     """Versions, machine and commit."""
     gpu = {"gpu": torch.cuda.get_device_name()} if accelerator == "cuda" else {}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parents[2])
     return {
         "torch": torch.__version__, "lightning": L.__version__, "python": platform.python_version(),
-        "cpu": torch.backends.cpu.get_cpu_capability(), "threads": str(torch.get_num_threads()),
+        "cpu": f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})", "threads": str(torch.get_num_threads()),
         "commit": commit.stdout.strip(),
     } | gpu  # fmt: skip
 
@@ -243,9 +270,8 @@ def main() -> None:
             continue
         np.savez_compressed(args.cache / f"{row.name}.npz", **probabilities)
         store(args.out, table)
-        record = {"epochs": epochs, "batch_size": data.batch_size, "weight_decay": WEIGHT_DECAY}
-        record |= environment(args.accelerator)
-        (args.out.with_suffix(".json")).write_text(json.dumps(record, indent=1) + "\n")
+        configuration = {"epochs": epochs, "batch_size": data.batch_size, "weight_decay": WEIGHT_DECAY}
+        remember(args.out, row.name, configuration | environment(args.accelerator))
         summary = (f"{e['of']} {100 * e['error']:.2f} {e['nll']:.4f} {100 * e['ece']:.2f}" for e in table)
         print(row.name, *summary, flush=True)
     if failed:

@@ -4,13 +4,17 @@
 
     python examples/study/tables.py            # reads and writes examples/results/study/
 
-``rows.csv`` and, if it is there, ``deep_ensembles.csv`` are read; ``tables.md`` and ``study.png`` are written.
+``rows.csv``, ``rows.json`` and, if they are there, ``deep_ensembles.csv`` and ``outliers.csv`` are read; ``tables.md``
+and ``study.png`` are written. DEE is the deep ensemble equivalent: how many independently trained networks have the
+same calibrated log likelihood; it is given for what a run costs, for the time of one training of float32 SGD, and for
+each megabyte of stored samples (a float32 network has 0.31).
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -123,20 +127,95 @@ def equivalent(calibrated_nll: float, table: list[dict[str, float]]) -> float:
     return float(np.interp(-calibrated_nll, [-v for v in values], sizes))
 
 
-def table(cells: dict[Key, dict[str, Cell]], of: str, deep: list[dict[str, float]]) -> str:
-    """Markdown: one line a row, mean and standard error over the seeds; DEE is the deep ensemble equivalent."""
-    names = (
-        "method/format | T | seeds | error % | NLL | calibrated NLL | Brier | ECE % | ECE (paper) % | T_eff | MB | DEE"
-    )
-    lines = [f"| {names} |", "|---" * 12 + "|"]
+def relative_times(path: Path, size: int) -> dict[tuple[str, float], float]:
+    """(method/format, temperature) -> seconds over those of float32 SGD, where both ran on the same kind of machine.
+
+    Args:
+        path: ``rows.csv``; ``rows.json`` beside it tells the machines.
+        size: Number of training images.
+    """
+    machines = {
+        run: tuple(entry.get(name, "") for name in ("cpu", "gpu", "threads"))
+        for entry in json.loads(path.with_suffix(".json").read_text())
+        for run in entry["runs"]
+    }
+    seconds: dict[tuple[str, ...], dict[tuple[str, float], list[float]]] = defaultdict(lambda: defaultdict(list))
+    with path.open() as file:
+        for entry in csv.DictReader(file):
+            if int(entry["size"]) == size and entry["of"] == "ensemble":
+                temperature = float(entry["temperature"])
+                run = "-".join(entry[name] for name in ("data", "size", "method", "format"))
+                machine = machines[f"{run}-T{temperature:g}-s{entry['seed']}"]
+                seconds[machine][f"{entry['method']}/{entry['format']}", temperature].append(float(entry["seconds"]))
+    ratios: dict[tuple[str, float], list[float]] = defaultdict(list)
+    for here in seconds.values():
+        reference = here.get(("sgd/fp32", 0.0), [])
+        for key, values in here.items() if reference else ():
+            ratios[key] += [value / float(np.median(reference)) for value in values]
+    return {key: float(np.median(values)) for key, values in ratios.items()}
+
+
+def table(
+    cells: dict[Key, dict[str, Cell]],
+    of: str,
+    deep: list[dict[str, float]],
+    times: dict[tuple[str, float], float] | None = None,
+) -> str:
+    """Markdown: one line a row, mean and standard error over the seeds.
+
+    Args:
+        cells: Of :func:`read`.
+        of: ``"last"`` or ``"ensemble"``.
+        deep: Of :func:`read_deep`.
+        times: Of :func:`relative_times`.
+    """
+    names = "method/format | T | seeds | error % | NLL | calibrated NLL | Brier | ECE % | ECE (paper) % | T_eff | MB"
+    names += " | time | DEE | DEE per time | DEE per MB"
+    lines = [f"| {names} |", "|---" * 15 + "|"]
     for (name, temperature, kind), scores in sorted(cells.items(), key=lambda item: (item[0][1], item[0][0])):
         if kind != of:
             continue
         shown = [_shown(scores[score], 100.0 if score in PERCENT else 1.0) for score in SCORES]
-        worth = f"{equivalent(scores['calibrated_nll'].mean, deep):.1f}" if deep else ""
         measured = [f"{scores[score].mean:.3g}" for score in ("t_eff", "sample_mb")]
+        worth = _worth(scores, deep, (times or {}).get((name, temperature)))
         seeds = str(len(scores["error"].values))
-        lines.append("| " + " | ".join([name, f"{temperature:g}", seeds, *shown, *measured, worth]) + " |")
+        lines.append("| " + " | ".join([name, f"{temperature:g}", seeds, *shown, *measured, *worth]) + " |")
+    return "\n".join(lines)
+
+
+def _worth(scores: dict[str, Cell], deep: list[dict[str, float]], time: float | None) -> list[str]:
+    """Time, and the deep ensemble equivalent alone, by time and by megabyte; empty where it is not known."""
+    networks = equivalent(scores["calibrated_nll"].mean, deep) if deep else math.nan
+    by = (1.0, time or math.nan, scores["sample_mb"].mean or math.nan)
+    worth = [networks / amount for amount in by]
+    return [_or_empty(time or math.nan, 2), *(_or_empty(value, 1) for value in worth)]
+
+
+def _or_empty(value: float, digits: int) -> str:
+    return "" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def outlier_table(path: Path, size: int) -> str:
+    """Markdown: mean over seeds of what ``outliers.py`` found, a line for each method, images and score.
+
+    Args:
+        path: ``outliers.csv``.
+        size: Number of training images.
+    """
+    found: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
+    with path.open() as file:
+        for entry in csv.DictReader(file):
+            if int(entry["size"]) == size:
+                name = f"{entry['method']}/{entry['format']}"
+                found[name, entry["temperature"], entry["of"], entry["images"], entry["score"]].append(entry)
+    lines = ["| method/format | T | of | images | score | seeds | AUROC | FPR95 % | AURC % |", "|---" * 9 + "|"]
+    for key, entries in sorted(found.items(), key=lambda item: (item[0][3], item[0][4], item[0][0], item[0][1])):
+        cells = [Cell({int(e["seed"]): float(e[name]) for e in entries}) for name in ("auroc", "fpr95", "aurc")]
+        shown = [
+            "" if math.isnan(cell.mean) else f"{scale * cell.mean:.{digits}f}"
+            for cell, scale, digits in zip(cells, (1.0, 100.0, 100.0), (3, 1, 2))
+        ]
+        lines.append("| " + " | ".join([*key, str(len(entries)), *shown]) + " |")
     return "\n".join(lines)
 
 
@@ -242,7 +321,12 @@ def main() -> None:
     cells = read(args.results / "rows.csv", args.size)
     deep = read_deep(args.results / "deep_ensembles.csv", args.size)
     kinds = {"last": "last weights", "ensemble": "ensemble"}
-    parts = [f"Of the {words}:\n\n{table(cells, of, deep)}" for of, words in kinds.items()]
+    times = relative_times(args.results / "rows.csv", args.size)
+    parts = [f"Of the {words}:\n\n{table(cells, of, deep, times)}" for of, words in kinds.items()]
+    if (args.results / "outliers.csv").exists():
+        parts.append(
+            f"Foreign images and selective prediction:\n\n{outlier_table(args.results / 'outliers.csv', args.size)}"
+        )
     if deep:
         parts.append(f"Deep ensembles of float32 SGD:\n\n{deep_table(deep)}")
     text = "\n\n".join([*parts, claims(cells)]) + "\n"

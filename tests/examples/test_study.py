@@ -204,6 +204,8 @@ def test_tables_and_the_figure_come_from_stored_results(tmp_path):
             scores = (0.1, 0.3 + number / 1000, 0.29, 0.15, 0.02, 0.03, 0.001, 10.0, 0.1)
             lines.append(",".join(map(str, key + scores)))
     (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
+    runs = [row.name for row in rows_of(5_000, 2)]
+    (tmp_path / "rows.json").write_text(json.dumps([{"cpu": "some", "threads": "1", "runs": runs}]))
     deep = ("size,members,error,nll,calibrated_nll,brier,ece,ece_paper", "5000,1,0.1,0.35,0.3,0.15,0.02,0.03",
             "5000,2,0.1,0.33,0.28,0.15,0.02,0.03")  # fmt: skip
     (tmp_path / "deep_ensembles.csv").write_text("\n".join(deep) + "\n")
@@ -216,7 +218,7 @@ def test_tables_and_the_figure_come_from_stored_results(tmp_path):
     assert text.count("| open") + text.count("| shown") + text.count("| refuted") == sum(
         map(len, (CLAIMS, NO_WORSE, LOSSES))
     )
-    assert "| 1.5 |" in text  # of 0.29, half way between one network and two
+    assert "| 1.00 | 1.5 | 1.5 | 15.0 |" in text  # of 0.29, half way between one network and two; 0.1 MB
     assert (tmp_path / "study.png").stat().st_size > 10_000
 
 
@@ -230,7 +232,46 @@ def test_committed_results_have_the_studys_columns_and_tables():
     assert tuple(entries[0]) == COLUMNS
     assert all(math.isfinite(float(e["nll"])) and 0 <= float(e["error"]) <= 1 for e in entries)
     assert (results / "tables.md").exists()
-    assert (results / "rows.json").exists()
+    known = [run for entry in json.loads((results / "rows.json").read_text()) for run in entry["runs"]]
+    made = {
+        "-".join([e["data"], e["size"], e["method"], e["format"], f"T{float(e['temperature']):g}", f"s{e['seed']}"])
+        for e in entries
+    }
+    assert set(known) == made  # of each it is known where it was made
+    assert len(known) == len(made)
+
+
+def test_the_time_of_a_row_is_that_of_sgd_on_the_same_machine(tmp_path):
+    from run import COLUMNS, remember
+    from tables import relative_times
+
+    seconds = {("sgd", 0, "a"): 10.0, ("sgd", 1, "b"): 1.0, ("sgld", 0, "a"): 20.0, ("sgld", 1, "b"): 2.0,
+               ("swa", 0, "c"): 5.0}  # fmt: skip
+    lines = [",".join(COLUMNS)]
+    for (method, seed, machine), value in seconds.items():
+        lines.append(f"fashion-mnist,100,{method},fp32,0,{seed},ensemble,1,0,0,0,0,0,0,0,{value},1")
+        remember(tmp_path / "rows.csv", f"fashion-mnist-100-{method}-fp32-T0-s{seed}", {"cpu": machine})
+    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
+    assert relative_times(tmp_path / "rows.csv", 100) == {("sgd/fp32", 0.0): 1.0, ("sgld/fp32", 0.0): 2.0}
+    remember(tmp_path / "rows.csv", "fashion-mnist-100-swa-fp32-T0-s0", {"cpu": "b"})  # made again, elsewhere
+    assert relative_times(tmp_path / "rows.csv", 100)["swa/fp32", 0.0] == 5.0
+
+
+def test_peers_run_at_the_cost_of_a_row(tmp_path):
+    """Those that need no further package; the others need an environment of their own (see the script)."""
+    write_fashion_mnist(tmp_path, packed=True, train=200, test=40)
+    command = [
+        sys.executable, str(STUDY / "peers.py"), f"--data-dir={tmp_path}", "--size=200", "--epochs=4", "--seeds=1",
+        "--only", "swa", "mc-dropout", f"--out={tmp_path / 'rows.csv'}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "rows.csv").open() as file:
+        entries = list(csv.DictReader(file))
+    assert [(e["method"], e["of"]) for e in entries] == [
+        (m, of) for m in ("swa", "mc-dropout") for of in ("last", "ensemble")
+    ]
+    assert len({e["nll"] for e in entries}) == 4  # averages are not the last weights
 
 
 def test_a_low_accumulator_loses_only_where_the_top_of_a_block_is_a_ceiling():
