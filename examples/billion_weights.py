@@ -77,6 +77,14 @@ def text() -> DataLoader:
     return DataLoader(TensorDataset(rows[order]), batch_size=1)
 
 
+class Source(L.LightningDataModule):
+    """The same text for the command line (``configs/billion-weights.yaml``)."""
+
+    def train_dataloader(self) -> DataLoader:
+        """Row by row."""
+        return text()
+
+
 def resident() -> int:
     """Bytes of memory that the process holds now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -47,7 +47,7 @@ MODULES = {
     "torch": ("torch", "torch.nn", "torch.nn.functional", "torch.optim", "torch.distributions", "torch.utils.data",
               "torch.linalg", "torch.special", "torch.autograd"),
 }  # fmt: skip
-LENGTH = 24
+LENGTH, VOCABULARY = 24, 512
 
 
 # ------------------------------------------------------------------------------------------------------------ the texts
@@ -112,30 +112,39 @@ def words_as_numbers(texts: list[str], vocabulary: int, length: int) -> dict[str
     return {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
 
-def build(random_weights: bool, rank: int = 4) -> tuple[nn.Module, Any]:
-    """The transformer, frozen, with adapters of query and value; and what makes tokens of texts."""
+def transformer(random_weights: bool = False, rank: int = 4) -> nn.Module:
+    """MiniLM, or a small one with random weights; frozen, with adapters of query and value."""
     import peft
-    from transformers import AutoTokenizer, BertConfig, BertModel
+    from transformers import BertConfig, BertModel
 
     folder = None if random_weights else shipped_model()
     if folder is None:
         config = BertConfig(
-            vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
             max_position_embeddings=LENGTH,
         )  # fmt: skip
-        body, tokens = BertModel(config), functools.partial(words_as_numbers, vocabulary=512, length=LENGTH)
+        body = BertModel(config)
     else:
-        body, tokenizer = BertModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        options = {"padding": True, "truncation": True, "max_length": LENGTH, "return_tensors": "pt"}
-        tokens = functools.partial(tokenizer, **options)
+        body = BertModel.from_pretrained(folder)
     settings = peft.LoraConfig(r=rank, lora_alpha=4 * rank, target_modules=["query", "value"], lora_dropout=0.0)
-    return peft.get_peft_model(body, settings), tokens
+    return peft.get_peft_model(body, settings)
+
+
+def tokens_for(random_weights: bool = False) -> Any:
+    """What makes tokens of texts for :func:`transformer`."""
+    from transformers import AutoTokenizer
+
+    folder = None if random_weights else shipped_model()
+    if folder is None:
+        return functools.partial(words_as_numbers, vocabulary=VOCABULARY, length=LENGTH)
+    options = {"padding": True, "truncation": True, "max_length": LENGTH, "return_tensors": "pt"}
+    return functools.partial(AutoTokenizer.from_pretrained(folder), **options)
 
 
 class TextClassifier(L.LightningModule):
     """Mean of the last layer's tokens, and a linear head; the transformer itself stays as it was shipped."""
 
-    def __init__(self, body: nn.Module, lr: float, optimizer: type[torch.optim.Optimizer]):
+    def __init__(self, body: nn.Module, lr: float = 1e-2, optimizer: type[torch.optim.Optimizer] = torch.optim.SGD):
         super().__init__()
         self.body, self.head = body, nn.Linear(body.config.hidden_size, len(LIBRARIES))
         self.lr, self.optimizer_type = lr, optimizer
@@ -168,6 +177,22 @@ def loader(rows: list[tuple[str, int]], tokens: Any, batch_size: int, shuffle: b
     return DataLoader(rows, batch_size, shuffle=shuffle, collate_fn=collate)  # type: ignore[arg-type]
 
 
+class Texts(L.LightningDataModule):
+    """The same texts for the command line (``configs/language-model-adapters.yaml``)."""
+
+    def __init__(self, per_library: int = 60, held_out: int = 60, random_weights: bool = False):
+        super().__init__()
+        self.sizes, self.tokens = (per_library, held_out), tokens_for(random_weights)
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of 16."""
+        return loader(corpus(*self.sizes)[0], self.tokens, 16, True)
+
+    def test_dataloader(self) -> DataLoader:
+        """Others."""
+        return loader(corpus(*self.sizes)[1], self.tokens, 64, False)
+
+
 # ---------------------------------------------------------------------------------------------------------- the compare
 
 
@@ -193,7 +218,7 @@ def compare(
     """
     train, test = corpus(per_library, held_out)
     L.seed_everything(0, verbose=False)
-    body, tokens = build(random_weights)
+    body, tokens = transformer(random_weights), tokens_for(random_weights)
     batches, held = loader(train, tokens, 16, True), loader(test, tokens, 64, False)
     steps, rows = epochs * len(batches), {}
     module = TextClassifier(body, 2e-3, torch.optim.AdamW)

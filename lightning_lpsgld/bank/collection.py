@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lightning_lpsgld.bank.base import BaseKind, check_base_kind
+from lightning_lpsgld.bank.beside import made_beside
 from lightning_lpsgld.bank.catalog import Catalog, check_run, check_same_module, merged_labels
 from lightning_lpsgld.bank.encoding import encode_tensors
 from lightning_lpsgld.bank.errors import BankError
@@ -305,7 +307,7 @@ class SampleBank(WrittenSamples):
         chains: Literal["keep", "renumber"] = "renumber",
         base: BaseKind | None = None,
     ) -> SampleBank:
-        """New bank with the samples of several runs.
+        """New bank with the samples of several runs; whole, or not there at all (:func:`~.beside.made_beside`).
 
         Args:
             sources: Banks or their paths.
@@ -321,10 +323,11 @@ class SampleBank(WrittenSamples):
         for _, spec in known:
             check_same_module(known[0][0], spec)  # before anything is made
         kinds = [source.base.kind for source in banks if source.base is not None]
-        bank = cls(into, base=base or (kinds[0] if kinds else "stored"))
-        for source in banks:
-            bank.merge(source, chains=chains)
-        return bank
+        kind: BaseKind = base or (kinds[0] if kinds else "stored")
+        with contextlib.nullcontext() if into is None else made_beside(into) as place, cls(place, base=kind) as bank:
+            for source in banks:
+                bank.merge(source, chains=chains)
+        return bank if into is None else cls.open(into, verify=False)
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 

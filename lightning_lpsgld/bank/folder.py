@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from lightning_lpsgld.bank.errors import BankError
 
-__all__ = ["Folder", "LocalFolder", "RemoteFolder", "open_folder"]
+__all__ = ["Folder", "LocalFolder", "RemoteFolder", "open_folder", "sync_directory"]
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class LocalFolder:
         missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         for path in missing:
-            _sync_directory(path.parent)
+            sync_directory(path.parent)
 
     def there(self) -> bool:
         """Whether the directory is there."""
@@ -178,7 +178,7 @@ class LocalFolder:
             if isinstance(error, IsADirectoryError):
                 raise BankError(f"{name} in {self.location} is a directory; move it away.") from error
             raise
-        _sync_directory(self.path)
+        sync_directory(self.path)
 
     def append(self, name: str, data: bytes) -> None:
         """Write at the end of the file; on return it is on the disk."""
@@ -218,7 +218,8 @@ class LocalFolder:
                         os.unlink(self.path / name)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Have names in a directory on the disk on return, where the system can."""
     if os.name != "posix":  # a directory cannot be opened, hence not synced, elsewhere
         return
     handle = os.open(path, os.O_RDONLY)

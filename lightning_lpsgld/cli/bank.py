@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning_lpsgld.bank import BankError, SampleBank
+from lightning_lpsgld.bank.beside import made_beside
 from lightning_lpsgld.cli.built import BuiltCLI, built
 from lightning_lpsgld.cli.errors import CommandError, one_line
 from lightning_lpsgld.cli.parsing import OneLineParser, as_json
@@ -164,20 +165,26 @@ def _verify(options: Namespace) -> int:
 
 
 def _merge(options: Namespace) -> int:
-    bank = SampleBank.merged(options.sources, options.into, chains=options.chains)
+    sources = [SampleBank.open(path) for path in options.sources]
+    for source in sources:
+        _say_damage(source)
+    if not any(map(len, sources)):
+        raise CommandError(f"sources: {', '.join(options.sources)} have no usable sample; nothing is made.")
+    bank = SampleBank.merged(sources, options.into, chains=options.chains)
     print(f"{bank.path}: {len(bank)} samples of chains {bank.chains}.")
     return 0
 
 
 def copy_samples(bank: SampleBank, indices: list[int], into: str) -> SampleBank:
-    """New bank at ``into`` with some samples of another, bit for bit.
+    """New bank at ``into`` with some samples of another, bit for bit; whole, or not there at all.
 
     Raises:
         BankError: If there is a bank already.
     """
-    made = SampleBank(into, base="stored" if bank.base is None else bank.base.kind)
-    made.merge(bank, indices=indices)
-    return made
+    kind = "stored" if bank.base is None else bank.base.kind
+    with made_beside(into) as place, SampleBank(place, base=kind) as made:
+        made.merge(bank, indices=indices)
+    return SampleBank.open(into, verify=False)
 
 
 def _thin(options: Namespace) -> int:

@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_lpsgld.bank import BankError, SampleBank
 from lightning_lpsgld.cli.errors import CommandError, key_of, one_line
-from lightning_lpsgld.cli.trainer import LowPrecisionCLI
+from lightning_lpsgld.cli.trainer import EnsembleOptions, LowPrecisionCLI
 
-__all__ = ["BuiltCLI", "built", "with_key"]
+__all__ = ["BuiltCLI", "built", "opened_bank", "with_key"]
 
 
 class BuiltCLI(LowPrecisionCLI):
@@ -41,6 +42,29 @@ def built(kind: type[BuiltCLI], args: list[str]) -> BuiltCLI:
 
 
 def with_key(error: Exception, config: Any) -> CommandError:
-    """The error as one line, with its key where it is known."""
-    key = key_of(error, config)
+    """The error as one line, with its key where it is known; what is wrong with a bank is so with ``ensemble.bank``."""
+    key = "ensemble.bank" if isinstance(error, BankError) else key_of(error, config)
     return CommandError(f"{key}: {one_line(error)}" if key else one_line(error))
+
+
+def opened_bank(options: EnsembleOptions, example: str) -> SampleBank:
+    """The bank of a command that needs one.
+
+    Args:
+        options: The section ``ensemble``.
+        example: A call that names one.
+
+    Raises:
+        CommandError: If none is named, or there is none, or it has no usable sample.
+    """
+    if options.bank is None:
+        raise CommandError(f"ensemble.bank: is needed, e.g. `{example}`.")
+    try:
+        bank = SampleBank.open(options.bank)
+    except (BankError, OSError) as error:
+        raise CommandError(f"ensemble.bank: {one_line(error)}") from error
+    if not len(bank):
+        raise CommandError(
+            f"ensemble.bank: {options.bank} has no usable sample, and {len(bank.damaged)} that are damaged."
+        )
+    return bank

@@ -44,7 +44,7 @@ def _words() -> dict[str, list[str]]:
         words[name] = _options(parser)
     words["plan"] = sorted({*words["fit"], "--json"})
     words["report"] = sorted({*words["predict"], "--inputs", "--metrics"})
-    words["export"] = sorted({*words["predict"], "--inputs"})
+    words["export"] = sorted({*words["predict"], "--inputs", "--max_length"})
     return words
 
 

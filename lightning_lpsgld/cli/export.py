@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_lpsgld.cli.built import BuiltCLI, built, with_key
+from lightning_lpsgld.cli.built import BuiltCLI, built, opened_bank, with_key
 from lightning_lpsgld.cli.errors import CommandError
 from lightning_lpsgld.cli.trainer import EnsembleOptions
 from lightning_lpsgld.export import export_onnx, export_program
@@ -29,6 +29,7 @@ class ExportCLI(BuiltCLI):
         """Add where the inputs for the check come from."""
         super().add_arguments_to_parser(parser)
         parser.add_argument("--inputs", type=str, default="test", help="check on a batch of: train, val or test")
+        parser.add_argument("--max_length", type=int, default=None, help="take sequences of up to this length")
 
 
 def run(args: list[str]) -> int:
@@ -40,10 +41,10 @@ def run(args: list[str]) -> int:
     cli = built(ExportCLI, args)
     options = cli._get(cli.config_init, "ensemble")
     options = options if isinstance(options, EnsembleOptions) else EnsembleOptions(**options)
-    for name in ("bank", "output"):
-        if getattr(options, name) is None:
-            raise CommandError(f"ensemble.{name}: is needed, e.g. `{EXAMPLE}`.")
-    suffix = Path(str(options.output)).suffix
+    bank = opened_bank(options, EXAMPLE)
+    if options.output is None:
+        raise CommandError(f"ensemble.output: is needed, e.g. `{EXAMPLE}`.")
+    suffix = Path(options.output).suffix
     if suffix not in (".onnx", ".pt2"):
         raise CommandError(f"ensemble.output: must end in .onnx or .pt2, got {options.output!r}.")
     if cli.config["inputs"] not in ("train", "val", "test"):
@@ -52,7 +53,8 @@ def run(args: list[str]) -> int:
     try:
         batch = next(iter(cli.loader(cli.config["inputs"])))
         known: dict[str, Any] = {"task": options.task, "noise_std": options.noise_std}
-        print(write(cli.model, str(options.bank), str(options.output), batch, **known))
+        known["max_length"] = cli.config["max_length"]
+        print(write(cli.model, bank, options.output, batch, **known))
     except CommandError:
         raise
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:

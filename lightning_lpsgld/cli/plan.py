@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from lightning_lpsgld.analysis import plan as make_plan
 from lightning_lpsgld.analysis.plan_report import LayerPlan, Plan
 from lightning_lpsgld.callbacks import SampleCollector
 from lightning_lpsgld.cli.built import BuiltCLI, built, with_key
-from lightning_lpsgld.cli.errors import CommandError
+from lightning_lpsgld.cli.errors import CommandError, one_line
 from lightning_lpsgld.cli.parsing import as_json
 from lightning_lpsgld.precision.num_data import count_examples
 
@@ -61,8 +62,7 @@ def _planned(cli: BuiltCLI) -> Plan:
     if plugin.formats["weights"] is None:
         raise CommandError("lpsgld.weights: a plan needs a format of the weights, and there is none.")
     if cli.config["ckpt_path"]:
-        state = torch.load(cli.config["ckpt_path"], map_location="cpu", weights_only=True)
-        cli.model.load_state_dict(state["state_dict"])
+        _load(cli.model, cli.config["ckpt_path"])
     loader = cli.loader("train")
     if not hasattr(loader, "__iter__") or isinstance(loader, (dict, list, tuple)):
         raise CommandError(f"data: a plan takes one train dataloader, and there is {type(loader).__name__}.")
@@ -84,6 +84,18 @@ def _planned(cli: BuiltCLI) -> Plan:
         accumulator=plugin.accumulator,
         samples=sum(c.capacity or 0 for c in collectors),
     )
+
+
+def _load(model: Any, path: str) -> None:
+    """Weights of a Lightning checkpoint.
+
+    Raises:
+        CommandError: If there is none, or it is another module's.
+    """
+    try:
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+    except (OSError, RuntimeError, KeyError, TypeError, UnpicklingError) as error:
+        raise CommandError(f"ckpt_path: {path}: {one_line(error)}") from error
 
 
 def optimizer_of(model: Any, trainer: Any) -> tuple[Optimizer, Any]:

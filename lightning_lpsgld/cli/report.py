@@ -6,8 +6,7 @@ from pathlib import Path
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_lpsgld.bank import SampleBank
-from lightning_lpsgld.cli.built import BuiltCLI, built, with_key
+from lightning_lpsgld.cli.built import BuiltCLI, built, opened_bank, with_key
 from lightning_lpsgld.cli.errors import CommandError
 from lightning_lpsgld.cli.trainer import EnsembleOptions
 from lightning_lpsgld.predictive import Regression, Task, TaskName
@@ -51,15 +50,13 @@ def run(args: list[str]) -> int:
     cli = built(ReportCLI, args)
     options = cli._get(cli.config_init, "ensemble")
     options = options if isinstance(options, EnsembleOptions) else EnsembleOptions(**options)
-    if options.bank is None:
-        raise CommandError(f"ensemble.bank: is needed, e.g. `{EXAMPLE}`.")
+    bank = opened_bank(options, EXAMPLE)
     output = Path(options.output or "report.html")
     if output.suffix != ".html":
         raise CommandError(f"ensemble.output: must end in .html, got {options.output!r}.")
     if cli.config["inputs"] not in ("val", "test"):
         raise CommandError(f"inputs: must be val or test, got {cli.config['inputs']!r}.")
     try:
-        bank = SampleBank.open(options.bank)
         batches = cli.loader(cli.config["inputs"])
         facts = gather(bank, cli.model, batches, task=_task(options), metrics_csv=cli.config["metrics"])
     except CommandError:

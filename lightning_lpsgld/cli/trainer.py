@@ -194,6 +194,10 @@ class LowPrecisionCLI(LightningCLI):
 def _parse_message(error: Exception) -> str:
     """Jsonargparse's message in one line that begins with the key."""
     text = " ".join(str(error).split())
+    unknown = re.search(r"""(?:(\w+) ["'`]([\w.]+)["'`] )?does not accept option ["'`]([\w.]+)["'`]""", text)
+    if unknown:
+        group = f"{unknown[2]}." if unknown[1] == "Group" else ""
+        return f"{group}{unknown[3].removeprefix(group)}: there is no such option."
     found = re.search(r"""(?:Parser key|[Kk]ey|Option|Group)\s+["'`]([\w.\[\]]+)["'`]""", text)
     if not found:
         return one_line(text)

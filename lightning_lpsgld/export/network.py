@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from lightning_lpsgld.predictive.reading import TaskName
 from lightning_lpsgld.predictive.reduction import open_output, task_of
 from lightning_lpsgld.predictive.tasks import Multiclass, Regression, Task, logits_in
 
-__all__ = ["Head", "Inputs", "Single", "Subject", "checked_inputs", "free_dims", "posterior", "prepared"]
+__all__ = ["Head", "Inputs", "Single", "Subject", "checked_inputs", "named", "posterior", "prepared", "traced"]
 
 #: What a module is called with: one tensor, or tensors by name (as tokenizers give them).
 Inputs = Tensor | dict[str, Tensor]
@@ -88,6 +88,7 @@ class Subject:
         inputs: What the file is checked on, on the CPU.
         packed: Tensors of all samples.
         head: What to make of an output.
+        max_length: Up to which the second dim of the inputs is free, if it is.
     """
 
     bank: SampleBank
@@ -95,6 +96,7 @@ class Subject:
     inputs: Inputs
     packed: list[PackedTensor]
     head: Head
+    max_length: int | None
 
     @property
     def points(self) -> int:
@@ -103,8 +105,22 @@ class Subject:
 
     @property
     def named(self) -> dict[str, Tensor]:
-        """Inputs by name; ``input`` if there is one that has none."""
-        return {"input": self.inputs} if isinstance(self.inputs, Tensor) else self.inputs
+        """Inputs by name."""
+        return named(self.inputs)
+
+    @property
+    def checks(self) -> list[Inputs]:
+        """Inputs that the file is checked on."""
+        return [self.inputs, *([_shortened(self.inputs)] if self.max_length is not None else [])]
+
+    def differences(self, answer: Callable[[Inputs], Mapping[str, Tensor]]) -> dict[str, float]:
+        """Largest difference of each output from PyTorch's, over all inputs that are checked."""
+        found: dict[str, float] = {}
+        for inputs in self.checks:
+            expected = self.ensemble(inputs).tensors()
+            for name, value in answer(inputs).items():
+                found[name] = max(found.get(name, 0.0), float((value - expected[name]).abs().max()))
+        return found
 
     @property
     def single(self) -> Single:
@@ -112,11 +128,16 @@ class Subject:
         return Single(self.ensemble.called, [tensor.name for tensor in self.packed], self.head)
 
 
-def checked_inputs(batch: Any) -> Inputs:
+def named(inputs: Inputs) -> dict[str, Tensor]:
+    """Inputs by name; ``input`` if there is one that has none."""
+    return {"input": inputs} if isinstance(inputs, Tensor) else inputs
+
+
+def checked_inputs(batch: Any, max_length: int | None) -> Inputs:
     """The inputs of a batch: one tensor, or those of a mapping that is passed on by keyword.
 
     Raises:
-        ValueError: If they are something else, or not of two rows or more.
+        ValueError: If they are something else, not of two rows or more, or with ``max_length`` not of one length.
     """
     named = by_keyword(batch)
     parts = {"input": default_inputs(batch)} if named is None else named
@@ -128,8 +149,22 @@ def checked_inputs(batch: Any) -> Inputs:
     rows = {len(part) for part in parts.values()}
     if len(rows) > 1 or min(rows) < 2:
         raise ValueError(f"export: takes a batch of two rows or more, got {', '.join(map(str, sorted(rows)))} rows.")
+    lengths = {part.shape[1] if part.ndim > 1 else 0 for part in parts.values()}
+    if max_length is not None and (len(lengths) > 1 or min(lengths) < 4 or max_length < max(lengths)):
+        raise ValueError(
+            "export: `max_length` takes inputs whose second dim is the length, the same in all, from 4 to "
+            f"{max_length}, got "
+            f"{', '.join(f'{name} {tuple(part.shape)}' for name, part in parts.items())}."
+        )
     here = {name: part.detach().cpu() for name, part in parts.items()}
     return here["input"] if named is None else here
+
+
+def _shortened(inputs: Inputs) -> Inputs:
+    """The first half of every sequence, for a check that a free length is one."""
+    if isinstance(inputs, Tensor):
+        return inputs[:, : inputs.shape[1] // 2].contiguous()
+    return {name: part[:, : part.shape[1] // 2].contiguous() for name, part in inputs.items()}
 
 
 def prepared(
@@ -139,6 +174,7 @@ def prepared(
     task: TaskName | Task,
     forward: Callable[[nn.Module, Any], Any],
     noise_std: float | None,
+    max_length: int | None,
 ) -> Subject:
     """Open and check what is to be exported.
 
@@ -149,7 +185,7 @@ def prepared(
     bank = bank if isinstance(bank, SampleBank) else SampleBank.open(bank)
     if bank.needs_base:
         bank.give_base(module)
-    inputs, packed = checked_inputs(batch), pack(bank)
+    inputs, packed = checked_inputs(batch, max_length), pack(bank)
     ensemble = PosteriorEnsemble(module, bank, task=task, forward=forward, noise_std=noise_std, members="streamed")
     opened = open_output(next(ensemble.outputs(inputs)), ensemble.task)
     found = task_of(opened, ensemble.task)
@@ -161,13 +197,40 @@ def prepared(
             f"'multilabel', or values with task='regression'; got task={found.name!r} and {tuple(first.shape)}."
         )
     known = found.noise_variance if isinstance(found, Regression) else None
-    return Subject(bank, ensemble, inputs, packed, Head(found, ensemble.noise_variance if known is None else known))
+    head = Head(found, ensemble.noise_variance if known is None else known)
+    return Subject(bank, ensemble, inputs, packed, head, max_length)
 
 
-def free_dims(inputs: Inputs) -> Any:
-    """``dynamic_shapes`` of inputs whose first dim is free."""
-    batch = torch.export.Dim("batch", min=2)
-    return {0: batch} if isinstance(inputs, Tensor) else {name: {0: batch} for name in inputs}
+def _free_dims(inputs: Inputs, max_length: int | None) -> Any:
+    """``dynamic_shapes`` of inputs whose first dim is free, and up to ``max_length`` the second one too."""
+    free = {0: torch.export.Dim("batch", min=2)}
+    if max_length is not None:
+        free[1] = torch.export.Dim("length", min=2, max=max_length)
+    return free if isinstance(inputs, Tensor) else dict.fromkeys(inputs, free)
+
+
+def traced(module: nn.Module, inputs: Inputs, tensors: tuple[Tensor, ...], max_length: int | None) -> Any:
+    """The exported program of a module that takes these inputs and, one by one, these tensors.
+
+    Raises:
+        ValueError: If the length is to be free and cannot be.
+        RuntimeError: If ``torch.export`` cannot trace the module.
+    """
+    shapes = (_free_dims(inputs, max_length), *((tuple({} for _ in tensors),) if tensors else ()))
+    try:
+        return torch.export.export(module, (inputs, *tensors), dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        if max_length is None:
+            raise
+        try:
+            traced(module, inputs, tensors, max_length=None)
+        except Exception:  # it is not about the length
+            raise error from None
+        raise ValueError(
+            f"export: this network cannot be exported for sequences of any length up to {max_length}: "
+            f"{' '.join(str(error).split())[:300]} Make `max_length` smaller, or leave it out: the file then takes "
+            "the length of your batch."
+        ) from error
 
 
 def posterior(answers: Sequence[tuple[Tensor, ...]], head: Head) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lpsgld.bank import SampleBank
-from lightning_lpsgld.export.network import Inputs, Subject, free_dims, prepared
+from lightning_lpsgld.export.network import Inputs, Subject, named, prepared, traced
 from lightning_lpsgld.export.outcome import Export, median_seconds
 from lightning_lpsgld.export.weights import PackedTensor
 from lightning_lpsgld.predictive.batches import default_logits
@@ -43,12 +43,11 @@ def _packages() -> Any:
     return onnx, onnxscript, onnxruntime
 
 
-def _exported(module: nn.Module, inputs: Inputs, tensors: tuple[Tensor, ...]) -> Any:
+def _exported(module: nn.Module, subject: Subject, tensors: tuple[Tensor, ...]) -> Any:
     """ONNX model of a module whose inputs have a free first dim."""
-    shapes = (free_dims(inputs), tuple({} for _ in tensors)) if tensors else (free_dims(inputs),)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.export(module, (inputs, *tensors), dynamic_shapes=shapes, strict=False)
+        program = traced(module, subject.inputs, tensors, subject.max_length)
         made = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=True, verbose=False)
     assert made is not None
     return made.model_proto
@@ -181,6 +180,7 @@ def export_onnx(
     task: TaskName | Task = "auto",
     forward: Callable[[nn.Module, Any], Any] = default_logits,
     noise_std: float | None = None,
+    max_length: int | None = None,
     threads: int = 1,
 ) -> Export:
     """Write the ensemble of a bank as one ONNX file, and check it against PyTorch with onnxruntime.
@@ -190,7 +190,8 @@ def export_onnx(
     file, so a call is as fast as float32, and then takes float32's memory.) One-dimensional tensors, which have an
     exponent an element, and formats that are not linear keep float32 values.
 
-    Input ``input``, or the names of a tokenized batch; the first dim is free, the others are those of ``batch``.
+    Input ``input``, or the names of a tokenized batch; the first dim is free, with ``max_length`` the second one too,
+    the others are those of ``batch``.
     Outputs as :class:`.PosteriorEnsemble` has them: ``mean`` (probabilities ``(n, classes, ...)``, of yes and no ``(n,
     2)``, of several labels ``(n, labels)``), ``predictive_entropy``, ``mutual_information``; of a regression ``mean``,
     ``epistemic`` and ``aleatoric`` (variances).
@@ -203,6 +204,8 @@ def export_onnx(
         task: As for :class:`.PosteriorEnsemble`.
         forward: ``forward(module, inputs)`` gives the output, where it is not ``module(inputs)``.
         noise_std: Standard deviation around values of a regression that gives no variance.
+        max_length: Take sequences of any length from two to this one, not only of the length of ``batch``: the second
+            dim of every input. Checked on the first half of the sequences too.
         threads: Threads of onnxruntime when latencies are measured.
 
     Returns:
@@ -210,40 +213,47 @@ def export_onnx(
 
     Raises:
         ModuleNotFoundError: If a package of the extra ``export`` is missing.
-        ValueError: If the bank is empty, the task or the inputs cannot be exported, or the file would pass 2 GiB.
+        ValueError: If the bank is empty, the task or the inputs cannot be exported, the length cannot be free, or the
+            file would pass 2 GiB.
         BankError: If the module is not the one that was sampled.
     """
     onnx, onnxscript, runtime = _packages()
-    subject = prepared(module, bank, batch, task, forward, noise_std)
+    subject = prepared(module, bank, batch, task, forward, noise_std, max_length)
     if sum(tensor.nbytes for tensor in subject.packed) > _LIMIT:
         raise ValueError("export_onnx: a file of more than 2 GiB is not possible; thin the bank first.")
     with swapped_weights(module), evaluation_mode(subject.ensemble.called):
         subject.bank.load_into(module, 0)
         firsts = tuple(tensor.decoded()[0].clone() for tensor in subject.packed)
-        network = _exported(subject.single, subject.inputs, firsts)
-        alone = _exported(subject.ensemble.called, subject.inputs, ())
+        network = _exported(subject.single, subject, firsts)
+        alone = _exported(subject.ensemble.called, subject, ())
     target = Path(path)
     onnx.save(_assemble(onnx, network, subject), target)
     onnx.checker.check_model(str(target), full_check=True)
     session = _session(runtime, target.read_bytes(), threads)
     single = _session(runtime, alone.SerializeToString(), threads)
-    feed = {name: tensor.numpy() for name, tensor in subject.named.items()}
+    feed = _fed(subject.inputs)
     first = dict(zip([value.name for value in single.get_inputs()], feed.values()))
-    names = [output.name for output in session.get_outputs()]
-    answer, samples = dict(zip(names, session.run(None, feed))), len(subject.bank)
-    expected = subject.ensemble(subject.inputs).tensors()
+    names, samples = [output.name for output in session.get_outputs()], len(subject.bank)
+
+    def answer(inputs: Inputs) -> dict[str, Tensor]:
+        return dict(zip(names, map(torch.from_numpy, session.run(None, _fed(inputs)))))
+
     return Export(
         path=target,
         samples=samples,
         bytes=target.stat().st_size,
         bytes_fp32=samples * alone.ByteSize(),
-        difference={name: float(np.abs(answer[name] - expected[name].numpy()).max()) for name in names},
+        difference=subject.differences(answer),
         points=subject.points,
         seconds=median_seconds(lambda: session.run(None, feed)),
         seconds_fp32=samples * median_seconds(lambda: single.run(None, first)),
         versions=f"opset {OPSET}, onnx {onnx.__version__}, onnxscript {onnxscript.__version__}, "
         f"onnxruntime {runtime.__version__}, torch {torch.__version__}, {threads} thread(s)",
     )
+
+
+def _fed(inputs: Inputs) -> dict[str, Any]:
+    return {name: tensor.numpy() for name, tensor in named(inputs).items()}
 
 
 def _session(runtime: Any, data: bytes, threads: int) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lpsgld.bank import SampleBank
-from lightning_lpsgld.export.network import Inputs, Single, Subject, free_dims, posterior, prepared
+from lightning_lpsgld.export.network import Inputs, Single, Subject, posterior, prepared, traced
 from lightning_lpsgld.export.outcome import Export, median_seconds
 from lightning_lpsgld.predictive.batches import default_logits
 from lightning_lpsgld.predictive.members import evaluation_mode
@@ -58,6 +58,7 @@ def export_program(
     task: TaskName | Task = "auto",
     forward: Callable[[nn.Module, Any], Any] = default_logits,
     noise_std: float | None = None,
+    max_length: int | None = None,
 ) -> Export:
     """Write the ensemble of a bank as a ``torch.export`` program (``.pt2``), and check it against the ensemble.
 
@@ -73,31 +74,30 @@ def export_program(
         task: As for :func:`.export_onnx`.
         forward: ``forward(module, inputs)`` gives the output, where it is not ``module(inputs)``.
         noise_std: Standard deviation around values of a regression that gives no variance.
+        max_length: As for :func:`.export_onnx`.
 
     Returns:
         Size, largest difference, latency (both in PyTorch).
 
     Raises:
-        ValueError: If the bank is empty, or the task or the inputs cannot be exported.
+        ValueError: If the bank is empty, the task or the inputs cannot be exported, or the length cannot be free.
         RuntimeError: If ``torch.export`` cannot trace the module.
         BankError: If the module is not the one that was sampled.
     """
-    subject = prepared(module, bank, batch, task, forward, noise_std)
+    subject = prepared(module, bank, batch, task, forward, noise_std, max_length)
     called, inputs = subject.ensemble.called, subject.inputs
     with swapped_weights(module), evaluation_mode(called), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        shapes = (free_dims(inputs),)
-        program = torch.export.export(_Stacked(subject), (inputs,), dynamic_shapes=shapes, strict=False)
+        program = traced(_Stacked(subject), inputs, (), max_length)
         alone = median_seconds(lambda: called(inputs))
     torch.export.save(program, str(path))
     loaded = torch.export.load(str(path)).module()
-    answer, expected = loaded(inputs), subject.ensemble(inputs).tensors()
     return Export(
         path=Path(path),
         samples=len(subject.bank),
         bytes=Path(path).stat().st_size,
         bytes_fp32=subject.bank.nbytes_fp32,
-        difference={name: float((value - expected[name]).abs().max()) for name, value in answer.items()},
+        difference=subject.differences(loaded),
         points=subject.points,
         seconds=median_seconds(lambda: loaded(inputs)),
         seconds_fp32=len(subject.bank) * alone,

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -401,25 +402,49 @@ def test_as_a_process(folder):
     assert "Traceback" not in done.stderr
 
 
-#: Number of training examples that the plan counts; None: the data are not here.
-CONFIGS = {"digits": 1198, "regression": 353, "segmentation": 256, "fashion-mnist": None}
+#: Words of the plan, and arguments that spare time or say where data are; ``None``: the data are not here.
+SMALL = ("--model.init_args.body.init_args.random_weights=true", "--data.init_args.random_weights=true")
+CONFIGS = {
+    "digits": ("N = 1198", ()),
+    "regression": ("N = 353", ()),
+    "segmentation": ("N = 256", ()),
+    "language-model-adapters": ("N = 240", SMALL),
+    "billion-weights": ("blocks.1.linear2.weight", ()),
+    "fashion-mnist": (None, ("--data.root=nowhere",)),
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configurations_of_the_examples(name, lpsgld, monkeypatch, request):
     """They are planned; Fashion-MNIST, whose files are not here, gets as far as looking for them."""
     pytest.importorskip("sklearn")
+    if name == "language-model-adapters":
+        pytest.importorskip("peft")
     examples = request.config.rootpath / "examples"
     monkeypatch.chdir(examples)
     monkeypatch.syspath_prepend(examples)
     assert {path.stem for path in (examples / "configs").glob("*.yaml")} == set(CONFIGS)
-    args = () if CONFIGS[name] else ("--data.root=nowhere",)
+    said, args = CONFIGS[name]
     code, out, errors = lpsgld("plan", "--config", f"configs/{name}.yaml", *args)
-    if CONFIGS[name]:
-        assert code == 0
-        assert f"N = {CONFIGS[name]}" in out
+    if said is not None:
+        assert (code, errors) == (0, [])
+        assert said in out
     else:
         assert code == 2
         assert "Dataset not found" in errors[0]
-    for module in ("digits", "comparison", "image_classification", "regression", "segmentation", "score_table"):
-        sys.modules.pop(module, None)
+    for path in examples.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+def test_every_example_that_trains_a_module_has_a_configuration(request):
+    """The others use samplers without a Trainer, or a grid of their own (the study)."""
+    examples = request.config.rootpath / "examples"
+    modules = {
+        p.stem for p in examples.glob("*.py") if re.search(r"^class \w+\(L\.LightningModule\)", p.read_text(), re.M)
+    }
+    named = {
+        name
+        for path in (examples / "configs").glob("*.yaml")
+        for name in re.findall(r"class_path: (\w+)\.", path.read_text())
+    }
+    assert modules <= named

@@ -141,8 +141,8 @@ def features(n, seed=3):
     return torch.randn(n, 5, generator=torch.Generator().manual_seed(seed))
 
 
-def tokens(n):
-    ids = torch.randint(11, (n, 6), generator=torch.Generator().manual_seed(4))
+def tokens(n, length=6):
+    ids = torch.randint(11, (n, length), generator=torch.Generator().manual_seed(4))
     return {"input_ids": ids, "attention_mask": (ids > 2).long(), "labels": ids}
 
 
@@ -171,7 +171,7 @@ TASKS = {
 
 
 #: ONNX takes seconds a network: by default those whose way through the file differs.
-QUICK = ("pair of mean and variance", "one logit", "labels", "classes of pixels", "classes of tokens")
+QUICK = ("pair of mean and variance", "one logit", "labels", "classes of pixels")
 
 
 @pytest.mark.parametrize(
@@ -197,6 +197,43 @@ def test_any_task_answers_like_pytorch(tmp_path, kind, name):
         assert value.shape == tuple(expected[output].shape), output
         assert np.abs(value - expected[output].numpy()).max() < 1e-5, output
     assert all(np.ptp(value) > 0 for name, value in found.items() if name not in ("aleatoric",))
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "kind"),
+    [
+        (Tagger, {"task": Multiclass(class_dim=-1)}, "onnx"),
+        (Tagger, {"task": Multiclass(class_dim=-1)}, "pt2"),
+        pytest.param(bert, {}, "onnx", marks=pytest.mark.slow),
+        pytest.param(bert, {}, "pt2", marks=pytest.mark.slow),
+    ],
+)
+def test_sequences_of_any_length(tmp_path, build, options, kind):
+    """Shorter and longer than those of the export, which itself looks at half their length too."""
+    bank, path = bank_of(build()), tmp_path / f"r.{kind}"
+    outcome = write(kind, build(), bank, path, tokens(4), max_length=16, **options)
+    assert outcome.largest_difference < 1e-5
+    ensemble = PosteriorEnsemble(build(), bank, **options)
+    for length in (2, 5, 9):
+        expected, found = ensemble(tokens(3, length)).tensors(), answers(path, tokens(3, length))
+        for output, value in found.items():
+            assert value.shape == tuple(expected[output].shape), output
+            assert np.abs(value - expected[output].numpy()).max() < 1e-5, output
+
+
+@pytest.mark.parametrize("kind", ["onnx", "pt2"])
+def test_a_length_that_cannot_be_free_is_refused(tmp_path, kind):
+    """By a network whose weights have the length, by inputs that are too short to tell, or of two lengths."""
+    fixed, path = nn.Sequential(nn.Flatten(), nn.Linear(30, 3)), tmp_path / f"x.{kind}"
+    for net, batch, message in (
+        (fixed, torch.zeros(4, 6, 5), "any length up to 8: .*Make `max_length` smaller"),
+        (nn.Linear(3, 2), torch.zeros(4, 3), r"from 4 to 8, got input \(4, 3\)"),
+        (Tagger(), tokens(4, 9), r"from 4 to 8, got input_ids \(4, 9\)"),
+        (Tagger(), {**tokens(4), "attention_mask": torch.ones(4, 9)}, r"the same in all, .*attention_mask \(4, 9\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write(kind, net, bank_of(net), path, batch, max_length=8)
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("kind", ["onnx", "pt2"])
