@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from lightning_lpsgld.casting.hooks import sessions_on
+from lightning_lpsgld.casting.pending import Pending, settled
 from lightning_lpsgld.casting.session import Session
 from lightning_lpsgld.casting.storage import storage_pointer
 from lightning_lpsgld.ops import Encoded
@@ -51,6 +52,12 @@ def carried_codes(module: nn.Module) -> Iterator[Callable[[Tensor], tuple[Encode
 
 
 def _codes_of(sessions: list[Session], x: Tensor) -> tuple[Encoded | None, str]:
+    waiting = x.codes() if isinstance(x, Pending) else None
+    if waiting is not None:
+        for session in sessions:
+            session.caster.taken.add(waiting[1])
+        return waiting[0], ""
+    x = settled(x)
     for session in sessions:
         codes = session.caster.book.of(x)
         if codes is not None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_lpsgld.casting.codes import CodeBook
 from lightning_lpsgld.casting.draws import CallDraws, Rounding
+from lightning_lpsgld.casting.functions import ActivationFunction
+from lightning_lpsgld.casting.pending import Cast, Pending, settled
 from lightning_lpsgld.casting.saved import ReluSigns
 from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops import Encoded, decode, encode, quantize
 from lightning_lpsgld.ops.autograd import Rounder, cast_with
 from lightning_lpsgld.ops.dispatch import BackendName
+from lightning_lpsgld.ops.evaluation import Chain, refusal
 from lightning_lpsgld.random import DrawKey, Role, stream_id
 
 __all__ = ["Caster", "is_castable"]
@@ -39,6 +44,8 @@ class Caster:
 
     Attributes:
         book: Codes of the cast tensors that are alive.
+        watched: Whether calls of functions are seen, so that it is known when a tensor is overwritten.
+        lazy: Whether casts may wait for what follows: in an evaluation whose codes someone asks for.
         carrying: Whether all casts go by way of codes, which ``book`` then has.
         asked: How many have asked for codes; then the casts whose codes are taken carry them, and each at first.
         taken: Sites whose codes were taken.
@@ -48,6 +55,7 @@ class Caster:
         self.activations, self.errors, self.backend = activations, errors, backend
         self.book = CodeBook()
         self.carrying = False
+        self.lazy = self.watched = False
         self.asked = 0
         self.taken: set[str] = set()
         self._offered: Counter[str] = Counter()
@@ -74,8 +82,47 @@ class Caster:
         self._offered[site] += 1
         return site in self.taken or self._offered[site] <= _OFFERS
 
-    def round(self, x: Tensor, draws: CallDraws, index: int, site: str = "", signs: ReluSigns | None = None) -> Tensor:
-        """Cast number ``index`` of a call; ``signs`` belongs to the ReLU that gave ``x``."""
+    def run(self, function: ActivationFunction, x: Tensor) -> Tensor:
+        """Result of an activation function that will be cast at once; a ReLU may wait for the cast."""
+        fmt = self.activations if self._waits() else None
+        if fmt is not None and function.is_relu and not function.inplace and refusal(x, fmt) is None:
+            return Pending(Chain(x, relu=True), owned=False)
+        return function(x)
+
+    def end_call(self) -> Callable[[Any], Any]:
+        """Casts wait no longer; returns what gives the values of one that does."""
+        self.lazy = False
+        return settled
+
+    def _waits(self) -> bool:
+        return self.lazy and self.watched and not torch.is_grad_enabled()
+
+    def _later(self, x: Tensor, site: str, fresh: bool) -> Tensor | None:
+        """The cast, waiting for what follows, if it can."""
+        fmt = self.activations
+        if fmt is None or not (isinstance(x, Pending) or (fresh and refusal(x, fmt) is None)):
+            return None
+
+        def register(value: Tensor, encoded: Encoded) -> None:
+            self.book.register(value, encoded).site = site
+
+        cast = Cast(fmt, self.backend, site, lambda: self._carries(site), register)
+        if not isinstance(x, Pending):
+            return Pending(Chain(x), cast)
+        out = x.then(cast)
+        if not out.owned and not (self._carries(site) and out.codes() is not None):
+            return out.values()
+        return out
+
+    def round(
+        self, x: Tensor, draws: CallDraws, index: int, site: str = "", signs: ReluSigns | None = None, *,
+        fresh: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Cast number ``index`` of a call; ``signs`` belongs to the ReLU that gave ``x``, a ``fresh`` x to nobody."""
+        later = self._later(x, site, fresh) if self._waits() else None
+        if later is not None:
+            return later
+        x = settled(x)
         error: Rounder | None = None
         if self.errors is not None and x.requires_grad and torch.is_grad_enabled():
             error = partial(quantize, fmt=self.errors, key=draws.error_key(index), backend=self.backend)

@@ -110,6 +110,10 @@ class CodeBook:
             twin = self.register(x, codes.encoded)
             twin.flagged, twin.site = codes.flagged, codes.site
 
+    def forget(self, x: Tensor) -> None:
+        """``x``, or a view of it, was overwritten: not all tensors count that (those of inference mode do not)."""
+        self._records.pop(storage_pointer(x), None)
+
     def of(self, x: Tensor) -> Codes | None:
         """Codes of a cast tensor, or of the one that ``x`` is a view of (compare ``tag``); ``None`` if there are none.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ __all__ = [
     "SOFTMAX_FUNCTIONS",
     "ActivationFunction",
     "is_inplace",
+    "written_by",
 ]
 
 _NAMES = (
@@ -47,6 +49,29 @@ RELU_FUNCTIONS = _functions(("relu",))
 SOFTMAX_FUNCTIONS = _functions(_SOFTMAX_NAMES)
 #: Activations that draw from the global generator: never called a second time.
 RANDOM_FUNCTIONS = _functions(("rrelu",))
+
+
+#: Methods that write to their first argument, beside those whose names end in an underscore.
+_WRITING = frozenset(
+    ["__setitem__"]
+    + [f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")]
+)
+
+
+def written_by(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Tensors that a call of a function of torch has written to, by its name and by ``out`` and ``inplace``.
+
+    Example:
+        >>> x = torch.zeros(1)
+        >>> written_by(torch.Tensor.add_, (x, 1), {})[0] is x, written_by(torch.add, (x, 1), {})
+        (True, [])
+    """
+    name = getattr(function, "__name__", "")
+    writes = (name.endswith("_") and not name.endswith("__")) or name in _WRITING or bool(kwargs.get("inplace"))
+    out = kwargs.get("out")
+    found = [args[0] if args else kwargs.get("input")] if writes else []
+    found += list(out) if isinstance(out, (tuple, list)) else [out]
+    return [x for x in found if isinstance(x, Tensor)]
 
 
 def is_inplace(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_lpsgld.casting.calls import Scope
-from lightning_lpsgld.casting.functions import ACTIVATION_FUNCTIONS
+from lightning_lpsgld.casting.functions import ACTIVATION_FUNCTIONS, written_by
 from lightning_lpsgld.casting.heads import HeadCasts
 from lightning_lpsgld.casting.session import Session
 
@@ -91,6 +91,10 @@ class FunctionalMode(TorchFunctionMode):
         if self.heads.concerns(func):
             return self.heads.run(func, args, kwargs or {})
         out = func(*args, **kwargs) if kwargs else func(*args)
+        book = self.session.caster.book
+        if len(book):
+            for x in written_by(func, args, kwargs or {}):
+                book.forget(x)
         watch = self.session.watcher()
         if watch is not None:
             watch(func, args, kwargs or {}, out)

@@ -50,7 +50,9 @@ from lightning_lpsgld.casting.draws import CallDraws, ForwardCounter
 from lightning_lpsgld.casting.functions import SOFTMAX_FUNCTIONS, ActivationFunction
 from lightning_lpsgld.casting.graphs import GraphSide, is_running
 from lightning_lpsgld.casting.outputs import Held, OpenEnds, OutputTracker, Place, replace_tensors, tensors_in
+from lightning_lpsgld.casting.pending import settled
 from lightning_lpsgld.casting.saved import ReluSigns, SavedCodes, saved_tensor_hooks
+from lightning_lpsgld.casting.sites import FRESH_TYPES
 from lightning_lpsgld.casting.storage import storage_pointer
 
 __all__ = ["Session"]
@@ -60,8 +62,8 @@ __all__ = ["Session"]
 class _Result:
     """The result of a site, to be cast.
 
-    ``signs`` stands for what a ReLU saved; ``held`` is what is held for the argument and ``uncast`` the result of
-    the tensor held; ``source`` gives the result from the cast of an argument that was left uncast.
+    ``signs`` stands for what a ReLU saved; ``held`` is what is held for the argument and ``uncast`` the result of that;
+    ``source`` gives the result from the cast of an argument that was left uncast; a ``fresh`` one is nobody else's.
     """
 
     result: Tensor
@@ -69,6 +71,7 @@ class _Result:
     uncast: Tensor | None = None
     held: Held | None = None
     source: Callable[[], Tensor] | None = None
+    fresh: bool = False
 
 
 class Session:
@@ -103,12 +106,12 @@ class Session:
         """Forget all that belongs to a running forward."""
         self.calls, self.ends = CallStack(), OpenEnds()
         self.in_context = self.packing = self.muted = False
-        self.caster.carrying = False
+        self.caster.carrying = self.caster.lazy = False
         self.tracker.drop()
 
     def end_context(self) -> None:
         """Forget what belongs to the context that is left; say what graphs have left out."""
-        self.in_context = self.packing = self.caster.carrying = False
+        self.in_context = self.packing = self.caster.carrying = self.caster.lazy = False
         self.calls.end()
         self.ends.clear()
         self.tracker.drop()
@@ -136,12 +139,8 @@ class Session:
 
     def shield(self) -> None:
         """Get ready for compiled forwards, if whatever compiles has been imported."""
-        inner: dict[str, Callable[..., Any]] = {
-            "enter": self._enter,
-            "leave": self._leave,
-            "activation": self._on_activation,
-            "watch": self._watch,
-        }
+        inner: dict[str, Callable[..., Any]] = {"enter": self._enter, "leave": self._leave}
+        inner |= {"activation": self._on_activation, "watch": self._watch}
         self.graphs.shield(inner)
 
     def knows_outputs(self) -> bool:
@@ -208,6 +207,7 @@ class Session:
         calls.call.learning = (name, training) not in self.tracker.learned
         if self.caster.asked:
             calls.call.inputs = frozenset(storage_pointer(x) for x in tensors_in((args, kwargs)))
+            self.caster.lazy = not (training or calls.call.learning) and calls.call.rounding == "nearest"
         if calls.call.learning and self.in_context and not calls.runs(""):
             warn_if_bypassed(self.root(), module)
         self.muted = True
@@ -220,9 +220,8 @@ class Session:
         return joined
 
     def _new_call(self, owner: str, training: bool, draws: CallDraws) -> ForwardCall:
-        return ForwardCall(
-            owner, training, draws.rounding, draws, None if self.graphs.shielded is None else draws.tensor
-        )
+        key = None if self.graphs.shielded is None else draws.tensor
+        return ForwardCall(owner, training, draws.rounding, draws, key)
 
     def _repeat(self, name: str) -> bool:
         """Begin the repetition of a forward during backward (activation checkpointing) with the draws it had.
@@ -269,7 +268,7 @@ class Session:
             output = self.tracker.finish(call.owner, call.training, output, self.ends.note)
             self.graphs.expected[call.owner, call.training] = call.reached
         self.calls.call = None
-        return output
+        return replace_tensors(output, self.caster.end_call()) if self.caster.lazy else output
 
     # ---------------------------------------------------------------------------------------------------------- casts
 
@@ -280,23 +279,25 @@ class Session:
             return output._replace(data=self._cast(name, _Result(output.data)))
         if isinstance(output, tuple):
             return tuple(self._cast_layer(name, module, part) for part in output)
-        return self._cast(name, _Result(output)) if torch.is_tensor(output) else output
+        fresh = isinstance(module, FRESH_TYPES)
+        return self._cast(name, _Result(output, fresh=fresh)) if torch.is_tensor(output) else output
 
     def _cast(self, site: str, made: _Result) -> Tensor:
         """Cast the result of a site; leave it where it is the network's output."""
         raw, call = made.result, self.calls.call
         if call is None or not is_castable(raw):
-            return raw
+            return settled(raw)
         index, place = call.next_index(), call.place(site)
         tracing = torch.compiler.is_compiling()
         if place in self.tracker.places or (call.replay and self.tracker.is_output(site)):
             if not tracing:
                 source = made.source or (lambda: raw)
+                raw = settled(raw)
                 self.ends.add(raw, lambda: self.caster.round(source(), call.draws, index))
             return raw
         if tracing:
             return self.caster.node(raw, call.key, call.rounding, index)
-        out = self.caster.round(raw, call.draws, index, site, made.signs)
+        out = self.caster.round(raw, call.draws, index, site, made.signs, fresh=made.fresh)
         if call.learning:
             self.tracker.advance()
             self._hold(out, made, place)
@@ -344,8 +345,7 @@ class Session:
             self.functional_sites[site] = None
         if not function.inplace:
             return self._cast(site, self._run(function, x))
-        # The user may go on with the argument instead of the result: bring the cast into it. The function itself runs
-        # on a copy, because a ReLU keeps its result for backward and must not find it overwritten.
+        # The user may go on with the argument: the cast goes into it. A copy is run, as a ReLU keeps its own result.
         out = self._cast(site, self._run(function, x.clone()))
         x.copy_(out)
         if self.caster.carrying or self.caster.asked:
@@ -372,7 +372,7 @@ class Session:
             with torch.autograd.graph.saved_tensors_hooks(made.signs.pack, ReluSigns.unpack):
                 made.result = function(x)
         else:
-            made.result = function(x)
+            made.result = self.caster.run(function, x)
         return made
 
     def _loose_activation(self, function: ActivationFunction, x: Tensor) -> Tensor:

@@ -11,7 +11,16 @@ from torch import nn
 from torch.nn.modules import activation as _activation
 from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["ACTIVATION_TYPES", "LAYER_TYPES", "ModuleRule", "Site", "SitePlan", "find_sites", "matching_modules"]
+__all__ = [
+    "ACTIVATION_TYPES",
+    "FRESH_TYPES",
+    "LAYER_TYPES",
+    "ModuleRule",
+    "Site",
+    "SitePlan",
+    "find_sites",
+    "matching_modules",
+]
 
 #: A module type, or an ``fnmatch`` pattern for the dotted name of a module or of one of its ancestors.
 ModuleRule = Union[type, str]
@@ -25,6 +34,9 @@ LAYER_TYPES: tuple[type[nn.Module], ...] = (
     nn.RNNCellBase,
     nn.MultiheadAttention,
 )
+
+#: Those of them whose outputs are memory of their own.
+FRESH_TYPES: tuple[type[nn.Module], ...] = (_ConvNd, nn.Linear)
 
 #: Softmax-like modules are no sites: they end a network or weight an average, and 8-bit blocks would zero small odds.
 _NO_ACTIVATIONS = {"MultiheadAttention", "Softmax", "Softmax2d", "LogSoftmax", "Softmin"}

@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lightning_lpsgld.casting.pending import Pending
+
 __all__ = ["StorageTag", "storage_pointer"]
 
 
 def storage_pointer(x: Tensor) -> int:
     """Address of the first byte of the storage, shared by all views; 0 where there is none (sparse, nested, empty)."""
+    if isinstance(x, Pending) and x.waits:
+        return 0
     return x.untyped_storage().data_ptr() if x.layout is torch.strided and not x.is_nested else 0
 
 

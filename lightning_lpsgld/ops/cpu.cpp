@@ -497,6 +497,15 @@ static void fill_task(Task &t, const void *x, void *out, const Shape &shape, con
   t.channels = shape.channels, t.pixels = shape.pixels, t.key = key;
 }
 
+// For the other files of the library.
+int vector_level() {
+  kernels();
+  return level.load(std::memory_order_relaxed);
+}
+void in_parallel(int threads, int64_t items, void (*work)(void *, int64_t), void *context) {
+  run(threads, items, work, context);
+}
+
 }  // namespace lpsgld
 
 // ======================= 4. The C interface =======================

@@ -22,8 +22,11 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = {"ops/_cpu": "ops/cpu.cpp", "linear/_kernels": "linear/kernels.cpp"}
-TESTS = ("tests/ops/test_cpu_backend.py", "tests/ops/test_block_top.py", "tests/linear/test_linear_halp.py")
+KERNELS = {"ops/_cpu": ("ops/cpu.cpp", "ops/evaluation.cpp"), "linear/_kernels": ("linear/kernels.cpp",)}
+TESTS = (
+    "tests/ops/test_cpu_backend.py", "tests/ops/test_block_top.py", "tests/ops/test_evaluation_chain.py",
+    "tests/linear/test_linear_halp.py",
+)  # fmt: skip
 LEVELS = ("baseline", "avx2", "avx512")
 #: As in pyproject.toml, but for the optimization, and with what the sanitizers need.
 FLAGS = (
@@ -36,12 +39,13 @@ OWN_FLAGS = {"ops/_cpu": ("-ffp-contract=off",), "linear/_kernels": ()}
 def build(folder: Path, compiler: str) -> None:
     """Put kernels with sanitizers into a copy of the package."""
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    for name, source in KERNELS.items():
+    for name, sources in KERNELS.items():
         for old in (folder / name).parent.glob(f"{Path(name).name}*.so"):
             old.unlink()
-        print(f"building {source}", flush=True)
+        print(f"building {', '.join(sources)}", flush=True)
         target = folder / f"{name}{suffix}"
-        subprocess.run([compiler, *FLAGS, *OWN_FLAGS[name], str(folder / source), "-o", str(target)], check=True)
+        paths = [str(folder / source) for source in sources]
+        subprocess.run([compiler, *FLAGS, *OWN_FLAGS[name], *paths, "-o", str(target)], check=True)
 
 
 def preload(compiler: str) -> str:
