@@ -80,7 +80,7 @@ class Transformed(Dataset):
 
 
 class Images(L.LightningDataModule):
-    """Train and test images of one of :data:`DATA`; crop and flip as in the paper for CIFAR."""
+    """Train and test images of one of :data:`DATA`; crop and flip as in the paper for CIFAR, if ``augment``."""
 
     def __init__(
         self,
@@ -91,10 +91,11 @@ class Images(L.LightningDataModule):
         download: bool = False,
         limit: int | None = None,
         workers: int = 0,
+        augment: bool = True,
     ) -> None:
         super().__init__()
         self.name, self.root, self.batch_size = name, root, batch_size
-        self.download, self.limit, self.workers = download, limit, workers
+        self.download, self.limit, self.workers, self.augment = download, limit, workers, augment
 
     def prepare_data(self) -> None:
         """Download, if asked to."""
@@ -106,7 +107,8 @@ class Images(L.LightningDataModule):
         """Read the data and attach the transforms."""
         kind, _, _, mean, std = DATA[self.name]
         plain = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
-        augment = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()] if self.name.startswith("cifar") else []
+        moved = self.augment and self.name.startswith("cifar")
+        augment = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()] if moved else []
         parts = []
         for train in (True, False):
             data = idx_folder(self.root, train) if self.name == "fashion-mnist" else None

@@ -7,11 +7,17 @@ bits; nothing here runs anything.
 from __future__ import annotations
 
 import functools
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lightning_lpsgld import LowPrecisionSGLD
 from lightning_lpsgld.samplers import SGHMC
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from published import paper_decay
 
 __all__ = ["FORMATS", "METHODS", "Row", "decay", "learning_rate", "make_plugin", "paper_decay", "rows_of"]
 
@@ -115,11 +121,6 @@ def make_plugin(row: Row) -> LowPrecisionSGLD:
 def learning_rate(row: Row) -> float:
     """Learning rate at the start: 0.2 for cycles, which begin anew, 0.1 else; of SGHMC the time of a step."""
     return _TIME_STEP if "sghmc" in row.method else 0.2 if "cycles" in METHODS[row.method] else 0.1
-
-
-def paper_decay(progress: float) -> float:
-    """Factor on the learning rate at a share of the run: 1 to one half, then linear to 1 % at nine tenths."""
-    return min(1.0, max(0.01, 1.0 - 0.99 * (progress - 0.5) / 0.4))
 
 
 def decay(row: Row, progress: float) -> float:

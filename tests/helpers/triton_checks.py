@@ -344,7 +344,7 @@ def cases() -> Iterator[tuple[str, Callable[..., None], tuple[Any, ...]]]:
 def powers_of_two() -> Iterator[tuple[str, Callable[..., None], tuple[Any, ...]]]:
     """Every sampler over every boundary, of elements, runs and tensors, without noise, cold and warm: minutes."""
     for case in DRIVEN:
-        yield f"all-powers-{case}", check_powers_of_two, (case, CROSSED, (0.0, 1e-3, 1.0), 8)
+        yield f"all-powers-{case}", check_powers_of_two, (case, CROSSED, (0.0, 1e-3, 1.0), 5)
 
 
 def run_cases(chosen: Iterator[tuple[str, Callable[..., None], tuple[Any, ...]]]) -> None:
