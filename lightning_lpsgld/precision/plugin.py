@@ -26,7 +26,7 @@ from lightning_lpsgld.precision.likelihood import gradient_factor, likelihood_of
 from lightning_lpsgld.precision.module_part import ModulePart
 from lightning_lpsgld.precision.presets import preset_options
 from lightning_lpsgld.precision.prior import Prior, PriorMean
-from lightning_lpsgld.precision.replicas import ReplicaGuard, compressed
+from lightning_lpsgld.precision.replicas import ReplicaGuard, ShardGathering, compressed
 from lightning_lpsgld.precision.resume import Resume, run_settings
 from lightning_lpsgld.precision.run import RunDescription, describe_run
 from lightning_lpsgld.precision.storage import CodedStorage, Storage, check_storage
@@ -187,6 +187,7 @@ class LowPrecisionSGLD(ModulePart):
         self.run: RunDescription | None = None
         self._guard: ReplicaGuard | None = None
         self._late_check = SettleBeforeSaving(lambda: self.samplers)
+        self._gathering = ShardGathering()
         self.card: PosteriorCard | None = None
         self.samplers: list[LangevinOptimizer] = []
         self.casting: ActivationCasting | None = None
@@ -255,6 +256,7 @@ class LowPrecisionSGLD(ModulePart):
             self.compression = compressed(model, run.chain_seed, self.samplers[0])
         self._late_check.attach(module)
         share = round_parameters(self.samplers) or self._stored.saturated
+        self._gathering.begin(module, self.samplers)
         watched = (trainer, module, self.samplers, run, self.loss_scale)
         self._likelihood = likelihood_of(*watched, self.casting, self._autocast)
         self._describe(run, module, share)
@@ -338,3 +340,4 @@ class LowPrecisionSGLD(ModulePart):
             self.casting = None
         super().teardown()
         settle_at_end(self.samplers)
+        self._gathering.end()

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_lpsgld.distributed import GradientCompression, refuse_different_settings, refuse_forked_replicas
+from lightning_lpsgld.distributed import (
+    GradientCompression,
+    gather_as_codes,
+    refuse_different_settings,
+    refuse_forked_replicas,
+)
+from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.precision.run import RunDescription
-from lightning_lpsgld.samplers import LangevinOptimizer
+from lightning_lpsgld.samplers import LangevinOptimizer, VarianceReduced
 
-__all__ = ["ReplicaGuard", "compressed"]
+__all__ = ["ReplicaGuard", "ShardGathering", "compressed"]
 
 _SETTINGS = ("seed", "step", "lr")
 
@@ -78,6 +86,34 @@ def _tensors(sampler: LangevinOptimizer) -> dict[str, Tensor]:
         if "accumulator" in state:
             found[f"the accumulator of {sampler.name_of(param)}"] = state["accumulator"]
     return found
+
+
+class ShardGathering:
+    """FSDP2 gathers what samplers keep on a grid as codes, as long as a fit lasts; nothing without FSDP2."""
+
+    def __init__(self) -> None:
+        self._module: Callable[[], Module | None] = lambda: None
+
+    def begin(self, module: Module, samplers: Sequence[LangevinOptimizer]) -> None:
+        """From now on the weights of these samplers lie on their grids; says what a gather brings."""
+        formats: dict[int, NumberFormat | None] = {
+            id(param): sampler.format_of(param)
+            for sampler in samplers
+            if not isinstance(sampler, VarianceReduced)  # moves weights by offsets from a centre
+            for group in sampler.sampled_groups
+            for param in group["params"]
+        }
+        now, floats = gather_as_codes(module, lambda param: formats.get(id(param)))
+        self._module = weakref.ref(module)
+        if floats:
+            sizes = f"{now / 1e6:.3g} MB for all weights instead of {floats / 1e6:.3g} MB"
+            rank_zero_info(f"LowPrecisionSGLD: FSDP2 gathers codes: {sizes}.")
+
+    def end(self) -> None:
+        """Weights may leave their grids: floats are gathered again."""
+        module = self._module()
+        if module is not None:
+            gather_as_codes(module, lambda param: None)
 
 
 def compressed(model: Module, seed: int, sampler: LangevinOptimizer) -> GradientCompression:

@@ -18,6 +18,7 @@ from lightning_lpsgld.precision.run import RunDescription
 from lightning_lpsgld.precision.variance_reduction import check_variance_reduced
 from lightning_lpsgld.random import derive_seed
 from lightning_lpsgld.samplers import LangevinOptimizer, VarianceReduced, sample_part
+from lightning_lpsgld.samplers.shards import local_part
 from lightning_lpsgld.samplers.updates import count_saturated
 
 __all__ = ["round_parameters", "take_over"]
@@ -125,10 +126,11 @@ def round_parameters(samplers: Sequence[LangevinOptimizer]) -> float:
     for sampler in samplers:
         for param in (p for g in sampler.sampled_groups for p in g["params"] if p.requires_grad):
             fmt = sampler.format_of(param)
-            count += param.numel()
+            mine = local_part(param.detach())  # of shards this rank's: sums over DTensors are not of all ranks
+            count += mine.numel()
             if isinstance(param, CodedTensor):
                 continue
-            outside += 0 if fmt is None else int(count_saturated(param.detach(), fmt))
+            outside += 0 if fmt is None or not mine.numel() else int(count_saturated(mine, fmt))
         sampler.round_parameters_()
     return outside / max(count, 1)
 

@@ -1,9 +1,12 @@
 """FSDP2 through Lightning's ModelParallelStrategy, on two CPU ranks: the run that DDP gives, bit for bit."""
 
+from collections import Counter
+
 import pytest
 import torch
 from helpers.models import Classifier, SyntheticData, make_trainer
 from helpers.processes import run_ranks
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -98,3 +101,76 @@ def test_a_part_under_fsdp2_gives_the_chain_and_the_bank_of_ddp(tmp_path):
     assert first.steps == second.steps == [5, 8]
     for mine, theirs in zip(first, second):
         assert all(torch.equal(mine.tensors[k], v) for k, v in theirs.tensors.items())
+
+
+class Even(Sharded):
+    """Rows that two ranks divide, so that FSDP2 pads nothing."""
+
+    def after_fit(self):
+        """Weights may leave the grid once the fit is over."""
+        for param in self.parameters():
+            param.to_local().add_(0.001)
+        return self(torch.ones(2, 6))
+
+
+def gathered_bytes(path, **options):
+    """Gathers of three steps by the bytes that they bring, the weights then, and whether a forward after is right."""
+    torch.manual_seed(0)
+    module = Even(nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4)))
+    module.validation_step = None
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    trainer = make_trainer(
+        max_steps=3, max_epochs=-1, devices=2, strategy=strategy, limit_val_batches=0,
+        plugins=[LowPrecisionSGLD(seed=1, **options)], callbacks=[SampleCollector(path, start=0, every=1)],
+    )  # fmt: skip
+    total = []
+
+    def counted(function):
+        def run(*args, **kwargs):
+            output = args[0] if args else next(x for name, x in kwargs.items() if name.startswith("output"))
+            total.append(output.nbytes)
+            return function(*args, **kwargs)
+
+        return run
+
+    class Counting(Callback):
+        def on_train_start(self, *args):
+            total.clear()
+
+        def on_train_end(self, trainer, module):
+            self.bytes = Counter(total)
+
+    counting = Counting()
+    trainer.callbacks.append(counting)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_gather_into_tensor", "all_gather_single"):  # of older and of newer versions
+            if hasattr(torch.distributed, name):
+                patch.setattr(torch.distributed, name, counted(getattr(torch.distributed, name)))
+        trainer.fit(module, datamodule=SyntheticData(n_train=640, shuffle=False))
+    weights = {name: param.full_tensor() for name, param in module.state_dict().items()}
+    with torch.no_grad():
+        after = module.after_fit()
+        expected = nn.functional.linear(torch.ones(2, 6), *(p.full_tensor() for p in module.net[0].parameters()))
+        expected = nn.functional.linear(expected.relu(), *(p.full_tensor() for p in module.net[2].parameters()))
+    return counting.bytes, weights, torch.equal(after, expected)
+
+
+def both_gathers(folder):
+    codes = gathered_bytes(folder / "codes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_lpsgld.precision.replicas.gather_as_codes", lambda *args: (0, 0))
+        floats = gathered_bytes(folder / "floats")
+    return codes, floats, gathered_bytes(folder / "sum", accumulator="full")[2]
+
+
+def test_fsdp2_gathers_codes(tmp_path):
+    """A byte a weight, one for each exponent: of each row, and of each element of a bias; the same chain."""
+    for codes, floats, after_sums in run_ranks(both_gathers, tmp_path):
+        assert floats[0].keys() == {4 * (6 * 16 + 16), 4 * (16 * 4 + 4)}
+        assert min(floats[0].values()) >= 3
+        coded = {4 * (6 * 16 + 16): 6 * 16 + 16 + 2 * 16, 4 * (16 * 4 + 4): 16 * 4 + 4 + 2 * 4}
+        assert codes[0] == {coded[size]: times for size, times in floats[0].items()}
+        assert all(torch.equal(value, floats[1][name]) for name, value in codes[1].items())
+        assert codes[2]
+        assert floats[2]
+        assert after_sums
