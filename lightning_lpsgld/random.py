@@ -44,6 +44,13 @@ class Role(IntEnum):
 def stream_id(role: Role, index: int) -> int:
     """Stream of tensor number ``index`` (0 to 2**24 - 1) in ``role``; different pairs never share draws.
 
+    Args:
+        role: What the draws are for.
+        index: Number of the tensor, 0 to 2**24 - 1.
+
+    Returns:
+        An int below 2**32.
+
     Raises:
         ValueError: If ``index`` is out of range.
     """
@@ -149,7 +156,16 @@ def _words(shape: torch.Size | tuple[int, ...], key: DrawKey, stream: int, devic
 
 
 def words(shape: torch.Size | tuple[int, ...], key: DrawKey, *, device: torch.device | str = "cpu") -> Tensor:
-    """One 32-bit word per element, in row-major order of the *logical* shape, as int64 in [0, 2**32)."""
+    """One 32-bit word per element, in row-major order of the *logical* shape, as int64 in [0, 2**32).
+
+    Args:
+        shape: Shape of the result.
+        key: Names the draws.
+        device: Where the result is; the values are the same everywhere.
+
+    Returns:
+        int64 tensor of ``shape``.
+    """
     return _words(shape, key, key.stream, device)
 
 
@@ -158,6 +174,11 @@ def uniforms(shape: torch.Size | tuple[int, ...], key: DrawKey, *, device: torch
 
     The set is symmetric about one half and exact in float32, so that ``u < p`` has probability within 2**-24 of p for
     every p, is certain for p >= 1 and impossible for p <= 0.
+
+    Args:
+        shape: Shape of the result.
+        key: Names the draws.
+        device: Where the result is; the values are the same everywhere.
 
     Returns:
         float64 tensor of ``shape``; every value is exact in float32.
@@ -178,6 +199,11 @@ def normals(shape: torch.Size | tuple[int, ...], key: DrawKey, *, device: torch.
 
     so that :math:`|z| < 6.77`. They use the sub-stream ``stream | NORMAL_BIT`` and are independent of
     :func:`uniforms` under the same key.
+
+    Args:
+        shape: Shape of the result.
+        key: Names the draws.
+        device: Where the result is; the values are the same everywhere.
 
     Returns:
         float64 tensor of ``shape``.

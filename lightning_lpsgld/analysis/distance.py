@@ -18,13 +18,30 @@ _STANDARD = Normal(torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dty
 
 
 def moments(grid: Tensor, probability: Tensor) -> tuple[float, float]:
-    """Mean and variance of a law on a grid."""
+    """Mean and variance of a law on a grid.
+
+    Args:
+        grid: Values, shape ``(points,)``.
+        probability: Their probabilities, the same shape, summing to 1.
+
+    Returns:
+        Mean and variance, in the unit of the grid and its square.
+    """
     mean = (probability * grid).sum()
     return float(mean), float((probability * (grid - mean) ** 2).sum())
 
 
 def variance_ratio(grid: Tensor, probability: Tensor, variance: float = 1.0) -> float:
-    """Variance of a law on a grid as a multiple of the target's."""
+    """Variance of a law on a grid as a multiple of the target's.
+
+    Args:
+        grid: Values, shape ``(points,)``.
+        probability: Their probabilities, the same shape, summing to 1.
+        variance: The target's.
+
+    Returns:
+        1 where the law is as wide as the target.
+    """
     return moments(grid, probability)[1] / variance
 
 

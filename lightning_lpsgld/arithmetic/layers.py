@@ -45,6 +45,10 @@ class ArithmeticRefusal(ValueError):
 def check_choice(owner: str, arithmetic: object) -> None:
     """Refuse an unknown value of an argument ``arithmetic``.
 
+    Args:
+        owner: Whose argument it is, for the message.
+        arithmetic: Its value.
+
     Raises:
         ValueError: With the name, the rule and the value.
     """
@@ -111,7 +115,11 @@ class LayerArithmetic:
         return self._account.report()
 
     def product(self, call: _Call) -> Tensor | None:
-        """Result of a product in integers; ``None`` if it is to be simulated."""
+        """Result of a product in integers; ``None`` if it is to be simulated.
+
+        Raises:
+            ArithmeticRefusal: If integers are demanded and not possible here.
+        """
         owner = call.weight if id(call.weight) in self._names else call.weight._base  # of a slice, as attention takes
         name = self._names.get(id(owner), "a product outside of a module")
         result = self._attempt(call, None if id(owner) not in self._names else owner)

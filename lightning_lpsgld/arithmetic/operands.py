@@ -18,7 +18,14 @@ _ROWS = BlockFloatingPoint(8)
 
 
 def refusal_of_format(fmt: NumberFormat | None) -> str | None:
-    """Why activations of a format cannot be multiplied as integers; ``None`` if they can."""
+    """Why activations of a format cannot be multiplied as integers; ``None`` if they can.
+
+    Args:
+        fmt: Format of the activations; ``None``: they are not rounded.
+
+    Returns:
+        The reason in words, or ``None``.
+    """
     if fmt is None:
         return "activations are not rounded"
     if not fmt.linear:

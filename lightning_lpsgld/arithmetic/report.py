@@ -51,6 +51,12 @@ def _in_words(counts: Counter[str]) -> str:
 def summary(report: Mapping[str, str]) -> str:
     """How many layers ran how, with the reasons.
 
+    Args:
+        report: Layer name to ``"integer"`` or the reason why not.
+
+    Returns:
+        One line.
+
     Example:
         >>> summary({"a": "integer", "b": "its input is not a rounded activation", "c": "integer"})
         '2 of 3 layers in integers; 1 simulated: its input is not a rounded activation (b)'

@@ -113,6 +113,12 @@ def constant_names(module: nn.Module) -> set[str]:
 
     Only a guess at what stays the same: a sample keeps every tensor of its own that differs from the base. Buffers are
     not among them: statistics move, and what they were at the first sample could not be given again.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        Names as in the ``state_dict``.
     """
     return _constant_among(module_tensors(module))
 

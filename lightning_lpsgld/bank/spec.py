@@ -45,6 +45,12 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers of ``module`` by their ``state_dict`` name, in its order; tied names included.
 
     The tensors are the module's own, not copies. ``_orig_mod.``, which ``torch.compile`` puts into names, is left out.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        Name to tensor.
     """
     found: dict[str, Tensor] = {}
     for prefix, part in module.named_modules(remove_duplicate=False):

@@ -68,7 +68,15 @@ class Topology:
 
 
 def topology_of(strategy: object, world_size: int) -> Topology:
-    """Place of this rank under a strategy of the Trainer, whose ranks are of one chain unless it says otherwise."""
+    """Place of this rank under a strategy of the Trainer, whose ranks are of one chain unless it says otherwise.
+
+    Args:
+        strategy: The Trainer's.
+        world_size: Number of ranks.
+
+    Returns:
+        Chain and place in it.
+    """
     if isinstance(strategy, RunsChains):
         return Topology(strategy.chain, strategy.chains, strategy.replicas, strategy.replica_group)
     return Topology(replicas=world_size)

@@ -66,6 +66,12 @@ def pack(bank: SampleBank) -> list[PackedTensor]:
     Those of fixed point and block floating point become codes and scales where that is smaller; everything else keeps
     its values. Nothing is rounded.
 
+    Args:
+        bank: The samples.
+
+    Returns:
+        One entry a tensor.
+
     Raises:
         ValueError: If the bank is empty.
     """

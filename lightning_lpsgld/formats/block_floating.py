@@ -283,7 +283,11 @@ class BlockFloatingPoint(WholeCodes, BlockFormat):
         return ((60,) if length <= 1 else (2, length)), replace(self, block_dim=0, block_size=None)
 
     def to_qtorch(self) -> Any:
-        """As :meth:`.NumberFormat.to_qtorch`."""
+        """As :meth:`.NumberFormat.to_qtorch`.
+
+        Raises:
+            ValueError: If QPyTorch has no such blocks: runs of a size, other exponents, another rule at the top.
+        """
         if self.block_size is not None or self.exponent_bits != 8 or (self.block_dim or 0) < 0:
             raise ValueError(f"QPyTorch's blocks are whole dims with 8-bit exponents; it has no {self}.")
         if self.top != "clamp":

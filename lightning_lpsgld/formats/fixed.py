@@ -114,7 +114,11 @@ class FixedPoint(WholeCodes):
         return KernelIdentity(-self.fraction_length, 0, 0, *ends)
 
     def to_qtorch(self) -> Any:
-        """As :meth:`.NumberFormat.to_qtorch`."""
+        """As :meth:`.NumberFormat.to_qtorch`.
+
+        Raises:
+            ValueError: Below one fraction bit, which QPyTorch does not have.
+        """
         if self.fraction_length < 1:
             raise ValueError(f"QPyTorch has no fixed point with F < 1, got {self}.")
         import qtorch

@@ -155,7 +155,11 @@ class FloatingPoint(NumberFormat):
         return self.min / gap, self.max / gap
 
     def pack(self, codes: Tensor, gap_exponents: Tensor, exponents: Tensor | None) -> Tensor:
-        """Bit patterns: sign, exponent and mantissa fields."""
+        """Bit patterns: sign, exponent and mantissa fields.
+
+        Raises:
+            ValueError: If an element is NaN and the format has none.
+        """
         values = codes * power_of_two(gap_exponents)
         missing = int(values.isnan().sum())
         if missing and not self.has_nan:

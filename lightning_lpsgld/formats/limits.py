@@ -11,7 +11,14 @@ __all__ = ["check_dtype", "code_dtype", "with_word_length"]
 
 
 def code_dtype(fmt: NumberFormat) -> torch.dtype:
-    """Smallest signed integer dtype that holds the codes of ``fmt``."""
+    """Smallest signed integer dtype that holds the codes of ``fmt``.
+
+    Args:
+        fmt: Any format.
+
+    Returns:
+        ``torch.int8``, ``int16`` or ``int32``.
+    """
     return fmt.code_dtype
 
 
@@ -39,6 +46,13 @@ def check_dtype(fmt: NumberFormat, dtype: torch.dtype) -> None:
 
 def with_word_length(fmt: NumberFormat, word_length: int) -> NumberFormat:
     """Copy of a fixed or block format with another word length (range of a fixed point kept).
+
+    Args:
+        fmt: A fixed or block format.
+        word_length: Bits of a code, sign included.
+
+    Returns:
+        The copy.
 
     Raises:
         TypeError: If the format has no word length to change.

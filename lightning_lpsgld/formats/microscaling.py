@@ -143,7 +143,11 @@ class MicroscalingFloat(BlockFormat):
 
     @classmethod
     def from_name(cls, name: str) -> MicroscalingFloat | None:
-        """``"mxfp8e4m3"``: the bits of an element, and its fields; ``b16`` for other runs than of 32, ``-fit``."""
+        """``"mxfp8e4m3"``: the bits of an element, and its fields; ``b16`` for other runs than of 32, ``-fit``.
+
+        Raises:
+            ValueError: If the bits are not those of the fields.
+        """
         match = _NAME.fullmatch(name)
         if match is None:
             return None
@@ -379,5 +383,9 @@ class MicroscalingFloat(BlockFormat):
         return (2, 2 * self.block_size), self
 
     def to_qtorch(self) -> object:
-        """Refused."""
+        """Refused.
+
+        Raises:
+            ValueError: Always; QPyTorch has no shared scales of floats.
+        """
         raise ValueError(f"QPyTorch's floats share no scale; it has no {self}.")

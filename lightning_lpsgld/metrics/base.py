@@ -44,6 +44,9 @@ class MeanScore(Score):
     """Mean of a score over predictions; :meth:`add` takes the score of each.
 
     State: sum of the terms and their number, both added over ranks.
+
+    Args:
+        kwargs: Passed on to ``torchmetrics.Metric``.
     """
 
     total: Tensor

@@ -12,7 +12,14 @@ __all__ = ["Ambiguity", "Disagreement", "ambiguity_terms", "disagreement_terms",
 
 
 def votes_of(member_probabilities: Tensor) -> Tensor:
-    """Number of members that predict each class; int64, from shape ``(samples, n, classes)`` to ``(n, classes)``."""
+    """Number of members that predict each class; int64, from shape ``(samples, n, classes)`` to ``(n, classes)``.
+
+    Args:
+        member_probabilities: Shape ``(samples, n, classes)``.
+
+    Returns:
+        int64 of shape ``(n, classes)``.
+    """
     predicted = member_probabilities.argmax(-1)
     return torch.nn.functional.one_hot(predicted, member_probabilities.shape[-1]).sum(0)
 
@@ -33,7 +40,15 @@ def disagreement_terms(votes: Tensor) -> Tensor:
 
 
 def ambiguity_terms(member_probabilities: Tensor, targets: Tensor) -> Tensor:
-    """Mean NLL of the members minus NLL of their mean, per point: what averaging gains, in nats; float64 ``(n,)``."""
+    """Mean NLL of the members minus NLL of their mean, per point: what averaging gains, in nats; float64 ``(n,)``.
+
+    Args:
+        member_probabilities: Shape ``(samples, n, classes)``.
+        targets: Classes, int64, shape ``(n,)``.
+
+    Returns:
+        float64 of shape ``(n,)``.
+    """
     single = torch.stack([nll_terms(member, targets) for member in member_probabilities]).mean(0)
     return single - nll_terms(member_probabilities.double().mean(0), targets)
 

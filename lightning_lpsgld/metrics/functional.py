@@ -95,6 +95,10 @@ def nll_terms(probabilities: Tensor, targets: Tensor) -> Tensor:
 def categorical_nll(probabilities: Tensor, targets: Tensor) -> Tensor:
     """Mean negative log likelihood of the targets, in nats; see :func:`nll_terms` for the clamp.
 
+    Args:
+        probabilities: Shape ``(n, classes)``.
+        targets: Classes, int64, shape ``(n,)``.
+
     Returns:
         float64 scalar; NaN for no predictions.
 
@@ -125,6 +129,10 @@ def brier_score(probabilities: Tensor, targets: Tensor) -> Tensor:
     Libraries that average over the classes report this divided by their number; for two classes the one-sided score
     :math:`(p_1 - y)^2` is half of this.
 
+    Args:
+        probabilities: Shape ``(n, classes)``.
+        targets: Classes, int64, shape ``(n,)``.
+
     Returns:
         float64 scalar; NaN for no predictions.
 
@@ -141,6 +149,13 @@ def brier_score(probabilities: Tensor, targets: Tensor) -> Tensor:
 
 def entropy(probabilities: Tensor, dim: int = -1) -> Tensor:
     r"""Shannon entropy :math:`-\sum_k p_k \ln p_k` in nats, with :math:`0 \ln 0 = 0`; float64.
+
+    Args:
+        probabilities: Any shape; they sum to 1 over ``dim``.
+        dim: Dim of the classes.
+
+    Returns:
+        float64, in nats, without that dim.
 
     Example:
         >>> import torch

@@ -50,6 +50,13 @@ def gaussian_spread(difference: Tensor, variance: Tensor) -> Tensor:
 
     .. math::
         A(m, s^2) = 2 s\,\varphi(m/s) + m\,(2\Phi(m/s) - 1)
+
+    Args:
+        difference: Means m, any shape.
+        variance: Variances s², a shape that broadcasts; 0 is allowed.
+
+    Returns:
+        Broadcast shape, in the unit of the means.
     """
     m, s = difference.double(), variance.double().sqrt()
     z = torch.where(s > 0, m / s, math.inf)
@@ -70,13 +77,31 @@ def component_cdf(mean: Tensor, variance: Tensor, value: Tensor) -> Tensor:
 
 
 def mixture_log_density(mean: Tensor, variance: Tensor, targets: Tensor) -> Tensor:
-    r"""Log density of the mixture at the targets, :math:`\ln\bar p(y)`, in nats; float64 of shape ``(*)``."""
+    r"""Log density of the mixture at the targets, :math:`\ln\bar p(y)`, in nats; float64 of shape ``(*)``.
+
+    Args:
+        mean: Means of the samples, shape ``(samples, *)``.
+        variance: Their variances, the same shape. Above 0.
+        targets: Shape ``(*)``.
+
+    Returns:
+        float64 of shape ``(*)``, in nats.
+    """
     check_mixture(mean, variance, targets)
     return _log_normal(mean, variance, targets).logsumexp(0) - math.log(len(mean))
 
 
 def mixture_cdf(mean: Tensor, variance: Tensor, value: Tensor) -> Tensor:
-    r"""Distribution function :math:`\bar F(y)`; at the targets it is the probability integral transform (PIT)."""
+    r"""Distribution function :math:`\bar F(y)`; at the targets it is the probability integral transform (PIT).
+
+    Args:
+        mean: Means of the samples, shape ``(samples, *)``.
+        variance: Their variances, the same shape.
+        value: y, shape ``(*)``.
+
+    Returns:
+        float64 of shape ``(*)``, in [0, 1].
+    """
     check_mixture(mean, variance, value)
     return component_cdf(mean, variance, value).mean(0)
 
@@ -89,6 +114,11 @@ def mixture_crps(mean: Tensor, variance: Tensor, targets: Tensor) -> Tensor:
             - \frac1{2K^2}\sum_{s,t} A(\mu_s - \mu_t, \sigma_s^2 + \sigma_t^2)
 
     with A of :func:`gaussian_spread`. Time is quadratic in the number of samples. Variances of 0 are allowed.
+
+    Args:
+        mean: Means of the samples, shape ``(samples, *)``.
+        variance: Their variances, the same shape.
+        targets: Shape ``(*)``.
 
     Returns:
         float64 of shape ``(*)``, at least 0.
@@ -120,6 +150,9 @@ def mixture_quantile(probability: float, mean: Tensor, variance: Tensor) -> Tens
 
     Returns:
         float64 of shape ``(*)``.
+
+    Raises:
+        ValueError: If ``probability`` is not inside (0, 1).
 
     Example:
         >>> import torch

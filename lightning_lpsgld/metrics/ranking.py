@@ -100,6 +100,10 @@ def risk_coverage(probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
 def area_under_risk_coverage(probabilities: Tensor, targets: Tensor) -> Tensor:
     r"""Mean over k of the error rate of the k most confident predictions (AURC); 0 is perfect.
 
+    Args:
+        probabilities: Shape ``(n, classes)``.
+        targets: Classes, int64, shape ``(n,)``.
+
     Returns:
         float64 scalar; NaN for no predictions.
 
@@ -126,6 +130,11 @@ def coverage_at_risk(probabilities: Tensor, targets: Tensor, risk: float = 0.05)
     """Largest share of predictions above a threshold of confidence whose error rate is at most ``risk``.
 
     A threshold keeps all predictions of equal confidence or none.
+
+    Args:
+        probabilities: Shape ``(n, classes)``.
+        targets: Classes, int64, shape ``(n,)``.
+        risk: Share of errors that is allowed, in [0, 1].
 
     Returns:
         float64 scalar in [0, 1]; NaN for no predictions.
@@ -171,6 +180,9 @@ class AdaptiveCalibrationError(RankedScore):
         num_bins: Number of bins.
         kwargs: Passed on to ``torchmetrics.Metric``.
 
+    Raises:
+        ValueError: If there is no bin.
+
     Example:
         >>> import torch
         >>> metric = AdaptiveCalibrationError(num_bins=1)
@@ -212,6 +224,9 @@ class CoverageAtRisk(RankedScore):
     Args:
         risk: Error rate that is allowed, in [0, 1].
         kwargs: Passed on to ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: If ``risk`` is out of range.
 
     Example:
         >>> import torch

@@ -97,6 +97,9 @@ class CalibratedNLL(Score):
 
     State: sums at 33 temperatures, number of predictions. Added over ranks.
 
+    Args:
+        kwargs: Passed on to ``torchmetrics.Metric``.
+
     Example:
         >>> import torch
         >>> metric = CalibratedNLL()

@@ -73,6 +73,9 @@ def backend_report() -> dict[str, str]:
     """What each backend can do here: its name mapped to ``"available"`` or the reason why not.
 
     Behind ``"available"`` stand the kernels that failed their check at first use, if any: the reference runs for them.
+
+    Returns:
+        Backend name to ``"available"`` or the reason.
     """
     report = {name: unavailable(name) or "available" for name in BACKENDS}
     for name in _COMPARED:

@@ -46,6 +46,12 @@ def _named(batch: Mapping[str, Any], names: tuple[str, ...], what: str) -> Any:
 def default_inputs(batch: Any) -> Any:
     """First element of a tuple or list, the usual key of a mapping, or the batch itself.
 
+    Args:
+        batch: What a dataloader gives.
+
+    Returns:
+        The inputs, as they are in the batch.
+
     Raises:
         ValueError: If a mapping has none of the usual keys.
     """
@@ -55,7 +61,14 @@ def default_inputs(batch: Any) -> Any:
 
 
 def default_targets(batch: Any) -> Tensor | None:
-    """Second element of a tuple or list, the usual key of a mapping, else ``None``."""
+    """Second element of a tuple or list, the usual key of a mapping, else ``None``.
+
+    Args:
+        batch: What a dataloader gives.
+
+    Returns:
+        The targets, or ``None`` where there are none.
+    """
     if isinstance(batch, Mapping):
         found = [batch[name] for name in _TARGETS if name in batch]
         return found[0] if found else None
@@ -76,6 +89,13 @@ def default_logits(module: nn.Module, batch: Any) -> Any:
 
     A batch counts as tokenized if it is a mapping with ``input_ids``, ``pixel_values`` or the like, and none of the
     usual names of inputs.
+
+    Args:
+        module: Called with the inputs.
+        batch: What a dataloader gives.
+
+    Returns:
+        Whatever the module returns.
     """
     named = by_keyword(batch)
     return module(default_inputs(batch)) if named is None else module(**named)

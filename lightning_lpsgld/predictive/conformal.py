@@ -85,6 +85,11 @@ def class_scores(probabilities: Tensor, score: SetScore) -> Tensor:
 def prediction_sets(probabilities: Tensor, quantile: float, score: SetScore) -> Tensor:
     """Classes whose score is at most ``quantile``, and always the most probable one: no set is empty.
 
+    Args:
+        probabilities: Shape ``(n, classes)``.
+        quantile: Largest score that is let in, as calibrated.
+        score: ``"threshold"`` or ``"adaptive"``.
+
     Returns:
         bool, shape ``(n, classes)``.
 

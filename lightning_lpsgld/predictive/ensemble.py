@@ -19,6 +19,12 @@ def probabilities_of(logits: Tensor) -> Tensor:
 
     Infinite logits are limits: classes at minus infinity have probability 0, those at plus infinity share 1.
 
+    Args:
+        logits: Shape ``(n, classes)``.
+
+    Returns:
+        That shape; rows sum to 1.
+
     Raises:
         ValueError: If the shape is not ``(n, classes)`` with at least two classes, or if the rows (four at least) are
             probabilities already.

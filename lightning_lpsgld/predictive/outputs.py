@@ -22,7 +22,12 @@ _SCALES = ("scale", "std", "sigma")
 
 
 class GaussianOutput(NamedTuple):
-    """Mean and variance of one Gaussian per point, of one shape."""
+    """Mean and variance of one Gaussian per point, of one shape.
+
+    Attributes:
+        mean: Any shape, in the unit of the targets.
+        variance: That shape, or one that broadcasts to it; in its square.
+    """
 
     mean: Tensor
     variance: Tensor

@@ -368,7 +368,11 @@ class PosteriorEnsemble(nn.Module):
     # -------------------------------------------------------------------------------------------------- saved state
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The samples (codes and exponents), refreshed statistics and calibration, as plain containers and tensors."""
+        """The samples (codes and exponents), refreshed statistics and calibration, as plain containers and tensors.
+
+        Raises:
+            RuntimeError: If the samples are read from a path.
+        """
         if self.bank.path is not None:
             raise RuntimeError(
                 f"PosteriorEnsemble: members are read from {self.bank.path}; build it with in_memory=True to save it."

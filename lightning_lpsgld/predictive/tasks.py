@@ -266,7 +266,11 @@ class Regression:
             raise ValueError(f"Regression: `noise_variance` must be above 0 and finite, got {self.noise_variance!r}.")
 
     def read(self, output: Any, targets: Tensor | None) -> tuple[GaussianOutput, Tensor | None]:
-        """Mean and variance, shape ``(points,)`` each, and targets, shape ``(points,)``."""
+        """Mean and variance, shape ``(points,)`` each, and targets, shape ``(points,)``.
+
+        Raises:
+            ValueError: If targets have another shape or are not finite, or a variance is not above 0.
+        """
         mean = logits_in(output.mean if isinstance(output, GaussianOutput) else output, self.name)
         if isinstance(output, GaussianOutput):
             variance = output.variance.expand_as(mean).reshape(-1)

@@ -37,7 +37,12 @@ class StepSize(Protocol):
 
 @dataclass(frozen=True)
 class ConstantStepSize:
-    """Factor 1 and noise at every step; burn-in is the collector's business."""
+    """Factor 1 and noise at every step; burn-in is the collector's business.
+
+    Example:
+        >>> ConstantStepSize().factor(30), ConstantStepSize().noise(30)
+        (1.0, True)
+    """
 
     def factor(self, step: int) -> float:
         """Factor on the group's learning rate: 1."""
@@ -58,6 +63,10 @@ class PolynomialStepSize:
 
     Raises:
         ValueError: If an argument is out of range.
+
+    Example:
+        >>> PolynomialStepSize(offset=10.0, power=0.5).factor(30)
+        0.5
 
     Reference:
         Welling & Teh, 2011, "Bayesian learning via stochastic gradient Langevin dynamics", section 2.
