@@ -84,6 +84,26 @@ struct StepTensor {
   int64_t saturated;
 };
 
+enum Family : int32_t { UNDERDAMPED = 0, PRECONDITIONED = 1 };
+// A step with a second tensor beside the weight: the velocity, or the running second moment (cpu_motion.cpp).
+struct Motion {
+  double var_x, var_v, cov, noise;        // variances of the noise; preconditioned: of a weight whose G is 1
+  double velocity_max;                    // largest value of the velocity's grid, where it gets a scale
+  float keep, carry, kick, shift, slope;  // slope: the velocity's answer to the position's noise, where that is known
+  float lr, weight_decay, beta, rest, eps, weight, shrinkage;
+  int32_t family, mode, has_gradient_format, has_velocity_format, rescale, scale_low, scale_high;
+  Format position, velocity, gradient;
+};
+struct MotionTensor {
+  const Motion *motion;
+  float *param, *accumulator, *state;
+  const float *grad;
+  int64_t numel, weight_inner, velocity_inner, gradient_inner, channels, pixels;
+  Key weight_key, velocity_key, gradient_key;
+  int64_t saturated;
+  double scale;  // of the velocity, if it got one
+};
+
 constexpr int SLACK = 192;         // words that a batch of draws may write beyond a tile
 constexpr int PATCH = 8192;        // the same for channels-last samples, whose draws come transposed
 constexpr int64_t ITEM = 16384;    // elements of a work item
@@ -184,6 +204,21 @@ INLINE int with_headroom(int e, double reach, const Job &job) {
   return e < f.low ? f.low : e > f.high ? f.high : e;
 }
 
+// The parts of a motion that are plain roundings.
+struct MotionJobs {
+  Job gradient, position, velocity;
+};
+// What one thread needs for a run of a motion.
+struct Room {
+  std::vector<float> force, mean, codes, target, spread;
+  std::vector<double> variance;
+  void grow(size_t n) {
+    if (force.size() >= n) return;
+    for (std::vector<float> *v : {&force, &mean, &codes, &target, &spread}) v->resize(n);
+    variance.resize(n);
+  }
+};
+
 // The vector code of one instruction set.
 struct Kernels {
   const char *name;
@@ -194,6 +229,7 @@ struct Kernels {
   void (*rows)(const Job &, Task &, int64_t start, int64_t len);
   void (*decode)(const void *codes, int width, float *out, int64_t n, float scale1, float scale2);
   void (*draws)(const Key &, bool normal, float *normals, uint32_t *words, int64_t n);
+  int64_t (*motion)(const MotionJobs &, MotionTensor &, int64_t start, int64_t len, Room &);
 };
 
 }  // namespace lpsgld
@@ -511,9 +547,10 @@ void in_parallel(int threads, int64_t items, void (*work)(void *, int64_t), void
 // ======================= 4. The C interface =======================
 using namespace lpsgld;
 
-EXPORT int lpsgld_version() { return 3; }
+EXPORT int lpsgld_version() { return 4; }
 EXPORT int lpsgld_sizes(int which) {
-  const int sizes[] = {sizeof(Format), sizeof(Key), sizeof(Shape), sizeof(Step), sizeof(StepTensor)};
+  const int sizes[] = {sizeof(Format), sizeof(Key), sizeof(Shape), sizeof(Step), sizeof(StepTensor),
+                       sizeof(Motion), sizeof(MotionTensor)};
   return sizes[which];
 }
 EXPORT int lpsgld_level(int wanted) {  // -1: best; returns the level in use
@@ -608,6 +645,54 @@ EXPORT void lpsgld_step(const Step *step, StepTensor *tensors, int count, int th
   }
   execute(job, tasks.data(), count, threads);
   for (int i = 0; i < count; i++) tensors[i].saturated = tasks[size_t(i)].count.load();
+}
+
+struct Motions {
+  MotionTensor *tensors;
+  std::vector<MotionJobs> jobs;  // of each tensor
+  std::vector<VarianceTable> tables;
+  std::vector<std::atomic<int64_t>> counts;
+  std::vector<Item> items;
+  Motions(MotionTensor *t, size_t n) : tensors(t), jobs(n), tables(n), counts(n) {}
+
+  // Runs of whole blocks of all formats; one where the velocity gets a scale.
+  void cut(int i) {
+    const MotionTensor &t = tensors[i];
+    const int64_t inners[] = {t.weight_inner, t.velocity_inner, t.gradient_inner};
+    int64_t unit = 1, run = ITEM / 2;
+    for (int64_t inner : inners) unit = inner > unit ? inner : unit;
+    for (int64_t inner : inners) unit = inner && unit % inner ? t.numel : unit;
+    run = t.motion->rescale ? t.numel : unit > run ? unit : run / unit * unit;
+    for (int64_t at = 0; at < t.numel; at += run) items.push_back({i, at, at + run < t.numel ? run : t.numel - at});
+  }
+  void prepare(int i) {
+    const Motion &m = *tensors[i].motion;
+    MotionJobs &j = jobs[size_t(i)];
+    j.gradient.format = m.gradient, j.position.format = m.position, j.velocity.format = m.velocity;
+    j.gradient.mode = j.velocity.mode = STOCHASTIC, j.position.mode = Mode(m.mode), j.position.counting = true;
+    if (m.family == UNDERDAMPED && m.mode == VC) tables[size_t(i)].fill(j.position, m.var_x);
+    cut(i);
+  }
+};
+static void motion_item(void *context, int64_t i) {
+  [[maybe_unused]] Gradual gradual;
+  static thread_local Room room;
+  Motions &all = *static_cast<Motions *>(context);
+  const Item &item = all.items[size_t(i)];
+  const size_t which = size_t(item.task);
+  room.grow(size_t(item.len) + SLACK);
+  const int64_t found = kernels().motion(all.jobs[which], all.tensors[which], item.start, item.len, room);
+  all.counts[which].fetch_add(found, std::memory_order_relaxed);
+}
+
+// Steps with a velocity or a preconditioner.
+EXPORT void lpsgld_motions(MotionTensor *tensors, int count, int threads) {
+  [[maybe_unused]] Gradual gradual;
+  Motions all(tensors, size_t(count));
+  int64_t total = 0;
+  for (int i = 0; i < count; i++) all.prepare(i), total += tensors[i].numel;
+  run(total < ITEM / 2 ? 1 : threads, int64_t(all.items.size()), motion_item, &all);
+  for (int i = 0; i < count; i++) tensors[i].saturated = all.counts[size_t(i)].load();
 }
 
 // The draws themselves, for tests: n normals, or n words (the other pointer is null).
@@ -1737,9 +1822,11 @@ static void draws(const Key &key, bool normal, float *normals, uint32_t *words, 
   });
 }
 
+#include "cpu_motion.cpp"
+
 #define LPSGLD_TEXT(x) #x
 #define LPSGLD_NAME(x) LPSGLD_TEXT(x)
-static const Kernels kernels{LPSGLD_NAME(LPSGLD_TARGET), scan, drift, level, finish, rows, decode, draws};
+static const Kernels kernels{LPSGLD_NAME(LPSGLD_TARGET), scan, drift, level, finish, rows, decode, draws, motion};
 #undef LPSGLD_TEXT
 #undef LPSGLD_NAME
 #undef SHUFFLE

@@ -15,7 +15,6 @@ The number of threads is that of torch (``torch.set_num_threads``); small tensor
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
@@ -25,8 +24,17 @@ from torch import Tensor
 
 from lightning_lpsgld.formats import FloatingPoint, NumberFormat
 from lightning_lpsgld.ops import reference
-from lightning_lpsgld.ops.carry import carry_key
-from lightning_lpsgld.ops.cpu_library import Format, Key, Shape, Step, StepTensor, load
+from lightning_lpsgld.ops.cpu_layout import (
+    FAMILIES,
+    aligned_with,
+    layout_of,
+    mark_written,
+    native_format,
+    native_key,
+    pointer,
+    run_length,
+)
+from lightning_lpsgld.ops.cpu_library import Format, Shape, Step, StepTensor, load
 from lightning_lpsgld.ops.encoded import Encoded
 from lightning_lpsgld.ops.spec import StepSpec
 from lightning_lpsgld.random import DrawKey, Role, stream_id
@@ -48,8 +56,6 @@ Rounding = Literal["nearest", "stochastic"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MODES = {"nearest": 0, "stochastic": 1, "naive": 1, "full": 1, "vc": 2, "float": 3}
-_CHANNELS_MAX = 8192
-_NO_KEY = DrawKey(seed=0)
 
 
 def unavailable() -> str | None:
@@ -61,12 +67,6 @@ def instruction_set() -> str:
     """``"baseline"``, ``"avx2"`` or ``"avx512"``: what the kernels use on this machine."""
     library, reason = load()
     return "" if reason else library.lpsgld_target().decode()
-
-
-def _inner(shape: torch.Size, fmt: NumberFormat | None) -> int:
-    """Elements of a block, 0 where nothing is shared; -1 where a block is no contiguous run of that length."""
-    length = 0 if fmt is None else fmt.blocks.run_length(shape)
-    return -1 if length is None else 0 if length == 1 else length
 
 
 def refusal(op: str, x: Tensor, formats: Sequence[NumberFormat]) -> str | None:
@@ -86,61 +86,21 @@ def refusal(op: str, x: Tensor, formats: Sequence[NumberFormat]) -> str | None:
     if op != "decode" and x.dtype not in _DTYPES:
         return f"the kernels take float32, bfloat16 and float16, got {x.dtype}."
     for fmt in formats:
-        if fmt.family not in _FAMILIES:
+        if fmt.family not in FAMILIES:
             return f"no kernel has {'the scales of ' if fmt.blocks.shared else ''}{fmt} built in."
-        if _inner(x.shape, fmt) < 0:
+        if run_length(x.shape, fmt) < 0:
             return f"blocks of {fmt} are not runs of equal length in a tensor of shape {tuple(x.shape)}."
         if op == "decode" and not fmt.linear and fmt.bits > 16:
             return f"codes of {fmt} have more than 16 bits."
     return None
 
 
-#: What the kernels can: families of formats, by their numbers in ``cpu.cpp``.
-_FAMILIES: dict[str | None, int] = {"fixed": 0, "block": 1, "float": 2}
-
-
-@lru_cache(maxsize=256)
-def _native(fmt: NumberFormat, dtype: torch.dtype, saturate: bool = True) -> Format:
-    kernel = fmt.kernel(dtype)
-    assert kernel is not None  # refusal() was asked
-    ends = (kernel.min, kernel.max) if saturate else (-math.inf, math.inf)
-    codes = (kernel.code_min, kernel.code_max)
-    fields = (kernel.mantissa_bits, kernel.bias, fmt.bits, 2 ** (fmt.bits - 1) - 1, kernel.carries)
-    return Format(_FAMILIES[fmt.family], kernel.offset, kernel.low, kernel.high, *codes, *ends, *fields)
-
-
-def _key(key: DrawKey | None, stream: int | None = None) -> Key:
-    key = key or _NO_KEY
-    return Key(key.seed, key.offset, _carry_seed(key.seed), key.step, key.stream if stream is None else stream)
-
-
-@lru_cache(maxsize=256)
-def _carry_seed(seed: int) -> int:
-    return carry_key(DrawKey(seed)).seed
-
-
-def _layout(x: Tensor, *formats: NumberFormat | None) -> tuple[int, int] | None:
-    """(0, 0) for row-major memory, (channels, pixels) for channels-last, ``None`` for anything else."""
-    if x.is_contiguous():
-        return 0, 0
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
-    if last is None or not x.is_contiguous(memory_format=last) or x.shape[1] > _CHANNELS_MAX:
-        return None
-    if any(fmt is not None and not fmt.blocks.any_order for fmt in formats):
-        return None
-    return x.shape[1], x.shape[2:].numel()
-
-
 def _dense(x: Tensor, fmt: NumberFormat) -> tuple[Tensor, Shape]:
     """``x`` (a contiguous copy, if its memory has any other order than row-major or channels-last) and its shape."""
-    layout = _layout(x, fmt)
+    layout = layout_of(x, fmt)
     if layout is None or x.is_neg():
         x, layout = x.resolve_neg().contiguous(), (0, 0)
-    return x, Shape(x.numel(), _inner(x.shape, fmt), *layout)
-
-
-def _pointer(x: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(x.data_ptr())
+    return x, Shape(x.numel(), run_length(x.shape, fmt), *layout)
 
 
 def _quantize(
@@ -151,14 +111,14 @@ def _quantize(
     x, shape = _dense(x, fmt)
     out = torch.empty_like(x)
     load()[0].lpsgld_quantize(
-        ctypes.byref(_native(fmt, x.dtype, saturate)),
+        ctypes.byref(native_format(fmt, x.dtype, saturate)),
         ctypes.byref(shape),
         _DTYPES[x.dtype],
-        _pointer(x),
-        _pointer(out),
+        pointer(x),
+        pointer(out),
         mode,
         ctypes.c_double(variance),
-        ctypes.byref(_key(key)),
+        ctypes.byref(native_key(key)),
         torch.get_num_threads(),
     )
     return out
@@ -198,15 +158,15 @@ def encode(x: Tensor, fmt: NumberFormat, rounding: Rounding, key: DrawKey | None
     if fmt.blocks.shared:
         exponents = torch.empty(fmt.blocks.compact(x.shape), dtype=torch.int8)
     missing = load()[0].lpsgld_encode(
-        ctypes.byref(_native(fmt, x.dtype)),
+        ctypes.byref(native_format(fmt, x.dtype)),
         ctypes.byref(shape),
         _DTYPES[x.dtype],
-        _pointer(x),
-        _pointer(codes),
+        pointer(x),
+        pointer(codes),
         codes.element_size(),
-        None if exponents is None else _pointer(exponents),
+        None if exponents is None else pointer(exponents),
         _MODES[rounding],
-        ctypes.byref(_key(key)),
+        ctypes.byref(native_key(key)),
         torch.get_num_threads(),
     )
     if missing and not _has_nan(fmt):
@@ -234,14 +194,14 @@ def _decode(encoded: Encoded, out: Tensor) -> None:
     table = None if fmt.linear else _value_table(fmt)
     exponents = None if exponents is None else exponents.contiguous()
     load()[0].lpsgld_decode(
-        _pointer(codes),
+        pointer(codes),
         codes.element_size(),
-        None if exponents is None else _pointer(exponents),
-        _native(fmt, torch.float32).offset if table is None else 0,
-        None if table is None else _pointer(table),
-        _pointer(out),
+        None if exponents is None else pointer(exponents),
+        native_format(fmt, torch.float32).offset if table is None else 0,
+        None if table is None else pointer(table),
+        pointer(out),
         ctypes.c_int64(codes.numel()),
-        ctypes.c_int64(_inner(codes.shape, fmt)),
+        ctypes.c_int64(run_length(codes.shape, fmt)),
         torch.get_num_threads(),
     )
 
@@ -251,17 +211,11 @@ def decode(encoded: Encoded, dtype: torch.dtype) -> Tensor:
     codes = encoded.codes
     if codes.numel() == 0 or dtype == torch.float64 or encoded.format.element is not encoded.format:
         return reference.decode(encoded, dtype)
-    if _layout(codes, encoded.format) is None:
+    if layout_of(codes, encoded.format) is None:
         codes = codes.contiguous()
     out = torch.empty_like(codes, dtype=torch.float32)
     _decode(Encoded(codes, encoded.exponents, encoded.format), out)
     return out.to(dtype)
-
-
-def _written(x: Tensor) -> None:
-    """Tell autograd that ``x`` was changed behind its back."""
-    if not x.is_inference():
-        torch.autograd.graph.increment_version(x)
 
 
 def decode_into(encoded: Encoded, out: Tensor) -> Tensor:
@@ -281,12 +235,12 @@ def decode_into(encoded: Encoded, out: Tensor) -> Tensor:
     if out.shape != codes.shape:
         raise ValueError(f"decode_into: `out` must have the codes' shape {tuple(codes.shape)}, got {tuple(out.shape)}.")
     direct = (
-        out.dtype == torch.float32 and out.stride() == codes.stride() and _layout(codes, encoded.format) is not None
+        out.dtype == torch.float32 and out.stride() == codes.stride() and layout_of(codes, encoded.format) is not None
     )
     if codes.numel() and direct and refusal("decode", codes, (encoded.format,)) is None and not out.is_neg():
         with torch.no_grad():
             _decode(encoded, out)
-        _written(out)
+        mark_written(out)
         return out
     with torch.no_grad():
         return out.copy_(decode(encoded, torch.float32))
@@ -302,26 +256,19 @@ def _native_step(spec: StepSpec) -> Step:
         noise,
         _MODES["float" if weight is None else spec.accumulation],
         gradient is not None,
-        Format() if weight is None else _native(weight, torch.float32),
-        Format() if gradient is None else _native(gradient, torch.float32),
+        Format() if weight is None else native_format(weight, torch.float32),
+        Format() if gradient is None else native_format(gradient, torch.float32),
     )
-
-
-def _aligned(x: Tensor, like: Tensor) -> Tensor:
-    """``x`` as float32 in the memory order of ``like``; itself where that is so already."""
-    if x.dtype == torch.float32 and x.stride() == like.stride() and not x.is_neg():
-        return x
-    return torch.empty_like(like).copy_(x)
 
 
 def _fill(
     row: StepTensor, param: Tensor, layout: tuple[int, int], spec: StepSpec, key: DrawKey, index: int, role: Role
 ) -> None:
     row.numel, row.channels, row.pixels = param.numel(), *layout
-    row.weight_inner = _inner(param.shape, spec.weight_format)
-    row.gradient_inner = _inner(param.shape, spec.gradient_format)
-    row.weight_key = _key(key, stream_id(role, index))
-    row.gradient_key = _key(key, stream_id(Role.GRADIENT, index))
+    row.weight_inner = run_length(param.shape, spec.weight_format)
+    row.gradient_inner = run_length(param.shape, spec.gradient_format)
+    row.weight_key = native_key(key, stream_id(role, index))
+    row.gradient_key = native_key(key, stream_id(Role.GRADIENT, index))
 
 
 def langevin_steps_(
@@ -348,20 +295,20 @@ def langevin_steps_(
     copies: list[tuple[Tensor, Tensor]] = []  # tensor in another memory order, its copy that the kernel updates
     for i, (param, key, index) in enumerate(zip(params, keys, indices)):
         row = rows[i]
-        layout = _layout(param, spec.weight_format, spec.gradient_format)
+        layout = layout_of(param, spec.weight_format, spec.gradient_format)
         if layout is None or param.is_neg():
             work, layout = param.detach().resolve_neg().contiguous(), (0, 0)
         else:
             work = param
         alive.append(work)
         if grads is not None:
-            grad = _aligned(grads[i], work)
+            grad = aligned_with(grads[i], work)
             row.grad = grad.data_ptr()
             alive.append(grad)
         if work is not param:
             copies.append((param, work))
         if accumulators is not None:
-            accumulator = _aligned(accumulators[i], work)
+            accumulator = aligned_with(accumulators[i], work)
             row.accumulator = accumulator.data_ptr()
             alive.append(accumulator)
             if accumulator is not accumulators[i]:
@@ -370,7 +317,7 @@ def langevin_steps_(
         _fill(row, param, layout, spec, key, index, Role.VIEW if grads is None else Role.WEIGHT)
     load()[0].lpsgld_step(ctypes.byref(_native_step(spec)), rows, len(params), torch.get_num_threads())
     for changed in (*params, *(accumulators or ())):
-        _written(changed)
+        mark_written(changed)
     with torch.no_grad():
         for target, result in copies:
             target.copy_(result)

@@ -12,9 +12,9 @@ import torch
 
 from lightning_lpsgld.environment import LEVELS, cpu_limit, own_threads
 
-__all__ = ["LEVELS", "Format", "Key", "Shape", "Step", "StepTensor", "load", "team_of_torch"]
+__all__ = ["LEVELS", "Format", "Key", "Motion", "MotionTensor", "Shape", "Step", "StepTensor", "load", "team_of_torch"]
 
-_VERSION = 3
+_VERSION = 4
 
 
 class Format(ctypes.Structure):
@@ -69,6 +69,33 @@ class StepTensor(ctypes.Structure):
     ]
 
 
+class Motion(ctypes.Structure):
+    """An ``UnderdampedSpec`` or a ``PreconditionedSpec`` of :mod:`lightning_lpsgld.ops.spec`."""
+
+    _fields_ = [
+        *((name, ctypes.c_double) for name in ("var_x", "var_v", "cov", "noise", "velocity_max")),
+        *((name, ctypes.c_float) for name in ("keep", "carry", "kick", "shift", "slope")),
+        *((name, ctypes.c_float) for name in ("lr", "weight_decay", "beta", "rest", "eps", "weight", "shrinkage")),
+        *((name, ctypes.c_int32) for name in ("family", "mode", "has_gradient_format", "has_velocity_format")),
+        *((name, ctypes.c_int32) for name in ("rescale", "scale_low", "scale_high")),
+        *((name, Format) for name in ("position", "velocity", "gradient")),
+    ]
+
+
+class MotionTensor(ctypes.Structure):
+    """One tensor of such a step; ``saturated`` and ``scale`` are written by the kernel."""
+
+    _fields_ = [
+        ("motion", ctypes.POINTER(Motion)),
+        *((name, ctypes.c_void_p) for name in ("param", "accumulator", "state", "grad")),
+        *((name, ctypes.c_int64) for name in ("numel", "weight_inner", "velocity_inner", "gradient_inner")),
+        *((name, ctypes.c_int64) for name in ("channels", "pixels")),
+        *((name, Key) for name in ("weight_key", "velocity_key", "gradient_key")),
+        ("saturated", ctypes.c_int64),
+        ("scale", ctypes.c_double),
+    ]
+
+
 def _path() -> str | None:
     spec = importlib.util.find_spec("lightning_lpsgld.ops._cpu")
     if spec is not None and spec.origin is not None:
@@ -110,8 +137,8 @@ def load() -> tuple[Any, str | None]:
         version = library.lpsgld_version()
     except (OSError, AttributeError) as error:
         return None, f"the library {path} cannot be loaded ({error}). Install the package again."
-    sizes = [ctypes.sizeof(kind) for kind in (Format, Key, Shape, Step, StepTensor)]
-    if version != _VERSION or sizes != [library.lpsgld_sizes(i) for i in range(5)]:
+    sizes = [ctypes.sizeof(kind) for kind in (Format, Key, Shape, Step, StepTensor, Motion, MotionTensor)]
+    if version != _VERSION or sizes != [library.lpsgld_sizes(i) for i in range(len(sizes))]:
         return None, f"the library {path} belongs to another version of the package. Install the package again."
     library.lpsgld_target.restype = ctypes.c_char_p
     library.lpsgld_encode.restype = ctypes.c_int64

@@ -15,7 +15,16 @@ from torch import Tensor
 from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops import self_check
 
-__all__ = ["BACKENDS", "BackendName", "backend_report", "choose", "choose_step", "choose_views", "unavailable"]
+__all__ = [
+    "BACKENDS",
+    "BackendName",
+    "backend_report",
+    "choose",
+    "choose_motion",
+    "choose_step",
+    "choose_views",
+    "unavailable",
+]
 
 log = logging.getLogger(__name__)
 
@@ -193,6 +202,24 @@ def _step_refusal(name: str, tensors: Sequence[Tensor], formats: tuple[NumberFor
     if reason is None and key is not None and len(_kept) < _MOST_KEPT:
         _kept[key] = name
     return reason
+
+
+def choose_motion(backend: str, tensors: Sequence[Tensor], formats: Sequence[NumberFormat]) -> ModuleType | None:
+    """Module with the fused steps of :mod:`.cpu_motion` for all ``tensors``, or ``None``: then the composed ops run.
+
+    Args:
+        backend: As for :func:`choose`; one without such steps gives ``None``.
+        tensors: Weights and what lies beside them.
+        formats: All formats of the steps.
+    """
+    if backend not in ("auto", "cpu") or tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    fused = _module("cpu_motion")
+    reason: str | None = fused.refusal(tensors, formats)
+    if reason is None:
+        return fused
+    _say_once(f"The fused step with a second tensor does not use backend 'cpu': {reason}")
+    return None
 
 
 def choose_views(backend: str, tensors: Sequence[Tensor], fmt: NumberFormat) -> ModuleType | None:

@@ -8,9 +8,10 @@ from typing import Literal
 from torch import Tensor
 
 from lightning_lpsgld.formats import NumberFormat
+from lightning_lpsgld.ops.flow import Flow
 from lightning_lpsgld.ops.lattice import Rates
 
-__all__ = ["Accumulation", "StepSpec"]
+__all__ = ["Accumulation", "PreconditionedSpec", "StepSpec", "UnderdampedSpec"]
 
 #: ``"float"``: the weight is not rounded; ``"full"``: a full-precision accumulator beside the rounded weight;
 #: ``"naive"``: Gaussian noise, then stochastic rounding; ``"vc"``: the variance-corrected quantizer; ``"lattice"``: the
@@ -42,3 +43,55 @@ class StepSpec:
     accumulation: Accumulation
     rates: Rates = "bernoulli"
     gradient_std: float | Tensor = 0.0
+
+
+@dataclass(frozen=True)
+class UnderdampedSpec:
+    """What one underdamped step does to a tensor and its velocity.
+
+    Attributes:
+        flow: Coefficients, with the variances of this step.
+        weight_decay: λ, added to the rounded gradient.
+        weight_format: Grid of the weight; ``None`` only with ``accumulation="float"``.
+        velocity_format: Grid of the velocity; ``None``: not rounded.
+        gradient_format: Grid of the gradient; ``None``: not rounded.
+        accumulation: As in :class:`StepSpec`; not ``"lattice"``.
+        rescale: Give a fixed-point velocity a power-of-two scale per tensor.
+    """
+
+    flow: Flow
+    weight_decay: float
+    weight_format: NumberFormat | None
+    velocity_format: NumberFormat | None
+    gradient_format: NumberFormat | None
+    accumulation: Accumulation
+    rescale: bool
+
+
+@dataclass(frozen=True)
+class PreconditionedSpec:
+    """What one preconditioned step does to a tensor; fields as of :class:`StepSpec` and the preconditioner's.
+
+    Attributes:
+        lr: η.
+        weight_decay: λ.
+        noise_variance: v = 2ηT/N; an element gets v·G.
+        beta: β.
+        eps: ε.
+        weight: w after this step.
+        weight_format: Grid of the weight.
+        gradient_format: Grid of the gradient.
+        accumulation: As in ``StepSpec``; not ``"lattice"``.
+        shrinkage: q that the rounded gradient is divided by.
+    """
+
+    lr: float
+    weight_decay: float
+    noise_variance: float
+    beta: float
+    eps: float
+    weight: float
+    weight_format: NumberFormat | None
+    gradient_format: NumberFormat | None
+    accumulation: Accumulation
+    shrinkage: float = 1.0

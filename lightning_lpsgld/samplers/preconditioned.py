@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -12,10 +12,9 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from lightning_lpsgld.arguments import require_number
-from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops import quantize
-from lightning_lpsgld.ops.dispatch import BackendName
-from lightning_lpsgld.ops.spec import Accumulation
+from lightning_lpsgld.ops.dispatch import BackendName, choose_motion
+from lightning_lpsgld.ops.spec import PreconditionedSpec
 from lightning_lpsgld.random import DrawKey, Role, normals, stream_id
 from lightning_lpsgld.samplers.base import log
 from lightning_lpsgld.samplers.grid import GridSampler
@@ -30,7 +29,13 @@ from lightning_lpsgld.samplers.statistics import (
 )
 from lightning_lpsgld.samplers.updates import put_, put_corrected_
 
-__all__ = ["PreconditionedSGLD", "PreconditionedSpec", "preconditioned_step_", "preconditioner_"]
+__all__ = [
+    "PreconditionedSGLD",
+    "PreconditionedSpec",
+    "preconditioned_step_",
+    "preconditioned_steps_",
+    "preconditioner_",
+]
 
 S = TypeVar("S", bound="PreconditionedSGLD")
 
@@ -48,37 +53,8 @@ def preconditioner_(second_moment: Tensor, force: Tensor, *, beta: float, weight
     Returns:
         Positive tensor of the shape and dtype of V.
     """
-    second_moment.mul_(beta).addcmul_(force, force, value=1.0 - beta)
+    second_moment.mul_(beta).add_((1.0 - beta) * force * force)  # (addcmul_ is rounded once or twice, by the machine)
     return 1.0 / ((second_moment / weight).sqrt() + eps)
-
-
-@dataclass(frozen=True)
-class PreconditionedSpec:
-    """What one step does to a tensor; fields as of :class:`~lightning_lpsgld.ops.StepSpec` and the preconditioner's.
-
-    Attributes:
-        lr: η.
-        weight_decay: λ.
-        noise_variance: v = 2ηT/N; an element gets v·G.
-        beta: β.
-        eps: ε.
-        weight: w after this step.
-        weight_format: Grid of the weight.
-        gradient_format: Grid of the gradient.
-        accumulation: As in ``StepSpec``; not ``"lattice"``.
-        shrinkage: q that the rounded gradient is divided by.
-    """
-
-    lr: float
-    weight_decay: float
-    noise_variance: float
-    beta: float
-    eps: float
-    weight: float
-    weight_format: NumberFormat | None
-    gradient_format: NumberFormat | None
-    accumulation: Accumulation
-    shrinkage: float = 1.0
 
 
 def _moments(
@@ -133,6 +109,45 @@ def preconditioned_step_(
     return put_(param, accumulator, value, fmt, weight_key, backend)
 
 
+def preconditioned_steps_(
+    params: Sequence[Tensor],
+    second_moments: Sequence[Tensor],
+    accumulators: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
+    specs: Sequence[PreconditionedSpec],
+    keys: Sequence[DrawKey],
+    indices: Sequence[int],
+    backend: BackendName = "auto",
+) -> Tensor:
+    """One step of many tensors, by a fused kernel where one takes them all, else tensor by tensor.
+
+    Args:
+        params: Weights; overwritten.
+        second_moments: Their V; overwritten.
+        accumulators: float32 sums; ``None`` where there is none.
+        grads: Gradients.
+        specs: What the step does to each.
+        keys: Seed, step and offset of the draws of each.
+        indices: Number of each weight among the sampler's parameters.
+        backend: For the ops and the fused step.
+
+    Returns:
+        Values outside the range of the weight format per weight, int64, shape ``(len(params),)``.
+    """
+    formats = list(dict.fromkeys(f for s in specs for f in (s.weight_format, s.gradient_format) if f is not None))
+    fused = choose_motion(backend, [*params, *second_moments], formats)
+    if fused is not None:
+        counts: Tensor = fused.preconditioned_steps_(params, second_moments, accumulators, grads, specs, keys, indices)
+        return counts
+    found = [
+        preconditioned_step_(param, second_moment, total, grad, spec, key, index, backend)
+        for param, second_moment, total, grad, spec, key, index in zip(
+            params, second_moments, accumulators, grads, specs, keys, indices
+        )
+    ]
+    return torch.stack(found)
+
+
 class PreconditionedSGLD(GridSampler):
     r"""SGLD whose step and noise are scaled per weight by RMSprop's preconditioner, in low precision.
 
@@ -173,7 +188,7 @@ class PreconditionedSGLD(GridSampler):
             Discard the burn-in: ``SampleCollector(start=freeze_after)``.
         options: See :class:`~lightning_lpsgld.samplers.options.GridOptions`. At ``temperature=0`` this is
             (low-precision) RMSprop with bias correction; weight decay is inside the preconditioner, as in Adam's (not
-            AdamW's) L2 term. There is no fused step.
+            AdamW's) L2 term.
 
     State (all in ``state_dict``): per group ``step``, ``seed``, ``temperature``, ``lr``, ``weight_decay``, ``beta``,
     ``eps``, ``freeze_after``; per parameter ``second_moment`` (float32: four bytes a weight, not rounded), ``weight``
@@ -308,22 +323,27 @@ class PreconditionedSGLD(GridSampler):
     def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         """Move the parameters of a group; see :func:`preconditioned_step_` for the equations."""
         self._measure(group, params, grads)
-        counts = []
-        for param, grad in zip(params, grads):
+        specs, moments = [], []
+        for param in params:
             beta = self._beta(group, param)
             second_moment, weight = self._second_moment(param, beta)
             self.state[param].update(second_moment=second_moment, weight=weight)
-            spec = self._spec(group, param, beta, weight)
-            if self.prior_mean != "zero":
-                grad = self.drift_of(group, param, grad)
-                spec = replace(spec, weight_decay=0.0, gradient_format=None)
-            total, full = self.accumulator_of(param), spec.accumulation == "full"
-            count = preconditioned_step_(
-                param if full else total, second_moment, total if full else None, grad, spec,
-                self._draw_key(group, param), self.index_of(param), self.backend,
-            )  # fmt: skip
-            counts.append(count + self._look(group, [param])[0] if self.keeps_sum(param) and not full else count)
-        self.saturated.append((params, torch.stack(counts)))
+            moments.append(second_moment)
+            specs.append(self._spec(group, param, beta, weight))
+        if self.prior_mean != "zero":
+            grads = [self.drift_of(group, param, grad) for param, grad in zip(params, grads)]
+            specs = [replace(spec, weight_decay=0.0, gradient_format=None) for spec in specs]
+        totals, full = [self.accumulator_of(param) for param in params], [s.accumulation == "full" for s in specs]
+        counts = preconditioned_steps_(
+            [param if kept else total for param, total, kept in zip(params, totals, full)], moments,
+            [total if kept else None for total, kept in zip(totals, full)],
+            grads, specs, [self._draw_key(group, param) for param in params],
+            [self.index_of(param) for param in params], self.backend,
+        )  # fmt: skip
+        for i, param in enumerate(params):
+            if self.keeps_sum(param) and not full[i]:
+                counts[i] += self._look(group, [param])[0]
+        self.saturated.append((params, counts))
 
     def _statistics(self, group: dict[str, Any], param: Tensor, grad: Tensor, what: Measurement) -> StepStatistics:
         """The noise of weight i is to have the variance v·G_i; reported are means over the weights."""

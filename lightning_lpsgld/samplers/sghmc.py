@@ -17,7 +17,7 @@ from lightning_lpsgld.ops.spec import Accumulation
 from lightning_lpsgld.samplers.grid import GridSampler
 from lightning_lpsgld.samplers.options import GridOptions
 from lightning_lpsgld.samplers.statistics import Measurement, StepStatistics
-from lightning_lpsgld.samplers.underdamped import Flow, UnderdampedSpec, exact_flow, underdamped_step_
+from lightning_lpsgld.samplers.underdamped import Flow, UnderdampedSpec, exact_flow, underdamped_steps_
 from lightning_lpsgld.samplers.underdamped_statistics import underdamped_statistics
 
 __all__ = ["SGHMC"]
@@ -64,7 +64,7 @@ class SGHMC(GridSampler):
         options: See :class:`~lightning_lpsgld.samplers.options.GridOptions`. At ``temperature=0`` this is
             (low-precision) gradient descent with momentum. Without a ``weight_format`` velocities are not rounded
             either, nor are those of ``full_precision`` parameters; with ``accumulator="full"`` velocities are float32
-            too (SGHMCLP-F). There is no fused step.
+            too (SGHMCLP-F).
 
     State (all in ``state_dict``): per group ``step``, ``seed``, ``temperature``, ``lr``, ``weight_decay``,
     ``friction``, ``inverse_mass``; per parameter ``velocity`` (float32, weight units per time, on its grid; starts at
@@ -206,23 +206,25 @@ class SGHMC(GridSampler):
     def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         """Move the parameters of a group; see :func:`.underdamped.underdamped_step_` for the equations."""
         self._measure(group, params, grads)
-        counts = []
-        for param, grad in zip(params, grads):
-            spec = self._spec(group, param)
-            total, full = self.accumulator_of(param), spec.accumulation == "full"
-            if self.prior_mean != "zero":
-                grad = self.drift_of(group, param, grad)
-                spec = replace(spec, weight_decay=0.0, gradient_format=None)
-            count, scale = underdamped_step_(
-                param if full else total, self.velocity_of(param), total if full else None, grad, spec,
-                self._draw_key(group, param), self.index_of(param), self.backend,
-            )  # fmt: skip
-            if self.keeps_sum(param) and not full:
-                count = count + self._look(group, [param])[0]
+        specs = [self._spec(group, param) for param in params]
+        totals = [self.accumulator_of(param) for param in params]
+        full = [spec.accumulation == "full" for spec in specs]
+        if self.prior_mean != "zero":
+            grads = [self.drift_of(group, param, grad) for param, grad in zip(params, grads)]
+            specs = [replace(spec, weight_decay=0.0, gradient_format=None) for spec in specs]
+        counts, scales = underdamped_steps_(
+            [param if kept else total for param, total, kept in zip(params, totals, full)],
+            [self.velocity_of(param) for param in params],
+            [total if kept else None for total, kept in zip(totals, full)],
+            grads, specs, [self._draw_key(group, param) for param in params],
+            [self.index_of(param) for param in params], self.backend,
+        )  # fmt: skip
+        for i, (param, scale) in enumerate(zip(params, scales)):
+            if self.keeps_sum(param) and not full[i]:
+                counts[i] += self._look(group, [param])[0]
             if scale is not None:
                 self.state[param]["velocity_scale"] = scale
-            counts.append(count)
-        self.saturated.append((params, torch.stack(counts)))
+        self.saturated.append((params, counts))
 
     @property
     def _formats_of_a_step(self) -> tuple[NumberFormat | None, ...]:

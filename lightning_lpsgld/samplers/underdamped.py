@@ -19,17 +19,17 @@ Reference:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops import quantize, quantize_variance_corrected
-from lightning_lpsgld.ops.dispatch import BackendName
+from lightning_lpsgld.ops.dispatch import BackendName, choose_motion
 from lightning_lpsgld.ops.flow import Flow, exact_flow
 from lightning_lpsgld.ops.reference import NOISE_REACH, exponent_of, power_of_two, variance_plan
-from lightning_lpsgld.ops.spec import Accumulation
+from lightning_lpsgld.ops.spec import UnderdampedSpec
 from lightning_lpsgld.random import DrawKey, Role, normals, stream_id
 from lightning_lpsgld.samplers.updates import count_saturated, put_
 
@@ -41,31 +41,9 @@ __all__ = [
     "given_position",
     "new_position",
     "underdamped_step_",
+    "underdamped_steps_",
     "velocity_scale",
 ]
-
-
-@dataclass(frozen=True)
-class UnderdampedSpec:
-    """What one step does to a tensor.
-
-    Attributes:
-        flow: Coefficients, with the variances of this step.
-        weight_decay: λ, added to the rounded gradient.
-        weight_format: Grid of the weight; ``None`` only with ``accumulation="float"``.
-        velocity_format: Grid of the velocity; ``None``: not rounded.
-        gradient_format: Grid of the gradient; ``None``: not rounded.
-        accumulation: As in :class:`~lightning_lpsgld.ops.StepSpec`; not ``"lattice"``.
-        rescale: Give a fixed-point velocity a power-of-two scale per tensor.
-    """
-
-    flow: Flow
-    weight_decay: float
-    weight_format: NumberFormat | None
-    velocity_format: NumberFormat | None
-    gradient_format: NumberFormat | None
-    accumulation: Accumulation
-    rescale: bool
 
 
 def velocity_scale(mean: Tensor, variance: float | Tensor, fmt: NumberFormat) -> Tensor:
@@ -194,3 +172,44 @@ def underdamped_step_(
         param.copy_(position)  # drawn on the grid
         return count_saturated(mean_x, fmt, spec.flow.var_x), scale
     return put_(param, accumulator, position, fmt, weight_key, backend), scale
+
+
+def underdamped_steps_(
+    params: Sequence[Tensor],
+    velocities: Sequence[Tensor],
+    accumulators: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
+    specs: Sequence[UnderdampedSpec],
+    keys: Sequence[DrawKey],
+    indices: Sequence[int],
+    backend: BackendName = "auto",
+) -> tuple[Tensor, list[Tensor | None]]:
+    """One step of many tensors, by a fused kernel where one takes them all, else tensor by tensor.
+
+    Args:
+        params: Weights; overwritten.
+        velocities: Their velocities; overwritten.
+        accumulators: float32 accumulators; ``None`` where there is none.
+        grads: Gradients.
+        specs: What the step does to each.
+        keys: Seed, step and offset of the draws of each.
+        indices: Number of each weight among the sampler's parameters.
+        backend: For the ops and the fused step.
+
+    Returns:
+        Positions outside the range of the weight format per weight (int64, shape ``(len(params),)``), and the scale of
+        each velocity that has one.
+    """
+    rounded = [fmt for s in specs for fmt in (s.weight_format, s.velocity_format, s.gradient_format)]
+    formats = list(dict.fromkeys(fmt for fmt in rounded if fmt is not None))
+    fused = choose_motion(backend, [*params, *velocities], formats)
+    if fused is not None:
+        counts, scales = fused.underdamped_steps_(params, velocities, accumulators, grads, specs, keys, indices)
+        return counts, scales
+    found = [
+        underdamped_step_(param, velocity, total, grad, spec, key, index, backend)
+        for param, velocity, total, grad, spec, key, index in zip(
+            params, velocities, accumulators, grads, specs, keys, indices
+        )
+    ]
+    return torch.stack([count for count, _ in found]), [scale for _, scale in found]

@@ -39,7 +39,7 @@ from image_classification import resnet18
 from lightning_lpsgld import EnsembleEvaluation, LowPrecisionSGLD, SampleBank
 from lightning_lpsgld.ops import backend_report, quantize
 from lightning_lpsgld.random import DrawKey
-from lightning_lpsgld.samplers import SGLD
+from lightning_lpsgld.samplers import SGHMC, SGLD, PreconditionedSGLD
 
 ROWS: list[dict[str, object]] = []
 
@@ -118,6 +118,30 @@ def beyond_bars() -> None:
     slow = medians(3, reference=lambda: quantize(x, "bfp8", key=DrawKey(0), backend="reference"))["reference"]
     detail = f"{1e3 * slow:.0f} ms for {x.numel() / 1e6:.1f} M"
     report("quantize bfp8 stochastic, reference backend, ns an element", 1e9 * slow / x.numel(), "none", True, detail)
+
+
+def family_bars() -> None:
+    """Steps with a second tensor beside the weight against SGLD's without any format, on a small and a large network."""
+    small = [p for width in ((50, 100), (100, 100), (100, 10)) for p in nn.Linear(*width).parameters()]
+    for which, shapes in (("6 tensors, 16,210 weights", small), ("ResNet-18", model_tensors()[0])):
+        params: list[list[torch.Tensor]] = []
+        for _ in range(4):
+            params.append([nn.Parameter(p.detach().clone()) for p in shapes])
+            for p in params[-1]:
+                p.grad = torch.full_like(p, 2e-3)
+        common = {"num_data": 50_000, "temperature": 1e-3}
+        grids = {"weight_format": "bfp8", "gradient_format": "bfp8"}
+        rivals = {
+            "SGLD": SGLD(params[0], 0.1, **common, **grids),
+            "SGHMC": SGHMC(params[1], 0.1, friction=2.0, velocity_format="bfp8", **common, **grids),
+            "pSGLD": PreconditionedSGLD(params[2], 1e-3, **common, **grids),
+        }
+        plain = SGLD(params[3], 0.1, **common)
+        times = medians(15, plain=plain.step, **{name: sampler.step for name, sampler in rivals.items()})
+        for name in rivals:
+            ratio = times[name] / times["plain"]
+            detail = f"{1e3 * times[name]:.2f} ms / {1e3 * times['plain']:.2f} ms"
+            report(f"VC {name} step, bfp8 everywhere, {which}: / fp32 SGLD", ratio, "none", True, detail)
 
 
 def quantize_bars() -> None:
@@ -375,6 +399,7 @@ GROUPS = {
     "step": step_bars,
     "quantize": quantize_bars,
     "beyond": beyond_bars,
+    "family": family_bars,
     "training": training_bars,
     "ensemble": ensemble_bars,
     "memory": memory_bars,

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from lightning_lpsgld.formats import BlockFloatingPoint, FloatingPoint, check_dtype, parse_format
 from lightning_lpsgld.ops import StepSpec, cpu, encode, quantize, reference
+from lightning_lpsgld.ops.cpu_layout import native_key, pointer
 from lightning_lpsgld.ops.cpu_library import LEVELS, load, team_of_torch
 from lightning_lpsgld.ops.encoded import Encoded
 from lightning_lpsgld.random import DrawKey, normals, words
@@ -114,8 +115,8 @@ def fits(fmt, dtype: torch.dtype) -> bool:
 
 def native_draws(key: DrawKey, count: int, *, normal: bool) -> torch.Tensor:
     out = torch.empty(count, dtype=torch.float32 if normal else torch.int32)
-    pointers = (cpu._pointer(out), None) if normal else (None, cpu._pointer(out))
-    load()[0].lpsgld_draws(ctypes.byref(cpu._key(key)), *pointers, ctypes.c_int64(count))
+    pointers = (pointer(out), None) if normal else (None, pointer(out))
+    load()[0].lpsgld_draws(ctypes.byref(native_key(key)), *pointers, ctypes.c_int64(count))
     return out
 
 

@@ -231,13 +231,18 @@ def test_interrupted_and_resumed_equals_uninterrupted_bitwise(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_backends_agree(variant, backend):
-    """Coupled: what is computed before rounding is torch's own linear map, so the same draws give the same bits."""
+    """Coupled: what is computed before rounding is the same linear map, so the same draws give the same bits.
+
+    Where the noise is not rounded, the fused kernel's float32 normals differ in the last places, as SGLD's do.
+    """
     start = torch.linspace(-1, 1, 40).reshape(4, 10)
     options = {"num_data": 10, **TOY, **VARIANTS[variant]}
     reference = one_step(start, start.cos(), 0.1, backend="reference", **options)
     other = one_step(start, start.cos(), 0.1, backend=backend, **options)
+    rounded = "weight_format" in options and "velocity_format" in options
+    reach = 0.0 if rounded or backend == "reference" else 8 * 2.0**-24 * (6.77 + 1.0)
     for a, b in zip(reference, other):
-        assert torch.equal(a, b)
+        assert bool(((a - b).abs() <= reach).all())
 
 
 def test_bfloat16_weights_keep_a_float32_velocity_through_a_checkpoint():
