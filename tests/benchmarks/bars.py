@@ -121,7 +121,7 @@ def beyond_bars() -> None:
 
 
 def family_bars() -> None:
-    """Steps with a second tensor beside the weight against SGLD's without any format, on a small and a large network."""
+    """Steps of all families in 8 bits against SGLD's without any format, on a small and on a large network."""
     small = [p for width in ((50, 100), (100, 100), (100, 10)) for p in nn.Linear(*width).parameters()]
     for which, shapes in (("6 tensors, 16,210 weights", small), ("ResNet-18", model_tensors()[0])):
         params: list[list[torch.Tensor]] = []
