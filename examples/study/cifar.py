@@ -76,45 +76,8 @@ ROWS = (
     ("sghmc-plain", "fp32"),
 )  # fmt: skip
 
-#: Source -> data -> row -> error in percent, ECE in percent and NLL, as far as printed.
-PUBLISHED: dict[str, dict[str, dict[str, dict[str, float]]]] = {
-    "paper": {
-        "cifar10": {
-            "sgld/fp32": {"error": 4.65, "ece": 1.11}, "sgd/fp32": {"error": 4.71, "ece": 2.53},
-            "csgld/fp32": {"error": 4.54, "ece": 0.66},
-            "naive-sgldlp-l/fixed8.8": {"error": 7.82}, "vc-sgldlp-l/fixed8.8": {"error": 7.13, "ece": 0.60},
-            "sgdlp-l/fixed8.8": {"error": 8.53, "ece": 3.40}, "sgldlp-f/fixed8.8": {"error": 5.12, "ece": 1.12},
-            "sgdlp-f/fixed8.8": {"error": 5.20, "ece": 3.05},
-            "naive-sgldlp-l/bfp8-clamp": {"error": 5.85}, "vc-sgldlp-l/bfp8-clamp": {"error": 5.51, "ece": 0.60},
-            "sgdlp-l/bfp8-clamp": {"error": 5.86, "ece": 4.23}, "sgldlp-f/bfp8-clamp": {"error": 4.58, "ece": 1.19},
-            "sgdlp-f/bfp8-clamp": {"error": 4.75, "ece": 2.76},
-            "vc-csgldlp-l/bfp8-clamp": {"error": 4.97, "ece": 0.51},
-            "csgldlp-f/bfp8-clamp": {"error": 4.32, "ece": 0.56},
-        },
-        "cifar100": {
-            "sgld/fp32": {"error": 22.58, "ece": 3.92}, "sgd/fp32": {"error": 22.64, "ece": 4.97},
-            "csgld/fp32": {"error": 21.63, "ece": 1.38},
-            "naive-sgldlp-l/fixed8.8": {"error": 27.25}, "vc-sgldlp-l/fixed8.8": {"error": 26.62, "ece": 3.19},
-            "sgdlp-l/fixed8.8": {"error": 28.86, "ece": 10.38}, "sgldlp-f/fixed8.8": {"error": 23.30, "ece": 4.42},
-            "sgdlp-f/fixed8.8": {"error": 23.84, "ece": 6.80},
-            "naive-sgldlp-l/bfp8-clamp": {"error": 26.38}, "vc-sgldlp-l/bfp8-clamp": {"error": 25.22, "ece": 5.82},
-            "sgdlp-l/bfp8-clamp": {"error": 26.19, "ece": 12.97},
-            "sgldlp-f/bfp8-clamp": {"error": 22.59, "ece": 3.78}, "sgdlp-f/bfp8-clamp": {"error": 22.90, "ece": 5.20},
-            "vc-csgldlp-l/bfp8-clamp": {"error": 22.61, "ece": 1.39},
-            "csgldlp-f/bfp8-clamp": {"error": 21.50, "ece": 1.33},
-        },
-    },
-    "LP-SGLD-JAX": {
-        "cifar10": {
-            "naive-sgldlp-l/fixed8.8": {"error": 7.11, "ece": 2.21},
-            "vc-sgldlp-l/fixed8.8": {"error": 6.68, "ece": 1.44}, "sgldlp-f/fixed8.8": {"error": 5.21, "ece": 1.45},
-            "vc-csgldlp-l/bfp8-clamp": {"error": 5.45, "ece": 0.72},
-        },
-    },
-    "LP-SGLD-JAX, activations in float": {"cifar10": {"vc-csgldlp-l/bfp8-clamp": {"error": 5.34, "ece": 0.58}}},
-    "ICLR 2025, SGHMC": {"cifar10": {"sghmc-plain/fp32": {"error": 13.4, "nll": 0.421}}},
-    "ICLR 2025, PX-SGHMC": {"cifar10": {"sghmc-plain/fp32": {"error": 11.9, "nll": 0.376}}},
-}  # fmt: skip
+#: Source, data, row, error and ECE in percent, NLL, as far as printed.
+PUBLISHED = Path(__file__).parent / "published_cifar.csv"
 
 
 # ------------------------------------------------------------------------------------------------------------ one row
@@ -153,7 +116,8 @@ def run_row(row: Row, args: argparse.Namespace) -> list[dict[str, Any]]:
         args: Of the command line.
 
     Returns:
-        Rows of the last weights and of the ensemble, with the study's columns.
+        Rows of the last weights and of the ensemble, with the study's columns; ``seconds`` since the run was last taken
+        up.
     """
     L.seed_everything(row.seed, verbose=False)
     folder = args.cache / row.name
@@ -225,16 +189,18 @@ def table(path: Path, data: str) -> str:
         data: ``"cifar10"`` or ``"cifar100"``.
     """
     ours = _ours(path, data)
+    with PUBLISHED.open() as file:
+        printed = [entry for entry in csv.DictReader(file) if entry["data"] == data]
     lines = ["| row | seeds | error % | ECE % | NLL | published: error %, ECE %, NLL |", "|---" * 6 + "|"]
     for method, fmt in ROWS:
         name = f"{method}/{fmt}"
         runs = ours.get(name, [])
         shown = [_cell([run[score] for run in runs]) for score in ("error", "ece", "nll")]
-        beside = []
-        for source, tables in PUBLISHED.items():
-            if printed := tables.get(data, {}).get(name):
-                numbers = (f"{printed[score]:g}" if score in printed else "-" for score in ("error", "ece", "nll"))
-                beside.append(f"{source}: {', '.join(numbers)}")
+        beside = [
+            f"{entry['source']}: " + ", ".join(entry[score] or "-" for score in ("error", "ece", "nll"))
+            for entry in printed
+            if entry["row"] == name
+        ]
         lines.append("| " + " | ".join([name, str(len(runs)), *shown, "; ".join(beside)]) + " |")
     return "\n".join(lines)
 
