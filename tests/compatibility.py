@@ -162,7 +162,7 @@ def table(results: Iterable[Mapping[str, object]]) -> str:
 
 
 def recorded() -> list[dict[str, object]]:
-    """Results that were recorded, oldest first."""
+    """Results that were recorded: the oldest versions, the newest, and these under other Pythons."""
     return json.loads(RESULTS.read_text())
 
 

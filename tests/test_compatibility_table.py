@@ -4,9 +4,14 @@ import re
 
 import compatibility
 
+NEWEST_PYTHON = 13
+
 
 def test_the_compatibility_table_is_the_recorded_one():
-    """Rows name tests that exist and messages that these demand; both ends of the supported versions were run."""
+    """Rows name tests that exist and messages that these demand; both ends of the supported versions were run.
+
+    So was every Python from the lower bound on.
+    """
     text = compatibility.PAGE.read_text()
     assert text == compatibility.page(text, compatibility.recorded()), "run .ci/compat --page"
     for row in compatibility.ROWS:
@@ -14,12 +19,9 @@ def test_the_compatibility_table_is_the_recorded_one():
         source = file.read_text()
         assert f"def {function}(" in source, row.test
         assert row.refusal in source.replace("\\", ""), f"{row.test} does not demand {row.refusal!r}"
-    oldest, newest = compatibility.recorded()
-    bounds = dict(
-        re.findall(
-            r'^    "(torch|lightning)>=([\d.]+)', (compatibility.ROOT / "pyproject.toml").read_text(), flags=re.M
-        )
-    )
+    oldest, newest, *others = compatibility.recorded()
+    project = (compatibility.ROOT / "pyproject.toml").read_text()
+    bounds = dict(re.findall(r'^    "(torch|lightning)>=([\d.]+)', project, flags=re.M))
     assert len(bounds) == 2
     for package, bound in bounds.items():
         assert oldest["versions"][package].startswith(bound)
@@ -27,6 +29,10 @@ def test_the_compatibility_table_is_the_recorded_one():
     assert set(newest["outcomes"].values()) == {"passed"}
     needs = {row.test: "failed" if row.newer else "passed" for row in compatibility.ROWS}
     assert oldest["outcomes"] == needs
+    assert all(run["outcomes"] == newest["outcomes"] for run in others)
+    minors = {run["versions"]["Python"].rpartition(".")[0] for run in (oldest, newest, *others)}
+    least = re.search(r'^requires-python = ">=3\.(\d+)"', project, flags=re.M)
+    assert minors == {f"3.{minor}" for minor in range(int(least[1]), NEWEST_PYTHON + 1)}
 
 
 def test_outcomes_of_rows_with_parameters():
