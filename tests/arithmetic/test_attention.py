@@ -223,3 +223,22 @@ def test_projections_of_coded_weights():
         code_parameters_(net, "bfp8")
         coded, _, _, _ = _run(net, x, "auto")
         assert torch.equal(out, coded)
+
+
+def test_where_attention_cannot_be_opened_it_is_simulated(monkeypatch):
+    """As with a version of torch whose function is compiled."""
+    net, x = _on_grid(Attending(True, weights=True)).eval(), torch.randn(3, 5, 6)
+    outputs = {}
+    for arithmetic in ("simulated", "auto"):
+        monkeypatch.setattr(layers, "opened_attention", lambda: None)
+        casting = ActivationCasting(net, seed=3).attach()
+        with torch.no_grad(), layer_arithmetic(net, arithmetic) as running, casting.forward_context():
+            outputs[arithmetic] = net(x)
+        casting.remove()
+    assert torch.equal(outputs["auto"], outputs["simulated"])
+    assert "attention.in_proj" not in running.report()
+    monkeypatch.setattr("lightning_lpsgld.casting.heads.opened_attention", lambda: None)
+    casting = ActivationCasting(net, seed=3, sites=(nn.Linear, nn.MultiheadAttention, "attention.out_proj")).attach()
+    refused = pytest.raises(RuntimeError, match=r"before 'attention.out_proj'.* in this version of torch, or take")
+    with refused, torch.no_grad(), casting.forward_context():
+        net(x)
