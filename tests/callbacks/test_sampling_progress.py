@@ -1,11 +1,12 @@
 """Samples, cycle, effective temperature and ensemble NLL where people look: progress bars and loggers."""
 
 import csv
+import re
 
 import pytest
 from helpers.models import RecordingLogger, SyntheticData, make_trainer, small_mlp
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from lightning_lpsgld import EffectiveTemperature, EnsembleEvaluation, LowPrecisionSGLD, SampleCollector
 from lightning_lpsgld.callbacks.sampling_progress import SamplingProgress
@@ -47,6 +48,39 @@ def test_the_loggers_get_it(tmp_path):
     assert cycles >= {0.0, 1.0}
     with open(next(tmp_path.rglob("metrics.csv"))) as rows:
         assert set(next(csv.reader(rows))) >= NAMES
+    names = {name for _, row in recording.rows for name in row}
+    assert len(names) > 20
+    assert all(re.fullmatch(r"[\w\-. /:]{1,250}", name) for name in names), "MLflow takes no others"
+
+
+def made(kind, folder):
+    """A logger of Lightning that keeps what it gets in a folder."""
+    if kind == "tensorboard":
+        pytest.importorskip("tensorboardX")
+        return TensorBoardLogger(folder)
+    if kind == "wandb":
+        pytest.importorskip("wandb")
+        return WandbLogger(save_dir=folder, offline=True)
+    pytest.importorskip("mlflow")
+    return MLFlowLogger(tracking_uri=f"sqlite:///{folder}/runs.db")
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb", "mlflow"])
+@pytest.mark.filterwarnings("ignore")
+def test_the_loggers_of_others_get_it(tmp_path, kind):
+    logger = made(kind, str(tmp_path))
+    trainer = make_trainer(**options(callbacks=callbacks(), logger=logger))
+    trainer.fit(small_mlp(), SyntheticData())
+    if kind == "mlflow":
+        got = set(logger.experiment.get_run(logger.run_id).data.metrics)
+    elif kind == "wandb":
+        got = set(dict(logger.experiment.summary))
+        logger.experiment.finish()
+    else:
+        logger.experiment.flush()
+        written = b"".join(path.read_bytes() for path in tmp_path.rglob("events*"))
+        got = {name for name in NAMES if name.encode() in written}
+    assert got >= NAMES
 
 
 def test_nothing_is_invented():
