@@ -13,7 +13,7 @@ from lightning_lpsgld.bank.errors import BankError
 from lightning_lpsgld.bank.records import Record, sample_name
 from lightning_lpsgld.bank.sample import Sample, SampleInfo
 from lightning_lpsgld.bank.spec import ModuleSpec
-from lightning_lpsgld.bank.tensors import check_base_tensors, check_tensors
+from lightning_lpsgld.bank.tensors import check_base_tensors, check_tensors, packed, unpacked
 
 __all__ = ["MemoryStore"]
 
@@ -43,8 +43,9 @@ class MemoryStore:
         raise BankError("A bank in memory is not kept anywhere else.")
 
     def write(self, info: SampleInfo, spec: ModuleSpec, tensors: dict[str, Tensor], base: Base | None) -> Record:
-        """Keep the tensors as they are; the "checksum" of the name is a running number."""
+        """Keep the tensors, packed; the "checksum" of the name is a running number."""
         self._count += 1
+        tensors = packed(tensors, spec)
         size = sum(tensor.nbytes for tensor in tensors.values()) + 1
         record = Record(info, sample_name(info, f"{self._count:040x}"), size)
         self.tensors[record.file] = tensors
@@ -52,7 +53,7 @@ class MemoryStore:
 
     def read(self, record: Record, spec: ModuleSpec, base: Base | None) -> dict[str, Tensor]:
         """The kept tensors."""
-        return self.tensors[record.file]
+        return unpacked(self.tensors[record.file], spec, record.file)
 
     def check(self, record: Record, spec: ModuleSpec, *, content: bool) -> str | None:
         """Memory is not damaged."""
@@ -108,8 +109,8 @@ class MemoryStore:
             check_base_tensors(theirs, spec, catalog.base, "The base in the state of a sample bank")
         found = []
         for record, tensors in zip(records, samples):
-            own = _own_copies(tensors)
             where = f"The sample of chain {record.info.chain}, step {record.info.step}"
+            own = unpacked(_own_copies(tensors), spec, where)
             check_tensors(own, spec, where, catalog.base)
             found.append(Sample.of(record.info, spec, own, catalog.base, theirs))
         beside = base or catalog.base

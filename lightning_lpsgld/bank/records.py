@@ -100,7 +100,7 @@ class Sizes(NamedTuple):
 
 def sizes_of(spec: ModuleSpec, base: Base | None = None) -> Sizes:
     """What samples of ``spec`` take, some of whose tensors may stand in ``base``."""
-    high = spec.nbytes + _HEADER_BYTES + _HEADER_BYTES_PER_ENTRY * len(spec.entries)
+    high = spec.nbytes_unpacked + _HEADER_BYTES + _HEADER_BYTES_PER_ENTRY * len(spec.entries)
     return Sizes(spec.nbytes - (0 if base is None else base.nbytes(spec)), high)
 
 

@@ -16,6 +16,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lightning_lpsgld.bank.errors import BankError
 from lightning_lpsgld.formats import FormatLike, NumberFormat, check_dtype, parse_format
+from lightning_lpsgld.formats.packing import is_packed, packed_size
 from lightning_lpsgld.ops.coded import CodedTensor
 
 __all__ = ["EntrySpec", "Formats", "ModuleSpec", "formats_by_name", "module_tensors"]
@@ -123,7 +124,7 @@ class EntrySpec:
 
     @cached_property
     def stored(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Tensors of this entry in a sample file: key mapped to dtype and shape."""
+        """Tensors of this entry in a sample (packed in its file): key mapped to dtype and shape."""
         if self.format is None:
             return {f"values.{self.name}": (self.dtype, self.shape)}
         tensors = {f"codes.{self.name}": (self.format.code_dtype, self.shape)}
@@ -131,9 +132,20 @@ class EntrySpec:
             tensors[f"exponents.{self.name}"] = (torch.int8, self.format.blocks.compact(self.shape))
         return tensors
 
+    @cached_property
+    def packed_bits(self) -> int:
+        """Bits of a code where codes are packed in a file (fewer than 8), else 0."""
+        return self.format.bits if self.format is not None and is_packed(self.format.bits) else 0
+
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored tensors."""
+        """Bytes of the stored tensors, packed."""
+        spared = self.numel - packed_size(self.numel, self.packed_bits) if self.packed_bits else 0
+        return self.nbytes_unpacked - spared
+
+    @property
+    def nbytes_unpacked(self) -> int:
+        """Bytes of the stored tensors in memory, and in files that were written before codes were packed."""
         return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.stored.values())
 
     def __str__(self) -> str:
@@ -171,7 +183,7 @@ class EntrySpec:
         try:
             if self.format is not None:
                 check_dtype(self.format, self.dtype)
-            size = self.nbytes
+            size = self.nbytes_unpacked
         except (TypeError, ValueError) as error:
             raise BankError(f"{self} cannot be stored: {error}") from error
         if size > _MAX_BYTES or self.nbytes_fp32 > _MAX_BYTES:
@@ -250,8 +262,13 @@ class ModuleSpec:
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of one sample's tensors."""
+        """Bytes of one sample's tensors, packed."""
         return sum(entry.nbytes for entry in self.entries)
+
+    @cached_property
+    def nbytes_unpacked(self) -> int:
+        """The same in memory, and in files that were written before codes were packed."""
+        return sum(entry.nbytes_unpacked for entry in self.entries)
 
     @cached_property
     def nbytes_fp32(self) -> int:
@@ -298,8 +315,8 @@ class ModuleSpec:
             raise BankError("The module's description names a tensor twice.")
         if not {stored for _, stored in spec.aliases} <= set(names):
             raise BankError("The module's description ties a name to a tensor that is not there.")
-        if spec.nbytes > _MAX_BYTES:
-            raise BankError(f"A sample of {spec.nbytes} bytes is refused; the limit is {_MAX_BYTES}.")
+        if spec.nbytes_unpacked > _MAX_BYTES:
+            raise BankError(f"A sample of {spec.nbytes_unpacked} bytes is refused; the limit is {_MAX_BYTES}.")
         return spec
 
 

@@ -13,6 +13,7 @@ from lightning_lpsgld.bank.base import Base
 from lightning_lpsgld.bank.errors import BankError
 from lightning_lpsgld.bank.sample import SampleInfo
 from lightning_lpsgld.bank.spec import EntrySpec, ModuleSpec
+from lightning_lpsgld.formats.packing import packed_codes, unpacked_codes
 
 __all__ = [
     "base_bytes",
@@ -20,9 +21,11 @@ __all__ = [
     "check_codes",
     "check_tensors",
     "described_base",
+    "packed",
     "parse_base",
     "parse_sample",
     "sample_bytes",
+    "unpacked",
 ]
 
 
@@ -68,6 +71,39 @@ def _check_range(values: Tensor, allowed: tuple[int, int], what: str) -> None:
         raise BankError(f"{what} lie between {low} and {high}; the format has {allowed[0]} to {allowed[1]}.")
 
 
+def packed(tensors: Mapping[str, Tensor], spec: ModuleSpec) -> dict[str, Tensor]:
+    """The tensors of a sample with codes of fewer than 8 bits side by side, under ``packed.<name>``."""
+    bits = {f"codes.{entry.name}": entry.packed_bits for entry in spec.entries if entry.packed_bits}
+    return {
+        f"packed.{key.removeprefix('codes.')}" if key in bits else key: packed_codes(x, bits[key]) if key in bits else x
+        for key, x in tensors.items()
+    }
+
+
+def unpacked(tensors: Mapping[str, Tensor], spec: ModuleSpec, where: str) -> dict[str, Tensor]:
+    """Inverse of :func:`packed`; codes that are not packed stay, as in files of earlier versions.
+
+    Raises:
+        BankError: If a packed tensor is not what codes of its entry take, or the codes are there twice.
+    """
+    entries = {f"packed.{entry.name}": entry for entry in spec.entries if entry.packed_bits}
+    found: dict[str, Tensor] = {}
+    for key, x in tensors.items():
+        entry = entries.get(key)
+        if entry is None:
+            found[key] = x
+            continue
+        assert entry.format is not None
+        if f"codes.{entry.name}" in tensors:
+            raise BankError(f"{where} has the codes of {entry} twice, packed and not.")
+        try:
+            codes = unpacked_codes(x, entry.packed_bits, entry.shape, signed=entry.format.code_range[0] < 0)
+        except ValueError as error:
+            raise BankError(f"{where}: the codes of {entry}: {error}") from error
+        found[f"codes.{entry.name}"] = codes
+    return found
+
+
 def sample_bytes(info: SampleInfo, spec: ModuleSpec, tensors: Mapping[str, Tensor], base: Base | None = None) -> bytes:
     """Content of a sample's file; equal samples are equal bytes.
 
@@ -76,7 +112,7 @@ def sample_bytes(info: SampleInfo, spec: ModuleSpec, tensors: Mapping[str, Tenso
     whole = base is None or base.file is None or len(tensors) == len(spec.stored)
     about = {"version": "1", "module": spec.text} if whole or base is None else {"version": "2", "base": str(base.file)}
     header = {"format": "lightning_lpsgld.sample", "info": json.dumps(info.to_json()), **about}
-    return _sorted_header(safetensors.torch.save(dict(tensors), header))
+    return _sorted_header(safetensors.torch.save(packed(tensors, spec), header))
 
 
 def base_bytes(base: Base, spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> bytes:
@@ -85,7 +121,7 @@ def base_bytes(base: Base, spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> b
         "format": "lightning_lpsgld.base", "version": "1", "kind": base.kind, "module": spec.text,
         "digests": json.dumps(dict(base.digests), sort_keys=True),
     }  # fmt: skip
-    return _sorted_header(safetensors.torch.save(dict(tensors) if base.kind == "stored" else {}, header))
+    return _sorted_header(safetensors.torch.save(packed(tensors, spec) if base.kind == "stored" else {}, header))
 
 
 def described_base(metadata: Mapping[str, str], file: str, size: int) -> tuple[Base, ModuleSpec]:
@@ -108,7 +144,7 @@ def parse_base(data: bytes, spec: ModuleSpec, base: Base) -> dict[str, Tensor]:
     Raises:
         BankError: If they are not those of ``base``.
     """
-    tensors = _loaded(data, str(base.file))
+    tensors = unpacked(_loaded(data, str(base.file)), spec, str(base.file))
     check_base_tensors(tensors, spec, base, str(base.file))
     return tensors
 
@@ -141,7 +177,7 @@ def parse_sample(data: bytes, spec: ModuleSpec, where: str, base: Base | None = 
     Raises:
         BankError: If it is not a safetensors file of exactly the tensors of ``spec``, or a code is none of its format.
     """
-    tensors = _loaded(data, where)
+    tensors = unpacked(_loaded(data, where), spec, where)
     check_tensors(tensors, spec, where, base)
     return tensors
 

@@ -23,6 +23,7 @@ from lightning_lpsgld.formats.blocks import ALONE, Blocks
 from lightning_lpsgld.formats.dtypes import DtypeFacts
 from lightning_lpsgld.formats.exponents import BOUNDLESS, power_of_two
 from lightning_lpsgld.formats.kernel import KernelIdentity
+from lightning_lpsgld.formats.packing import is_packed, packed_size
 
 __all__ = ["BlockFormat", "Bounds", "Coins", "NumberFormat", "require_int"]
 
@@ -271,8 +272,10 @@ class NumberFormat:
         return torch.int8 if self.bits <= 8 else torch.int16 if self.bits <= 16 else torch.int32
 
     def stored_bytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of the codes and shared exponents of a tensor of ``shape``."""
-        return self.code_dtype.itemsize * math.prod(shape) + self.blocks.count(shape)
+        """Bytes of the codes and shared exponents of a tensor of ``shape``; codes of less than a byte are packed."""
+        count = math.prod(shape)
+        codes = packed_size(count, self.bits) if is_packed(self.bits) else self.code_dtype.itemsize * count
+        return codes + self.blocks.count(shape)
 
     @property
     def code_range(self) -> tuple[int, int]:
