@@ -163,73 +163,210 @@ inline void sums_float_plain(const float* x, int64_t rows, int64_t d, const floa
 #if HAVE_X86
 // ------------------------------------------------------------------------------------------------------- AVX2
 
-TARGET("avx2,fma") inline int32_t hsum256(__m256i v) {
+#define AVX2 "avx2,fma"
+
+TARGET(AVX2) inline int32_t hsum256(__m256i v) {
   __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
   s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
 
-TARGET("avx2,fma") void dots_int8_avx2(const int8_t* x, int64_t rows, int64_t d, const int8_t* z, int32_t* out, const int8_t*) {
-  for (int64_t i = 0; i < rows; ++i) {
-    __m256i a = _mm256_setzero_si256(), b = a;
+// Into the second-level cache. Fetching past the end of the data is harmless.
+inline void fetch(const void* line) { _mm_prefetch(static_cast<const char*>(line), _MM_HINT_T1); }
+
+// vpmaddubsw takes unsigned by signed bytes: |w| times x with w's sign. Pairs fit into 16 bits, as no |x| is above 127 and
+// no |w| above 128. `weights` and `sizes` are w and |w|.
+TARGET(AVX2) ALWAYS_INLINE __m256i products(__m256i x, __m256i weights, __m256i sizes) {
+  return _mm256_madd_epi16(_mm256_maddubs_epi16(sizes, _mm256_sign_epi8(x, weights)), _mm256_set1_epi16(1));
+}
+
+TARGET(AVX2) void dots_int8_avx2(const int8_t* x, int64_t rows, int64_t d, const int8_t* z, int32_t* out,
+                                 const int8_t* ahead) {
+  for (int64_t i = 0; i < rows; i += 4) {
+    __m256i s[4] = {};
+    const int64_t left = rows - i < 4 ? rows - i : 4;
+    const int8_t* p[4];
+    for (int k = 0; k < 4; ++k) p[k] = x + (i + (k < left ? k : 0)) * d;
     for (int64_t j = 0; j < d; j += 32) {
-      const __m128i* p = reinterpret_cast<const __m128i*>(x + i * d + j);
-      const __m128i* r = reinterpret_cast<const __m128i*>(z + j);
-      a = _mm256_add_epi32(a, _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128(p)),
-                                                _mm256_cvtepi8_epi16(_mm_loadu_si128(r))));
-      b = _mm256_add_epi32(b, _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128(p + 1)),
-                                                _mm256_cvtepi8_epi16(_mm_loadu_si128(r + 1))));
+      const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(z + j)), size = _mm256_abs_epi8(w);
+      fetch(ahead + i * d / 2 + 2 * j);
+      for (int k = 0; k < 4; ++k) {
+        const __m256i row = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p[k] + j));
+        s[k] = _mm256_add_epi32(s[k], products(row, w, size));
+      }
     }
-    out[i] = hsum256(_mm256_add_epi32(a, b));
+    for (int k = 0; k < left; ++k) out[i + k] = hsum256(s[k]);
   }
 }
 
-// Two rows at a time: (x_i, x_i+1) in neighbouring int16 lanes against (q_i, q_i+1).
-TARGET("avx2,fma") void sums_int8_avx2(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int32_t* out, const int8_t*) {
-  for (int64_t j = 0; j < d; j += 16) {
-    __m256i low = _mm256_setzero_si256(), high = low;
-    for (int64_t i = 0; i < rows; i += 2) {
-      const bool pair = i + 1 < rows;
-      const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i * d + j));
-      const __m128i b = pair ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + (i + 1) * d + j)) : _mm_setzero_si128();
-      const __m256i w = _mm256_set1_epi32(int32_t(pair ? q[i + 1] : 0) * 65536 | (int32_t(q[i]) & 0xffff));
-      low = _mm256_add_epi32(low, _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b)), w));
-      high = _mm256_add_epi32(high, _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b)), w));
+// Four rows at a time: their bytes of one column side by side in a 32-bit lane, against (q_i .. q_i+3). `Digits` sums
+// share the loads: out[k * d + j] belongs to the codes at q + k * stride.
+template <int Digits>
+TARGET(AVX2) inline void sums_avx2(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int64_t stride, int32_t* out,
+                                   const int8_t* ahead) {
+  const int8_t* next = ahead + rows * d / 2;
+  __m256i* const sums = reinterpret_cast<__m256i*>(out);
+  std::memset(out, 0, Digits * d * sizeof(int32_t));
+  for (int64_t top = 0; top < rows; top += 16) {
+    const int64_t bottom = top + 16 < rows ? top + 16 : rows;
+    for (int64_t j = 0; j < d; j += 32) {
+      __m256i s[Digits][4];
+      for (int k = 0; k < 4 * Digits; ++k) s[k / 4][k % 4] = _mm256_loadu_si256(sums + (k / 4 * d + j) / 8 + k % 4);
+      for (int64_t i = top; i < bottom; i += 4) {
+        __m256i r[4];
+        const int64_t left = rows - i < 4 ? rows - i : 4;
+        for (int64_t k = 0; k < 4; ++k)
+          r[k] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + (i + (k < left ? k : 0)) * d + j));
+        fetch(next), next += 64;
+        const __m256i a = _mm256_unpacklo_epi8(r[0], r[1]), b = _mm256_unpacklo_epi8(r[2], r[3]);
+        const __m256i c = _mm256_unpackhi_epi8(r[0], r[1]), e = _mm256_unpackhi_epi8(r[2], r[3]);
+        const __m256i t0 = _mm256_unpacklo_epi16(a, b), t1 = _mm256_unpackhi_epi16(a, b);
+        const __m256i t2 = _mm256_unpacklo_epi16(c, e), t3 = _mm256_unpackhi_epi16(c, e);
+        for (int k = 0; k < Digits; ++k) {
+          int32_t packed = 0;
+          if (left == 4) std::memcpy(&packed, q + k * stride + i, 4);
+          else std::memcpy(&packed, q + k * stride + i, left);
+          const __m256i w = _mm256_set1_epi32(packed), size = _mm256_abs_epi8(w);
+          s[k][0] = _mm256_add_epi32(s[k][0], products(t0, w, size));
+          s[k][1] = _mm256_add_epi32(s[k][1], products(t1, w, size));
+          s[k][2] = _mm256_add_epi32(s[k][2], products(t2, w, size));
+          s[k][3] = _mm256_add_epi32(s[k][3], products(t3, w, size));
+        }
+      }
+      for (int k = 0; k < 4 * Digits; ++k) _mm256_storeu_si256(sums + (k / 4 * d + j) / 8 + k % 4, s[k / 4][k % 4]);
     }
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j), low);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j + 8), high);
+  }
+  // Unpacking works within 128-bit lanes: lane L of s[k] holds columns 16 L + 4 k .. 16 L + 4 k + 3.
+  for (int64_t j = 0; j < Digits * d / 8; j += 4) {
+    __m256i s[4];
+    for (int k = 0; k < 4; ++k) s[k] = _mm256_loadu_si256(sums + j + k);
+    _mm256_storeu_si256(sums + j, _mm256_permute2x128_si256(s[0], s[1], 0x20));
+    _mm256_storeu_si256(sums + j + 1, _mm256_permute2x128_si256(s[2], s[3], 0x20));
+    _mm256_storeu_si256(sums + j + 2, _mm256_permute2x128_si256(s[0], s[1], 0x31));
+    _mm256_storeu_si256(sums + j + 3, _mm256_permute2x128_si256(s[2], s[3], 0x31));
   }
 }
 
-TARGET("avx2,fma") void dots_float_avx2(const float* x, int64_t rows, int64_t d, const float* z, float* out, const float*) {
-  for (int64_t i = 0; i < rows; ++i) {
-    __m256 s[4] = {};
-    for (int64_t j = 0; j < d; j += 32)
-      for (int k = 0; k < 4; ++k)
-        s[k] = _mm256_fmadd_ps(_mm256_loadu_ps(x + i * d + j + 8 * k), _mm256_loadu_ps(z + j + 8 * k), s[k]);
-    float lane[8];
-    _mm256_storeu_ps(lane, _mm256_add_ps(_mm256_add_ps(s[0], s[1]), _mm256_add_ps(s[2], s[3])));
-    out[i] = lane[0] + lane[1] + lane[2] + lane[3] + lane[4] + lane[5] + lane[6] + lane[7];
+TARGET(AVX2) void sums_int8_avx2(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int32_t* out,
+                                 const int8_t* ahead) {
+  sums_avx2<1>(x, rows, d, q, 0, out, ahead);
+}
+
+TARGET(AVX2) inline float hsum256(__m256 v) {
+  float lane[8];
+  _mm256_storeu_ps(lane, v);
+  return lane[0] + lane[1] + lane[2] + lane[3] + lane[4] + lane[5] + lane[6] + lane[7];
+}
+
+TARGET(AVX2) void dots_float_avx2(const float* x, int64_t rows, int64_t d, const float* z, float* out, const float* ahead) {
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) {
+    __m256 s[4][2] = {};
+    const float* p = x + i * d;
+    for (int64_t j = 0; j < d; j += 16) {
+      const __m256 w = _mm256_loadu_ps(z + j), v = _mm256_loadu_ps(z + j + 8);
+      fetch(ahead + i * d / 2 + 2 * j), fetch(ahead + i * d / 2 + 2 * j + 16);
+      for (int k = 0; k < 4; ++k) {
+        s[k][0] = _mm256_fmadd_ps(_mm256_loadu_ps(p + k * d + j), w, s[k][0]);
+        s[k][1] = _mm256_fmadd_ps(_mm256_loadu_ps(p + k * d + j + 8), v, s[k][1]);
+      }
+    }
+    for (int k = 0; k < 4; ++k) out[i + k] = hsum256(_mm256_add_ps(s[k][0], s[k][1]));
+  }
+  for (; i < rows; ++i) {
+    __m256 s = _mm256_setzero_ps();
+    for (int64_t j = 0; j < d; j += 8) s = _mm256_fmadd_ps(_mm256_loadu_ps(x + i * d + j), _mm256_loadu_ps(z + j), s);
+    out[i] = hsum256(s);
   }
 }
 
-TARGET("avx2,fma") void sums_float_avx2(const float* x, int64_t rows, int64_t d, const float* q, float* out, const float*) {
+TARGET(AVX2) void sums_float_avx2(const float* x, int64_t rows, int64_t d, const float* q, float* out, const float* ahead) {
+  const float* next = ahead + rows * d / 2;
   for (int64_t j = 0; j < d; j += 64) {
     __m256 s[8];
     for (int k = 0; k < 8; ++k) s[k] = _mm256_loadu_ps(out + j + 8 * k);
     for (int64_t i = 0; i < rows; ++i) {
       const __m256 w = _mm256_set1_ps(q[i]);
+      fetch(next), fetch(next + 16), next += 32;
       for (int k = 0; k < 8; ++k) s[k] = _mm256_fmadd_ps(_mm256_loadu_ps(x + i * d + j + 8 * k), w, s[k]);
     }
     for (int k = 0; k < 8; ++k) _mm256_storeu_ps(out + j + 8 * k, s[k]);
   }
 }
 
+// Two vectors side by side: one multiplication waits for the other's.
+TARGET(AVX2) void philox_avx2(uint32_t* out, int64_t count, uint32_t step, uint32_t stream, uint64_t seed) {
+  const __m256i m0 = _mm256_set1_epi64x(0xD2511F53u), m1 = _mm256_set1_epi64x(0xCD9E8D57u);
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  for (int64_t j = 0; j < count; j += 64) {
+    __m256i c[4][2];
+    for (int h = 0; h < 2; ++h) {
+      c[0][h] = _mm256_add_epi32(lane, _mm256_set1_epi32(int32_t(j / 4 + 8 * h))), c[1][h] = _mm256_setzero_si256();
+      c[2][h] = _mm256_set1_epi32(int32_t(stream)), c[3][h] = _mm256_set1_epi32(int32_t(step));
+    }
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+      for (int h = 0; h < 2; ++h) {
+        const __m256i e0 = _mm256_mul_epu32(c[0][h], m0), o0 = _mm256_mul_epu32(_mm256_srli_epi64(c[0][h], 32), m0);
+        const __m256i e1 = _mm256_mul_epu32(c[2][h], m1), o1 = _mm256_mul_epu32(_mm256_srli_epi64(c[2][h], 32), m1);
+        const __m256i h0 = _mm256_blend_epi32(_mm256_srli_epi64(e0, 32), o0, 0xaa);
+        const __m256i h1 = _mm256_blend_epi32(_mm256_srli_epi64(e1, 32), o1, 0xaa);
+        const __m256i l0 = _mm256_blend_epi32(e0, _mm256_slli_epi64(o0, 32), 0xaa);
+        const __m256i l1 = _mm256_blend_epi32(e1, _mm256_slli_epi64(o1, 32), 0xaa);
+        c[0][h] = _mm256_xor_si256(_mm256_xor_si256(h1, c[1][h]), _mm256_set1_epi32(int32_t(k0)));
+        c[1][h] = l1;
+        c[2][h] = _mm256_xor_si256(_mm256_xor_si256(h0, c[3][h]), _mm256_set1_epi32(int32_t(k1)));
+        c[3][h] = l0;
+      }
+      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    for (int w = 0; w < 8; ++w) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j + 8 * w), c[w / 2][w % 2]);
+  }
+}
+
+// Down to the integer below, or up where the uniform of the word is less than the fraction.
+TARGET(AVX2) inline __m256 rounded_avx2(__m256 t, const uint32_t* words) {
+  const __m256 lower = _mm256_floor_ps(t);
+  const __m256i bits = _mm256_srli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(words)), 8);
+  const __m256 u = _mm256_mul_ps(_mm256_cvtepi32_ps(bits), _mm256_set1_ps(1.0f / 16777216));
+  const __m256 up = _mm256_cmp_ps(u, _mm256_sub_ps(t, lower), _CMP_LT_OQ);
+  return _mm256_add_ps(lower, _mm256_and_ps(up, _mm256_set1_ps(1.0f)));
+}
+
+TARGET(AVX2) inline void store_codes(int8_t* out, __m256 value) {
+  const __m256i code = _mm256_cvtps_epi32(value);
+  const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packs_epi16(half, half));
+}
+
+// One step of 8 offsets at a time; see `move_low`.
+TARGET(AVX2) int64_t move_low_avx2(int8_t* z, const float* g, const float* drift, const float* shrink, const uint32_t* words,
+                                   int64_t d) {
+  int64_t outside = 0;
+  const __m256 top = _mm256_set1_ps(127.0f), bottom = _mm256_set1_ps(-127.0f), sign = _mm256_set1_ps(-0.0f);
+  for (int64_t j = 0; j < d; j += 8) {
+    const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(z + j));
+    const __m256 old = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+    const __m256 t = _mm256_sub_ps(_mm256_sub_ps(old, _mm256_loadu_ps(g + j)), _mm256_loadu_ps(drift + j));
+    const __m256 value = rounded_avx2(_mm256_mul_ps(t, _mm256_loadu_ps(shrink + j)), words + j);
+    outside += __builtin_popcount(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_andnot_ps(sign, value), top, _CMP_GT_OQ)));
+    store_codes(z + j, _mm256_max_ps(bottom, _mm256_min_ps(top, value)));
+  }
+  return outside;
+}
+
+TARGET(AVX2) void respond_avx2(const float* y, const float* odds, const float* change, float factor, int64_t rows, float* out) {
+  respond(y, odds, change, factor, rows, out);
+}
+
+// See `code_weights`; reads and writes up to 7 elements past the end.
+TARGET(AVX2) void code_weights_avx2(const float* weights, float inverse, const uint32_t* bits, int64_t rows, int8_t* codes) {
+  for (int64_t i = 0; i < rows; i += 8)
+    store_codes(codes + i, rounded_avx2(_mm256_mul_ps(_mm256_loadu_ps(weights + i), _mm256_set1_ps(inverse)), bits + i));
+}
+
 // ------------------------------------------------------------------------------------------- AVX-512 with VNNI
 #define AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma"
-
-// Into the second-level cache. Fetching past the end of the data is harmless.
-inline void fetch(const void* line) { _mm_prefetch(static_cast<const char*>(line), _MM_HINT_T1); }
 
 // vpdpbusd takes unsigned by signed bytes: x ^ 0x80 is x + 128, and 128 * sum(z) is taken off again.
 TARGET(AVX512) void dots_int8_avx512(const int8_t* x, int64_t rows, int64_t d, const int8_t* z, int32_t* out,
@@ -447,6 +584,7 @@ inline void words(const Problem& p, uint32_t* out, int64_t count, uint32_t step,
   }
 #if HAVE_X86
   if (p.level == 2) return philox_avx512(out, count, step, stream, p.seed);
+  if (p.level == 1) return philox_avx2(out, count, step, stream, p.seed);
 #endif
   philox(out, count, step, stream, p.seed);
 }
@@ -456,6 +594,7 @@ inline void sums_two(const Problem& p, const int8_t* x, int64_t rows, const int8
                      const int8_t* ahead) {
 #if HAVE_X86
   if (p.level == 2) return sums_avx512<2>(x, rows, p.d, q, stride, out, ahead);
+  if (p.level == 1) return sums_avx2<2>(x, rows, p.d, q, stride, out, ahead);
 #endif
   DISPATCH(sums_int8, x, rows, p.d, q, out, ahead);
   DISPATCH(sums_int8, x, rows, p.d, q + stride, out + p.d, ahead);
@@ -465,6 +604,7 @@ inline void sums_two(const Problem& p, const int8_t* x, int64_t rows, const int8
 int64_t move_low(const Problem& p, int8_t* z, const float* g, const uint32_t* bits) {
 #if HAVE_X86
   if (p.level == 2) return move_low_avx512(z, g, p.drift, p.shrink, bits, p.d);
+  if (p.level == 1) return move_low_avx2(z, g, p.drift, p.shrink, bits, p.d);
 #endif
   int64_t outside = 0;
   for (int64_t j = 0; j < p.d; ++j) {
@@ -483,6 +623,7 @@ void respond(const Problem& p, int64_t begin, int64_t rows, const float* change,
   }
 #if HAVE_X86
   if (p.level == 2) return respond_avx512(p.y + begin, p.odds + begin, change, factor, rows, out);
+  if (p.level == 1) return respond_avx2(p.y + begin, p.odds + begin, change, factor, rows, out);
 #endif
   respond(p.y + begin, p.odds + begin, change, factor, rows, out);
 }
@@ -491,6 +632,7 @@ void respond(const Problem& p, int64_t begin, int64_t rows, const float* change,
 void code_weights(const Problem& p, const float* weights, float inverse, const uint32_t* bits, int64_t rows, int8_t* codes) {
 #if HAVE_X86
   if (p.level == 2) return code_weights_avx512(weights, inverse, bits, rows, codes);
+  if (p.level == 1) return code_weights_avx2(weights, inverse, bits, rows, codes);
 #endif
   for (int64_t i = 0; i < rows; ++i) codes[i] = int8_t(round_up_if(weights[i] * inverse, float(bits[i] >> 8) / 16777216.0f));
 }
