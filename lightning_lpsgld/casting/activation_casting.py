@@ -198,7 +198,7 @@ class ActivationCasting:
             stack.callback(session.end_context)
             if session.graphs.shielded is not None and not session.knows_outputs():
                 stack.enter_context(torch.compiler.set_stance("force_eager"))  # finding them cannot be compiled
-            session.caster.watched = self._functional
+            session.caster.watched = self._functional and not self._plan.opaque
             if self._functional:
                 stack.enter_context(self._mode)
             if session.saved is not None and torch.is_grad_enabled():

@@ -44,7 +44,7 @@ class Caster:
 
     Attributes:
         book: Codes of the cast tensors that are alive.
-        watched: Whether calls of functions are seen, so that it is known when a tensor is overwritten.
+        watched: Whether all calls of functions are seen, so that it is known when a tensor is overwritten.
         lazy: Whether casts may wait for what follows: in an evaluation whose codes someone asks for.
         carrying: Whether all casts go by way of codes, which ``book`` then has.
         asked: How many have asked for codes; then the casts whose codes are taken carry them, and each at first.

@@ -7,6 +7,7 @@ the values, which are those that would have been there at once.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -116,6 +117,12 @@ class Pending(Tensor):
     def untyped_storage(self) -> torch.UntypedStorage:
         """Storage of the values."""
         return self.values().untyped_storage()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.values().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.values(), memo)
 
     @property
     def waits(self) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -204,6 +207,18 @@ def test_it_prints_and_turns_into_numbers_as_any_tensor():
     assert Pending(chain).tolist() == [[1.0, 0.0]]
     assert Pending(chain).numpy().tolist() == [[1.0, 0.0]]
     assert float(Pending(chain).sum()) == 1.0
+    for twin in (copy.deepcopy(Pending(chain)), pickle.loads(pickle.dumps(Pending(chain)))):
+        assert type(twin) is Tensor
+        assert twin.tolist() == [[1.0, 0.0]]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nothing_waits_beside_a_part_that_cannot_be_looked_into(monkeypatch):
+    """A compiled or scripted submodule may overwrite what it is given unseen, and takes no tensors of another class."""
+    net, x = prepared(Network(BETWEEN["norm and activation"])), torch.randn(2, 3, 6, 6)
+    net.relu = torch.jit.script(net.relu)
+    monkeypatch.setattr(Pending, "__new__", lambda *args, **kwargs: pytest.fail("something waits"))
+    outputs(net, x)
 
 
 @pytest.mark.parametrize("between", ["a view changed", "in place", "overwritten"])
