@@ -68,6 +68,7 @@ class PosteriorCard:
         minibatch: Variance that minibatch noise adds to a step, over that asked for, as EffectiveTemperature last
             estimated it in the run; ``None`` before.
         arithmetic: How the products of a training step run: counted by layer when one has run, unless simulated.
+        storage: What is kept as codes, and which gradients are floats at once; empty with ``storage="float"``.
     """
 
     sampler: str
@@ -97,6 +98,7 @@ class PosteriorCard:
     likelihood: str = ""
     minibatch: float | None = None
     arithmetic: str = "simulated"
+    storage: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain Python values."""
@@ -116,6 +118,7 @@ class PosteriorCard:
             "lr, noise": ", ".join(f"lr {lr:g}: v = {v:.3g} a step" for lr, v in zip(self.lr, self.noise_variance)),
             "formats": ", ".join(f"{role} {fmt}" for role, fmt in self.formats.items()),
             "arithmetic": self.arithmetic,
+            "storage": self.storage,
             "top of blocks": f"{', '.join(self._clamping())}: codes are clamped, which holds the largest element of a "
             "block below every power of two",
             "stored sample": f"{self.weight_bytes / 1e6:.3g} MB for {self.weights} weights, "
@@ -127,6 +130,8 @@ class PosteriorCard:
         }
         if not self._clamping():
             del rows["top of blocks"]
+        if not self.storage:
+            del rows["storage"]
         if self.saturated == 0:
             del rows["saturated"]
         if not self.trained + self.frozen:
@@ -204,6 +209,7 @@ def describe_sampler(
     likelihood: str = "",
     prior_file: str | None = None,
     arithmetic: str = "simulated",
+    storage: str = "",
 ) -> PosteriorCard:
     """Make the card of a sampler whose parameters are already on the grid.
 
@@ -216,6 +222,7 @@ def describe_sampler(
         likelihood: Line about the likelihood that is assumed.
         prior_file: File whose weights the prior is centred at, if it is neither zero nor the initial weights.
         arithmetic: Line about how products run.
+        storage: Line about what is kept as codes.
 
     Returns:
         The card.
@@ -261,4 +268,5 @@ def describe_sampler(
         data_note=run.data_note if sampler.num_data == run.num_data else "of the sampler",
         likelihood=likelihood,
         arithmetic=arithmetic,
+        storage=storage,
     )

@@ -270,7 +270,7 @@ class LowPrecisionSGLD(ModulePart):
     def _describe(self, run: RunDescription, module: Module, share: float) -> PosteriorCard:
         casts = 0 if self.casting is None else len(self.casting.describe())
         facts: Any = {"saturated": share, "casts": casts, "likelihood": self._likelihood}
-        facts["arithmetic"] = self._integers.describe()
+        facts |= {"arithmetic": self._integers.describe(), "storage": self._stored.describe(module, run)}
         self.card = describe_sampler(self.samplers[0], run, module, prior_file=Prior(self.prior_mean).file, **facts)
         return self.card
 

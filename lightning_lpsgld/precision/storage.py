@@ -171,6 +171,22 @@ class CodedStorage:
                 # DDP takes gradients after the hooks in which a weight would move, also of a single rank.
                 sampler.steps_in_backward = not run.replicated
 
+    def describe(self, module: Module, run: RunDescription) -> str:
+        """Line of the posterior card: bytes of the codes, and which gradients are floats at the same time."""
+        if self.storage == "float":
+            return ""
+        held = sum(p.nbytes_stored for p in module.parameters() if isinstance(p, CodedTensor))
+        trainer: Any = getattr(module, "_trainer", None)
+        if not getattr(module, "automatic_optimization", True):
+            gradients = "all gradients are floats until `step()`, as optimization is manual"
+        elif run.replicated:
+            gradients = "all gradients are floats until the step, as DDP averages them in buckets"
+        elif trainer is not None and trainer.accumulate_grad_batches > 1:
+            gradients = f"all gradients are floats until the last of {trainer.accumulate_grad_batches} batches"
+        else:
+            gradients = "one gradient at a time is floats"
+        return f"weights are codes between uses, {held / 1e6:.3g} MB; {gradients}"
+
     def before_step(self, sampler: Any, module: pl.LightningModule, factor: float) -> None:
         """What is done to each gradient before its weight moves: what the loop does to those that are left to it.
 

@@ -120,7 +120,11 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_run_is_that_of_floats(case, tmp_path, monkeypatch):
     monkeypatch.setattr(layers, "_WORTHWHILE", 0)
-    mine, codes, _, _ = assert_same_run(tmp_path, **CASES[case])
+    mine, codes, theirs, _ = assert_same_run(tmp_path, **CASES[case])
+    words = "until the last of 2 batches" if "accumulate_grad_batches" in CASES[case] else "one gradient at a time"
+    assert words in mine.precision_plugin.card.storage
+    assert mine.precision_plugin.card.storage in str(mine.precision_plugin.card)
+    assert theirs.precision_plugin.card.storage == ""
     if case == "integers" and capability().onednn:
         assert mine.precision_plugin.layer_report["net.4"] == "integer"
     held = {name for name, p in codes.named_parameters() if isinstance(p, CodedTensor)}
