@@ -161,7 +161,7 @@ class Pending(Tensor):
         chain, cast = self._chain, self._cast
         if chain is None or cast is None:
             return chain
-        return Chain(chain.raw, cast.fmt) if chain == Chain(chain.raw) else None
+        return Chain(chain.raw, cast.fmt) if chain.bare else None
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

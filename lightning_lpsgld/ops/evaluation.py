@@ -42,7 +42,7 @@ class Norm:
         return F.batch_norm(x, self.mean, self.var, self.weight, self.bias, False, 0.0, self.eps)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no equality that is one bool
 class Chain:
     """Operations that have not been made yet.
 
@@ -57,6 +57,11 @@ class Chain:
     first: NumberFormat | None = None
     norm: Norm | None = None
     relu: bool = False
+
+    @property
+    def bare(self) -> bool:
+        """Whether there is no operation yet."""
+        return self.first is None and self.norm is None and not self.relu
 
     def with_norm(self, norm: Norm) -> Chain | None:
         """This and a batch norm; ``None`` if that is no chain."""
