@@ -1,4 +1,8 @@
-"""Figures as inline SVG: they need no script and no network, and take the colours of the page."""
+"""Figures as inline SVG: they need no script and no network, and take the colours of the page.
+
+A mark shows its value when it is pointed at, tapped or reached by the keyboard, and a name in the legend hides its
+series: both by the page's style alone.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ class Curve:
         y_name: At its top.
         diagonal: Ends of a line y = x, as where a promise is kept.
         joined: Join the points of a series.
-        marked: Mark every point of these series (all: ``None``); a mark's value shows when it is pointed at.
+        marked: Mark every point of these series (all: ``None``); a mark's value shows when it is pointed at or tapped.
     """
 
     name: str
@@ -75,7 +79,10 @@ class _Frame:
 
 
 def _figure(name: str, body: list[str], legend: Sequence[str] = ()) -> str:
-    keys = "".join(f'<span class="key k{i % 6}">{escape(text)}</span>' for i, text in enumerate(legend))
+    keys = "".join(
+        f'<label class="key k{i % 6}"><input type="checkbox" checked>{escape(text)}</label>'
+        for i, text in enumerate(legend)
+    )
     svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(name)}">{"".join(body)}</svg>'
     return f"<figure><figcaption>{escape(name)} {keys}</figcaption>{svg}</figure>"
 
@@ -87,9 +94,12 @@ def _series(frame: _Frame, number: int, label: str, points: Points, joined: bool
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         body.append(f'<polyline class="line k{number % 6}" points="{path}"/>')
     for (x, y), (px, py) in zip(points, places if marked else ()):
-        title = f"<title>{escape(label)}: {x:.5g}, {y:.5g}</title>"
-        body.append(f'<circle class="dot k{number % 6}" cx="{px:.1f}" cy="{py:.1f}" r="3">{title}</circle>')
-    return body
+        side, shift = ("end", -8) if px > _WIDTH / 2 else ("start", 8)
+        tip = f'<text class="tip" x="{px + shift:.1f}" y="{py + 4:.1f}" text-anchor="{side}">{x:.5g}, {y:.5g}</text>'
+        dot = f'<circle class="dot k{number % 6}" cx="{px:.1f}" cy="{py:.1f}" r="3"/>'
+        said = f'role="img" aria-label="{escape(label)}: {x:.5g}, {y:.5g}"'
+        body.append(f'<g class="mark" tabindex="0" {said}>{dot}{tip}</g>')
+    return [f'<g class="series s{number % 6}">{"".join(body)}</g>']
 
 
 def lines(curve: Curve) -> str:

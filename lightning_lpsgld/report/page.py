@@ -32,15 +32,20 @@ figure, .card { margin: 0; padding: 10px; background: var(--card); border-radius
 figcaption { font-weight: 600; } svg { width: 100%; height: auto; }
 svg text { fill: var(--ink); font-size: 11px; } .grid { stroke: var(--faint); }
 .line { fill: none; stroke-width: 2; } .diagonal { stroke: var(--ink); stroke-dasharray: 4 4; opacity: .5; }
-.dot:hover { r: 6px; } .bar { fill: var(--k0); }
+.tip { display: none; paint-order: stroke; stroke: var(--card); stroke-width: 4px; font-weight: 600; }
+.mark { outline: none; cursor: pointer; } .mark:hover .dot, .mark:focus .dot { r: 6px; }
+.mark:hover .tip, .mark:focus .tip { display: block; } .bar { fill: var(--k0); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; } th, td { padding: 3px 12px 3px 0; text-align: left; }
 td.n { font-variant-numeric: tabular-nums; text-align: right; }
-.key { font-weight: 400; margin-left: 10px; } .key::before { content: "\\25CF "; }
+.key { font-weight: 400; margin-left: 10px; position: relative; cursor: pointer; } .key::before { content: "\\25CF "; }
+.key input { position: absolute; opacity: 0; } .key:has(input:not(:checked)) { opacity: .4; }
+.key:has(input:focus-visible) { outline: 2px solid; }
 .mistakes { display: flex; flex-wrap: wrap; gap: 12px; } .mistakes figure { width: 132px; }
 .mistakes img { width: 100%; image-rendering: pixelated; }
 details > summary { cursor: pointer; }
 """ + "".join(
     f".line.k{i} {{ stroke: var(--k{i}); }} .dot.k{i} {{ fill: var(--k{i}); }} .key.k{i} {{ color: var(--k{i}); }}\n"
+    f"figure:has(.key.k{i} input:not(:checked)) .series.s{i} {{ display: none; }}\n"
     for i in range(6)
 )
 

@@ -175,7 +175,7 @@ class Tags(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.links += [value for name, value in attributes if name in ("src", "href")]
-        if tag not in ("meta", "link", "img", "line", "circle", "rect", "polyline"):
+        if tag not in ("meta", "link", "img", "input", "line", "circle", "rect", "polyline"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -228,7 +228,10 @@ def browser():
     + [pytest.param(name, 400, False, marks=pytest.mark.slow) for name in REPORTS],
 )
 def test_it_draws_in_a_browser(tmp_path, facts, name, width, dark):
-    """Screenshot with pixels of the figures' colours, every SVG of some size, nothing wider than the window."""
+    """Screenshot with pixels of the figures' colours, every SVG of some size, nothing wider than the window.
+
+    And what can be pointed at answers.
+    """
     if name != "classes":
         build, batches, options, _ = REPORTS[name]
         facts = gather(bank_for(build), build(), batches(), **options)
@@ -236,7 +239,14 @@ def test_it_draws_in_a_browser(tmp_path, facts, name, width, dark):
     probe = (
         "<script>addEventListener('load', () => { const s = [...document.querySelectorAll('svg')].map(e => "
         "e.getBoundingClientRect()); document.body.dataset.drawn = s.filter(r => r.width > 150 && r.height > 60).length"
-        " + '/' + s.length; document.body.dataset.wide = document.documentElement.scrollWidth > innerWidth; })</script>"
+        " + '/' + s.length; document.body.dataset.wide = document.documentElement.scrollWidth > innerWidth; "
+        "const shown = e => getComputedStyle(e).display != 'none', key = document.querySelector('.key input'); "
+        "if (!key) return; "
+        "const figure = key.closest('figure'), series = figure.querySelector('.series.s0'); "
+        "const tip = document.querySelector('.mark .tip'), seen = [shown(series), shown(tip)]; "
+        "key.click(); tip.parentNode.focus(); seen.push(shown(series), shown(tip)); "
+        "key.click(); tip.parentNode.blur(); "
+        "document.body.dataset.moves = seen; })</script>"
     )
     (tmp_path / "page.html").write_text(page.replace("</body>", probe + "</body>"))
     command = [
@@ -249,6 +259,9 @@ def test_it_draws_in_a_browser(tmp_path, facts, name, width, dark):
     count = page.count("<svg")
     assert f'data-drawn="{count}/{count}"' in dumped.stdout
     assert 'data-wide="false"' in dumped.stdout
+    moves = 'data-moves="true,false,false,true"'
+    assert (moves in dumped.stdout) == ("<label class=" in page), "a key hides its series, a mark shows its value"
+    assert "<label class=" in page or name != "classes"
     assert "CONSOLE" not in dumped.stderr
     shot = tmp_path / "shot.png"
     subprocess.run([*command, f"--screenshot={shot}", address], capture_output=True, timeout=120, check=True)
