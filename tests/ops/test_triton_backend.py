@@ -73,7 +73,7 @@ def test_interpreted_kernels(name: str, outcomes: dict[str, dict[str, Any]]) -> 
 @requires_triton
 @pytest.mark.slow
 def test_all_chains_over_powers_of_two() -> None:
-    """Every sampler, boundary, block and temperature in the interpreter: six minutes of a core."""
+    """Every sampler, boundary, block and temperature in the interpreter: minutes."""
     trusting = {"TRITON_INTERPRET": "1", "LIGHTNING_LPSGLD_SELF_CHECK": "off"}
     seen = lines(child(["-m", "helpers.triton_checks", "--powers"], **trusting), timeout=3600)
     assert [line["error"] for line in seen] == [None] * len(DRIVEN)
