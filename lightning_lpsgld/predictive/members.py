@@ -15,7 +15,15 @@ from lightning_lpsgld.bank import SampleBank, module_tensors
 from lightning_lpsgld.predictive.batch_norm import refresh_batch_norm
 from lightning_lpsgld.predictive.swap import swapped_weights
 
-__all__ = ["Called", "evaluation_mode", "refreshed_statistics", "stack", "stacked_outputs", "streamed_outputs"]
+__all__ = [
+    "Called",
+    "check_how",
+    "evaluation_mode",
+    "refreshed_statistics",
+    "stack",
+    "stacked_outputs",
+    "streamed_outputs",
+]
 
 
 class Called(nn.Module):
@@ -37,6 +45,19 @@ class Called(nn.Module):
     def call_with(self, tensors: Mapping[str, Tensor], batch: Any) -> Any:
         """Output with ``tensors`` (by the module's names) in place of its own; these are left alone."""
         return functional_call(self, {f"module.{name}": value for name, value in tensors.items()}, (batch,))
+
+
+def check_how(members: str, memory_limit: int, chunk: int) -> None:
+    """Refuse what an ensemble cannot do with its members.
+
+    Raises:
+        ValueError: If ``members`` is unknown, or a number is no int >= 1.
+    """
+    if members not in ("auto", "stacked", "streamed"):
+        raise ValueError(f"PosteriorEnsemble: `members` must be 'auto', 'stacked' or 'streamed', got {members!r}.")
+    for name, value in {"memory_limit": memory_limit, "chunk": chunk}.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"PosteriorEnsemble: `{name}` must be an int >= 1, got {value!r}.")
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from lightning_lpsgld.predictive.conformal import (
 )
 from lightning_lpsgld.predictive.members import (
     Called,
+    check_how,
     evaluation_mode,
     refreshed_statistics,
     stack,
@@ -99,7 +100,9 @@ class PosteriorEnsemble(nn.Module):
         chunk: int = 16,
     ) -> None:
         super().__init__()
-        _check_options(members, noise_std, memory_limit, chunk)
+        check_how(members, memory_limit, chunk)
+        if noise_std is not None and not 0.0 <= noise_std < float("inf"):
+            raise ValueError(f"PosteriorEnsemble: `noise_std` must be finite and >= 0, got {noise_std}.")
         if not len(bank):
             raise ValueError(f"PosteriorEnsemble: {bank!r} has no usable sample; collect some first.")
         if bank.needs_base:
@@ -391,13 +394,3 @@ class PosteriorEnsemble(nn.Module):
         self.coverage, self.score, self._quantile = state["calibration"]
         if self._stacked:
             self._stack()
-
-
-def _check_options(members: str, noise_std: float | None, memory_limit: int, chunk: int) -> None:
-    if members not in ("auto", "stacked", "streamed"):
-        raise ValueError(f"PosteriorEnsemble: `members` must be 'auto', 'stacked' or 'streamed', got {members!r}.")
-    if noise_std is not None and not 0.0 <= noise_std < float("inf"):
-        raise ValueError(f"PosteriorEnsemble: `noise_std` must be finite and >= 0, got {noise_std}.")
-    for name, value in {"memory_limit": memory_limit, "chunk": chunk}.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"PosteriorEnsemble: `{name}` must be an int >= 1, got {value!r}.")
