@@ -44,7 +44,6 @@ CASES = {
     "sghmc velocity": (SGHMC, {"friction": 10.0, "velocity_format": "bfp8"}, 2.0, (0.0, 1e-3, 1.0)),
     # Its step is no linear function of the weights while V follows them: where rounding is most of the noise (cold) the
     # mean is then another (test_preconditioned.py has which). With a fixed preconditioner it is that of SGLD.
-    # Naive rounding scatters a block's smaller elements too widely for so few chains to keep the declared power.
     "psgld": (PreconditionedSGLD, {}, 2.5e-4, (1.0,)),
     "psgld naive": (PreconditionedSGLD, {"variance_corrected": False}, 2.5e-4, (1.0,)),
     "psgld frozen": (PreconditionedSGLD, {"freeze_after": 1}, 2.5e-4, (0.0, 1e-3, 1.0)),
@@ -112,7 +111,8 @@ def compare(case, block, temperature, backend, fmt=None):
     if backend != "auto":
         runs(backend, "quantize_variance_corrected", torch.ones(4, 4), fmt)
     unit = 1 / 20 if temperature == 1.0 else 1 / 64
-    detect = 0.35 if block != "bfp8-tensor" else 0.6  # of the published rule's 0.87 to 1.13 standard deviations
+    wide = block == "bfp8-tensor" or (case == "psgld naive" and block != "bfp8")  # fewer chains, or more scatter
+    detect = 0.6 if wide else 0.35  # of the published rule's 0.87 to 1.13 standard deviations
     steps = TENSOR_STEPS if block == "bfp8-tensor" else STEPS
     for ours, exact in zip(
         chains(case, block, fmt, temperature, backend, 5, steps), rival(case, block, temperature, steps)
@@ -149,15 +149,7 @@ def test_the_published_rule_does_not():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "temperature", "block"),
-    [
-        (case, T, block)
-        for case in CASES
-        for T in CASES[case][3]
-        for block in BLOCKS
-        if block != "bfp8-tensor" and (case not in ("psgld naive", "sghmc velocity") or block == "bfp8")
-    ]
-    + [(case, T, "bfp8-tensor") for case in ("vc", "naive", "full") for T in CASES[case][3]]
-    + [(case, 1.0, "bfp8-tensor") for case in ("sghmc", "psgld")],  # thousands of small tensors
+    [(case, T, block) for case in CASES for T in CASES[case][3] for block in BLOCKS],
 )
 def test_the_whole_cross(case, temperature, block):
     compare(case, block, temperature, "auto")
