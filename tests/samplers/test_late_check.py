@@ -39,7 +39,7 @@ def started(name):
 def test_the_next_step_names_the_one_that_was_bad_and_does_not_claim_to_have_refused_it(name):
     _, opt, good, bad = started(name)
     words = r"^The gradient of weight is NaN or infinite at step 1, .*after the step was made.*the weights hold it now"
-    with pytest.raises(FloatingPointError, match=words) as seen:
+    with pytest.raises(FloatingPointError, match=words) as seen:  # noqa: PT012
         opt.step(bad)  # without a fused step the preconditioned sampler stumbles over the NaN here, and says the same
         assert opt.unsettled
         opt.step(good)
