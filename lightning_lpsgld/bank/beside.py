@@ -9,10 +9,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from lightning_lpsgld.bank.errors import BankError
-from lightning_lpsgld.bank.folder import LocalFolder, RemoteFolder, open_folder, sync_directory
+from lightning_lpsgld.bank.folder import LocalFolder, open_folder, sync_directory
 from lightning_lpsgld.bank.manifest import MANIFEST
-from lightning_lpsgld.bank.records import parse_sample_name
+from lightning_lpsgld.bank.recovery import check_vacant
 
 __all__ = ["made_beside"]
 
@@ -38,11 +37,11 @@ def made_beside(path: str | os.PathLike[str]) -> Iterator[str]:
         BankError: If there is a bank at ``path`` already, or samples without a manifest.
     """
     folder = open_folder(path)
-    _refuse_what_is_there(folder)
+    check_vacant(folder)
     if isinstance(folder, LocalFolder):
         with _hidden(folder.path.absolute()) as place:
             yield str(place)
-            _refuse_what_is_there(folder)
+            check_vacant(folder)
             _move(place, folder)
         return
     before = set(folder.names())
@@ -51,15 +50,6 @@ def made_beside(path: str | os.PathLike[str]) -> Iterator[str]:
     except BaseException:
         folder.remove(set(folder.names()) - before)
         raise
-
-
-def _refuse_what_is_there(folder: LocalFolder | RemoteFolder) -> None:
-    if folder.exists(MANIFEST):
-        raise BankError(
-            f"A bank is at {folder.location} already. Use `SampleBank.open`, `exist_ok=True`, or another path."
-        )
-    if folder.there() and any(parse_sample_name(name) for name in folder.names()):
-        raise BankError(f"{folder.location} has samples but no {MANIFEST}. `SampleBank.recover` rebuilds it.")
 
 
 @contextlib.contextmanager

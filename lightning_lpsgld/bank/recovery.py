@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 from lightning_lpsgld.bank.base import Base, base_checksum
 from lightning_lpsgld.bank.errors import BankError
 from lightning_lpsgld.bank.folder import Folder
-from lightning_lpsgld.bank.manifest import check_json_size
+from lightning_lpsgld.bank.manifest import MANIFEST, check_json_size
 from lightning_lpsgld.bank.records import Record, check_size, checksum, parse_sample_name, sizes_of
 from lightning_lpsgld.bank.spec import ModuleSpec
 from lightning_lpsgld.bank.tensors import described_base, parse_base, parse_sample
 
-__all__ = ["Found", "intact_samples", "most_common_base"]
+__all__ = ["Found", "check_vacant", "intact_samples", "most_common_base"]
 
 #: Longest header of a safetensors file that is looked at; those of a million tensors fit.
 _MAX_HEADER = 2**28
@@ -27,6 +27,20 @@ class Found(NamedTuple):
     record: Record
     spec: ModuleSpec
     base: Base | None
+
+
+def check_vacant(folder: Folder) -> None:
+    """Refuse a place for a new bank that has one already, or what is left of one.
+
+    Raises:
+        BankError: If there is a bank, or samples without a manifest.
+    """
+    if folder.exists(MANIFEST):
+        raise BankError(
+            f"A bank is at {folder.location} already. Use `SampleBank.open`, `exist_ok=True`, or another path."
+        )
+    if folder.there() and any(parse_sample_name(name) for name in folder.names()):
+        raise BankError(f"{folder.location} has samples but no {MANIFEST}. `SampleBank.recover` rebuilds it.")
 
 
 def most_common_base(found: Collection[Found]) -> Base | None:

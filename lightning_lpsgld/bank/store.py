@@ -20,7 +20,7 @@ from lightning_lpsgld.bank.journal import header, journal_name, line, replay
 from lightning_lpsgld.bank.lock import FileLock
 from lightning_lpsgld.bank.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest
 from lightning_lpsgld.bank.records import Record, checksum, parse_sample_name, sample_name
-from lightning_lpsgld.bank.recovery import Found, intact_samples, most_common_base
+from lightning_lpsgld.bank.recovery import Found, check_vacant, intact_samples, most_common_base
 from lightning_lpsgld.bank.sample import Sample, SampleInfo
 from lightning_lpsgld.bank.spec import ModuleSpec
 from lightning_lpsgld.bank.tensors import base_bytes, parse_base, parse_sample, sample_bytes
@@ -161,19 +161,14 @@ class FileStore:
         """
         self.folder.create()
         self.acquire()
-        if self.folder.exists(MANIFEST):
-            if not exist_ok:
-                raise BankError(
-                    f"A bank is at {self.location} already. Use `SampleBank.open`, `exist_ok=True`, or another path."
-                )
+        if exist_ok and self.folder.exists(MANIFEST):
             found = self.load()
             catalog.check_same_retention(found)
             if found.recovered:
                 found.adopt_retention(catalog)
                 self.save(found)
             return found
-        if any(parse_sample_name(name) for name in self.folder.names()):
-            raise BankError(f"{self.location} has samples but no {MANIFEST}. `SampleBank.recover` rebuilds it.")
+        check_vacant(self.folder)
         self.save(catalog)
         return catalog
 

@@ -72,7 +72,7 @@ class Barrier {
 };
 
 // Words of Philox4x32-10 for counters (first + k, 0, stream, step): out[4 * 16 * j + 16 * w + lane], 64 words a turn.
-inline void philox(uint32_t* out, int64_t count, uint32_t step, uint32_t stream, uint64_t seed) {
+inline void philox_plain(uint32_t* out, int64_t count, uint32_t step, uint32_t stream, uint64_t seed) {
   for (int64_t j = 0; j < count; j += 64) {
     uint32_t c0[16], c1[16], c2[16], c3[16];
     for (int l = 0; l < 16; ++l) c0[l] = uint32_t(j / 4 + l), c1[l] = 0, c2[l] = stream, c3[l] = step;
@@ -114,7 +114,8 @@ ALWAYS_INLINE float exp_minus_one(float x) {
 
 // Change of the logistic loss's derivative when a margin moves by `change`; no cancellation however small that is.
 // With E = exp(y m) cached at the centre: y (1/(1+E) - 1/(1+Ee)), e = exp(y change).
-ALWAYS_INLINE void respond(const float* y, const float* odds, const float* change, float factor, int64_t rows, float* out) {
+ALWAYS_INLINE void respond_plain(const float* y, const float* odds, const float* change, float factor, int64_t rows,
+                                 float* out) {
   for (int64_t i = 0; i < rows; ++i) {
     float moved = y[i] * change[i];
     moved = moved < -60.0f ? -60.0f : moved > 60.0f ? 60.0f : moved;
@@ -137,6 +138,30 @@ inline void sums_int8_plain(const int8_t* x, int64_t rows, int64_t d, const int8
   std::memset(out, 0, d * sizeof(int32_t));
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < d; ++j) out[j] += int32_t(x[i * d + j]) * q[i];
+}
+
+// Both digits of 16-bit codes: out[j] for those at q, out[d + j] for those at q + stride.
+inline void sums_two_plain(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int64_t stride, int32_t* out,
+                           const int8_t* ahead) {
+  sums_int8_plain(x, rows, d, q, out, ahead);
+  sums_int8_plain(x, rows, d, q + stride, out + d, ahead);
+}
+
+// See `move_low`.
+inline int64_t move_low_plain(int8_t* z, const float* g, const float* drift, const float* shrink, const uint32_t* words,
+                              int64_t d) {
+  int64_t outside = 0;
+  for (int64_t j = 0; j < d; ++j) {
+    const float value = round_up_if((z[j] - g[j] - drift[j]) * shrink[j], float(words[j] >> 8) / 16777216.0f);
+    outside += std::fabs(value) > 127.0f;
+    z[j] = int8_t(value > 127.0f ? 127.0f : value < -127.0f ? -127.0f : value);
+  }
+  return outside;
+}
+
+// Codes of weights in units of `1 / inverse`, rounded stochastically.
+inline void code_weights_plain(const float* weights, float inverse, const uint32_t* bits, int64_t rows, int8_t* codes) {
+  for (int64_t i = 0; i < rows; ++i) codes[i] = int8_t(round_up_if(weights[i] * inverse, float(bits[i] >> 8) / 16777216.0f));
 }
 
 inline void dots_float_plain(const float* x, int64_t rows, int64_t d, const float* z, float* out, const float*) {
@@ -252,6 +277,11 @@ TARGET(AVX2) void sums_int8_avx2(const int8_t* x, int64_t rows, int64_t d, const
   sums_avx2<1>(x, rows, d, q, 0, out, ahead);
 }
 
+TARGET(AVX2) void sums_two_avx2(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int64_t stride, int32_t* out,
+                             const int8_t* ahead) {
+  sums_avx2<2>(x, rows, d, q, stride, out, ahead);
+}
+
 TARGET(AVX2) inline float hsum256(__m256 v) {
   float lane[8];
   _mm256_storeu_ps(lane, v);
@@ -356,10 +386,10 @@ TARGET(AVX2) int64_t move_low_avx2(int8_t* z, const float* g, const float* drift
 }
 
 TARGET(AVX2) void respond_avx2(const float* y, const float* odds, const float* change, float factor, int64_t rows, float* out) {
-  respond(y, odds, change, factor, rows, out);
+  respond_plain(y, odds, change, factor, rows, out);
 }
 
-// See `code_weights`; reads and writes up to 7 elements past the end.
+// See `code_weights_plain`; reads and writes up to 7 elements past the end.
 TARGET(AVX2) void code_weights_avx2(const float* weights, float inverse, const uint32_t* bits, int64_t rows, int8_t* codes) {
   for (int64_t i = 0; i < rows; i += 8)
     store_codes(codes + i, rounded_avx2(_mm256_mul_ps(_mm256_loadu_ps(weights + i), _mm256_set1_ps(inverse)), bits + i));
@@ -452,6 +482,11 @@ TARGET(AVX512) void sums_int8_avx512(const int8_t* x, int64_t rows, int64_t d, c
   sums_avx512<1>(x, rows, d, q, 0, out, ahead);
 }
 
+TARGET(AVX512) void sums_two_avx512(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int64_t stride, int32_t* out,
+                             const int8_t* ahead) {
+  sums_avx512<2>(x, rows, d, q, stride, out, ahead);
+}
+
 TARGET(AVX512) void dots_float_avx512(const float* x, int64_t rows, int64_t d, const float* z, float* out,
                                       const float* ahead) {
   int64_t i = 0;
@@ -541,10 +576,10 @@ TARGET(AVX512) int64_t move_low_avx512(int8_t* z, const float* g, const float* d
 
 TARGET(AVX512) void respond_avx512(const float* y, const float* odds, const float* change, float factor, int64_t rows,
                                    float* out) {
-  respond(y, odds, change, factor, rows, out);
+  respond_plain(y, odds, change, factor, rows, out);
 }
 
-// See `code_weights`; reads and writes up to 15 elements past the end.
+// See `code_weights_plain`; reads and writes up to 15 elements past the end.
 TARGET(AVX512) void code_weights_avx512(const float* weights, float inverse, const uint32_t* bits, int64_t rows,
                                         int8_t* codes) {
   for (int64_t i = 0; i < rows; i += 16) {
@@ -582,37 +617,12 @@ inline void words(const Problem& p, uint32_t* out, int64_t count, uint32_t step,
     for (int64_t j = 0; j < count; ++j) out[j] = 0x80000000u;
     return;
   }
-#if HAVE_X86
-  if (p.level == 2) return philox_avx512(out, count, step, stream, p.seed);
-  if (p.level == 1) return philox_avx2(out, count, step, stream, p.seed);
-#endif
-  philox(out, count, step, stream, p.seed);
-}
-
-// Both digits of 16-bit codes: out[j] for those at q, out[d + j] for those at q + stride.
-inline void sums_two(const Problem& p, const int8_t* x, int64_t rows, const int8_t* q, int64_t stride, int32_t* out,
-                     const int8_t* ahead) {
-#if HAVE_X86
-  if (p.level == 2) return sums_avx512<2>(x, rows, p.d, q, stride, out, ahead);
-  if (p.level == 1) return sums_avx2<2>(x, rows, p.d, q, stride, out, ahead);
-#endif
-  DISPATCH(sums_int8, x, rows, p.d, q, out, ahead);
-  DISPATCH(sums_int8, x, rows, p.d, q + stride, out + p.d, ahead);
+  DISPATCH(philox, out, count, step, stream, p.seed);
 }
 
 // z <- Q((z - lr g / gap - drift) * shrink): the step and the implicit penalty, in units of the gap.
 int64_t move_low(const Problem& p, int8_t* z, const float* g, const uint32_t* bits) {
-#if HAVE_X86
-  if (p.level == 2) return move_low_avx512(z, g, p.drift, p.shrink, bits, p.d);
-  if (p.level == 1) return move_low_avx2(z, g, p.drift, p.shrink, bits, p.d);
-#endif
-  int64_t outside = 0;
-  for (int64_t j = 0; j < p.d; ++j) {
-    const float value = round_up_if((z[j] - g[j] - p.drift[j]) * p.shrink[j], float(bits[j] >> 8) / 16777216.0f);
-    outside += std::fabs(value) > 127.0f;
-    z[j] = int8_t(value > 127.0f ? 127.0f : value < -127.0f ? -127.0f : value);
-  }
-  return outside;
+  return DISPATCH(move_low, z, g, p.drift, p.shrink, bits, p.d);
 }
 
 // `factor` times the change of the derivatives of rows from `begin` on, when their margins move by `change`.
@@ -621,20 +631,7 @@ void respond(const Problem& p, int64_t begin, int64_t rows, const float* change,
     for (int64_t i = 0; i < rows; ++i) out[i] = factor * change[i];
     return;
   }
-#if HAVE_X86
-  if (p.level == 2) return respond_avx512(p.y + begin, p.odds + begin, change, factor, rows, out);
-  if (p.level == 1) return respond_avx2(p.y + begin, p.odds + begin, change, factor, rows, out);
-#endif
-  respond(p.y + begin, p.odds + begin, change, factor, rows, out);
-}
-
-// Codes of weights in units of `1 / inverse`, rounded stochastically.
-void code_weights(const Problem& p, const float* weights, float inverse, const uint32_t* bits, int64_t rows, int8_t* codes) {
-#if HAVE_X86
-  if (p.level == 2) return code_weights_avx512(weights, inverse, bits, rows, codes);
-  if (p.level == 1) return code_weights_avx2(weights, inverse, bits, rows, codes);
-#endif
-  for (int64_t i = 0; i < rows; ++i) codes[i] = int8_t(round_up_if(weights[i] * inverse, float(bits[i] >> 8) / 16777216.0f));
+  DISPATCH(respond, p.y + begin, p.odds + begin, change, factor, rows, out);
 }
 
 // Rows that are read twice in a row, once for the dot products and once for the sums: a quarter of a megabyte, so that
@@ -677,7 +674,7 @@ void piece_low(const Problem& p, Scratch& s, const int8_t* z, const Piece& piece
   for (int64_t i = 0; i < piece.rows; ++i) largest = std::max(largest, std::fabs(s.weights[i]));
   if (largest == 0) return;
   words(p, s.bits.data(), (piece.rows + 63) / 64 * 64, uint32_t(step), uint32_t(piece.begin) | 0x80000000u);
-  code_weights(p, s.weights.data(), 127.0f / largest, s.bits.data(), piece.rows, s.codes.data());
+  DISPATCH(code_weights, s.weights.data(), 127.0f / largest, s.bits.data(), piece.rows, s.codes.data());
   DISPATCH(sums_int8, x, piece.rows, p.d, s.codes.data(), s.sums.data(), ahead);
   const float scale = factor * largest / 127.0f;
   for (int64_t j = 0; j < p.d; ++j) partial[j] += scale * s.sums[j];
@@ -771,7 +768,7 @@ void add_low(const Problem& p, const int8_t* x, const Piece& c, const double* mi
     digits[stride + i] = int8_t((q - digits[i]) / 256);
     p.residual[c.begin + i] += q * scale;
   }
-  sums_two(p, x, c.rows, digits, stride, counts, ahead);
+  DISPATCH(sums_two, x, c.rows, p.d, digits, stride, counts, ahead);
   for (int64_t j = 0; j < p.d; ++j) sum[j] += scale * p.unit * (counts[j] + 256.0 * counts[p.d + j]);
 }
 

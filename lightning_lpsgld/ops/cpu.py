@@ -26,7 +26,8 @@ from lightning_lpsgld.formats import FloatingPoint, NumberFormat
 from lightning_lpsgld.ops import reference
 from lightning_lpsgld.ops.cpu_layout import (
     FAMILIES,
-    aligned_with,
+    MODES,
+    Memory,
     layout_of,
     mark_written,
     native_format,
@@ -34,7 +35,7 @@ from lightning_lpsgld.ops.cpu_layout import (
     pointer,
     run_length,
 )
-from lightning_lpsgld.ops.cpu_library import Format, Shape, Step, StepTensor, load
+from lightning_lpsgld.ops.cpu_library import Shape, Step, StepTensor, load
 from lightning_lpsgld.ops.encoded import Encoded
 from lightning_lpsgld.ops.spec import StepSpec
 from lightning_lpsgld.random import DrawKey, Role, stream_id
@@ -55,7 +56,6 @@ __all__ = [
 Rounding = Literal["nearest", "stochastic"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_MODES = {"nearest": 0, "stochastic": 1, "naive": 1, "full": 1, "vc": 2, "float": 3}
 
 
 def unavailable() -> str | None:
@@ -126,14 +126,14 @@ def _quantize(
 
 def quantize(x: Tensor, fmt: NumberFormat, rounding: Rounding, key: DrawKey | None) -> Tensor:
     """See :func:`lightning_lpsgld.ops.quantize`; equal to the reference bit for bit."""
-    return _quantize(x, fmt, _MODES[rounding], 0.0, key)
+    return _quantize(x, fmt, MODES[rounding], 0.0, key)
 
 
 def quantize_variance_corrected(mean: Tensor, variance: float | Tensor, fmt: NumberFormat, key: DrawKey) -> Tensor:
     """See :func:`lightning_lpsgld.ops.quantize_variance_corrected`; a variance per element takes the reference."""
     if isinstance(variance, Tensor) and variance.numel() != 1:
         return reference.quantize_variance_corrected(mean, variance, fmt, key)
-    return _quantize(mean, fmt, _MODES["vc"], float(variance), key)
+    return _quantize(mean, fmt, MODES["vc"], float(variance), key)
 
 
 def draw_beyond_range(mean: Tensor, variance: float, fmt: FloatingPoint, key: DrawKey) -> Tensor:
@@ -145,7 +145,7 @@ def draw_beyond_range(mean: Tensor, variance: float, fmt: FloatingPoint, key: Dr
         fmt: Element format.
         key: Names the draws.
     """
-    return _quantize(mean, fmt, _MODES["vc"], variance, key, saturate=False)
+    return _quantize(mean, fmt, MODES["vc"], variance, key, saturate=False)
 
 
 def encode(x: Tensor, fmt: NumberFormat, rounding: Rounding, key: DrawKey | None) -> Encoded:
@@ -165,7 +165,7 @@ def encode(x: Tensor, fmt: NumberFormat, rounding: Rounding, key: DrawKey | None
         pointer(codes),
         codes.element_size(),
         None if exponents is None else pointer(exponents),
-        _MODES[rounding],
+        MODES[rounding],
         ctypes.byref(native_key(key)),
         torch.get_num_threads(),
     )
@@ -254,10 +254,10 @@ def _native_step(spec: StepSpec) -> Step:
         spec.lr,
         spec.weight_decay,
         noise,
-        _MODES["float" if weight is None else spec.accumulation],
+        MODES["float" if weight is None else spec.accumulation],
         gradient is not None,
-        Format() if weight is None else native_format(weight, torch.float32),
-        Format() if gradient is None else native_format(gradient, torch.float32),
+        native_format(weight, torch.float32),
+        native_format(gradient, torch.float32),
     )
 
 
@@ -290,35 +290,14 @@ def langevin_steps_(
     Returns:
         Saturated values per tensor, int64.
     """
-    rows = (StepTensor * len(params))()
-    alive: list[Tensor] = []  # what the kernel reads and writes, until it is done
-    copies: list[tuple[Tensor, Tensor]] = []  # tensor in another memory order, its copy that the kernel updates
-    for i, (param, key, index) in enumerate(zip(params, keys, indices)):
-        row = rows[i]
-        layout = layout_of(param, spec.weight_format, spec.gradient_format)
-        if layout is None or param.is_neg():
-            work, layout = param.detach().resolve_neg().contiguous(), (0, 0)
-        else:
-            work = param
-        alive.append(work)
-        if grads is not None:
-            grad = aligned_with(grads[i], work)
-            row.grad = grad.data_ptr()
-            alive.append(grad)
-        if work is not param:
-            copies.append((param, work))
-        if accumulators is not None:
-            accumulator = aligned_with(accumulators[i], work)
-            row.accumulator = accumulator.data_ptr()
-            alive.append(accumulator)
-            if accumulator is not accumulators[i]:
-                copies.append((accumulators[i], accumulator))
-        row.param = work.data_ptr()
-        _fill(row, param, layout, spec, key, index, Role.VIEW if grads is None else Role.WEIGHT)
+    rows, memory = (StepTensor * len(params))(), Memory()
+    role = Role.VIEW if grads is None else Role.WEIGHT
+    for i, (row, param, key, index) in enumerate(zip(rows, params, keys, indices)):
+        dense, layout = memory.order_of(param, spec.weight_format, spec.gradient_format)
+        row.param = memory.address(param, dense)
+        row.grad = memory.address(None if grads is None else grads[i], dense, written=False)
+        row.accumulator = memory.address(None if accumulators is None else accumulators[i], dense)
+        _fill(row, param, layout, spec, key, index, role)
     load()[0].lpsgld_step(ctypes.byref(_native_step(spec)), rows, len(params), torch.get_num_threads())
-    for changed in (*params, *(accumulators or ())):
-        mark_written(changed)
-    with torch.no_grad():
-        for target, result in copies:
-            target.copy_(result)
+    memory.finish()
     return torch.tensor([row.saturated for row in rows], dtype=torch.int64)

@@ -16,6 +16,8 @@ from lightning_lpsgld.random import DrawKey
 
 __all__ = [
     "FAMILIES",
+    "MODES",
+    "Memory",
     "aligned_with",
     "layout_of",
     "mark_written",
@@ -37,11 +39,18 @@ def run_length(shape: torch.Size, fmt: NumberFormat | None) -> int:
 
 #: What the kernels can: families of formats, by their numbers in ``cpu.cpp``.
 FAMILIES: dict[str | None, int] = {"fixed": 0, "block": 1, "float": 2}
+#: Roundings and accumulations, by their numbers there.
+MODES = {"nearest": 0, "stochastic": 1, "naive": 1, "full": 1, "vc": 2, "float": 3}
 
 
 @lru_cache(maxsize=256)
-def native_format(fmt: NumberFormat, dtype: torch.dtype, saturate: bool = True) -> Format:
-    """A format of one of :data:`FAMILIES` for tensors of ``dtype``; without ``saturate`` values have no ends."""
+def native_format(fmt: NumberFormat | None, dtype: torch.dtype, saturate: bool = True) -> Format:
+    """A format of one of :data:`FAMILIES` for tensors of ``dtype``; without ``saturate`` values have no ends.
+
+    ``None`` gives an empty one, which no kernel reads.
+    """
+    if fmt is None:
+        return Format()
     kernel = fmt.kernel(dtype)
     assert kernel is not None  # refusal() was asked
     ends = (kernel.min, kernel.max) if saturate else (-math.inf, math.inf)
@@ -89,3 +98,39 @@ def aligned_with(x: Tensor, like: Tensor) -> Tensor:
     if x.dtype == torch.float32 and x.stride() == like.stride() and not x.is_neg():
         return x
     return torch.empty_like(like).copy_(x)
+
+
+class Memory:
+    """What a kernel reads and writes until it is done, and the copies of tensors in another memory order."""
+
+    def __init__(self) -> None:
+        self._alive: list[Tensor] = []
+        self._changed: list[Tensor] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []
+
+    def order_of(self, param: Tensor, *formats: NumberFormat | None) -> tuple[Tensor, tuple[int, int]]:
+        """A tensor in the memory order that the kernel takes a weight in, and :func:`layout_of` it."""
+        layout = layout_of(param, *formats)
+        if layout is not None and not param.is_neg():
+            return param.detach(), layout
+        return torch.empty(param.shape), (0, 0)
+
+    def address(self, x: Tensor | None, like: Tensor, *, written: bool = True) -> int | None:
+        """Of the elements of ``x`` in the memory order of ``like``."""
+        if x is None:
+            return None
+        work = aligned_with(x, like)
+        self._alive.append(work)
+        if written:
+            self._changed.append(x)
+            if work is not x:
+                self._copies.append((x, work))
+        return work.data_ptr()
+
+    def finish(self) -> None:
+        """Bring changed copies back, and tell autograd."""
+        with torch.no_grad():
+            for target, result in self._copies:
+                target.copy_(result)
+        for x in self._changed:
+            mark_written(x)

@@ -17,14 +17,12 @@ from torch import Tensor
 
 from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops import cpu
-from lightning_lpsgld.ops.cpu_layout import aligned_with, layout_of, mark_written, native_format, native_key, run_length
-from lightning_lpsgld.ops.cpu_library import Format, Motion, MotionTensor, load
+from lightning_lpsgld.ops.cpu_layout import MODES, Memory, native_format, native_key, run_length
+from lightning_lpsgld.ops.cpu_library import Motion, MotionTensor, load
 from lightning_lpsgld.ops.spec import PreconditionedSpec, UnderdampedSpec
 from lightning_lpsgld.random import DrawKey, Role, stream_id
 
 __all__ = ["preconditioned_steps_", "refusal", "underdamped_steps_"]
-
-_MODES = {"naive": 1, "full": 1, "vc": 2, "float": 3}
 
 
 def refusal(tensors: Sequence[Tensor], formats: Sequence[NumberFormat]) -> str | None:
@@ -44,10 +42,6 @@ def refusal(tensors: Sequence[Tensor], formats: Sequence[NumberFormat]) -> str |
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _format(fmt: NumberFormat | None) -> Format:
-    return Format() if fmt is None else native_format(fmt, torch.float32)
-
-
 def _underdamped(spec: UnderdampedSpec) -> Motion:
     flow, fmt = spec.flow, spec.velocity_format
     rounded = fmt is not None and spec.accumulation not in ("float", "full")
@@ -59,7 +53,7 @@ def _underdamped(spec: UnderdampedSpec) -> Motion:
         ends = [math.frexp(size)[1] - 1 for size in (fmt.max, fmt.gap)]
         motion.rescale, motion.velocity_max = True, fmt.max
         motion.scale_low, motion.scale_high = -126 - ends[1], 126 - ends[0]
-    motion.velocity = _format(fmt)
+    motion.velocity = native_format(fmt, torch.float32)
     return motion
 
 
@@ -70,40 +64,10 @@ def _preconditioned(spec: PreconditionedSpec) -> Motion:
     return motion
 
 
-class _Memory:
-    """What the kernel reads and writes until it is done, and the copies of tensors in another memory order."""
-
-    def __init__(self) -> None:
-        self.alive: list[object] = []
-        self._changed: list[Tensor] = []
-        self._copies: list[tuple[Tensor, Tensor]] = []
-
-    def address(self, x: Tensor | None, like: Tensor, *, written: bool = True) -> int | None:
-        """Of the elements of ``x`` in the memory order of ``like``."""
-        if x is None:
-            return None
-        work = aligned_with(x, like)
-        self.alive.append(work)
-        if written:
-            self._changed.append(x)
-            if work is not x:
-                self._copies.append((x, work))
-        return work.data_ptr()
-
-    def finish(self) -> None:
-        """Bring changed copies back, and tell autograd."""
-        with torch.no_grad():
-            for target, result in self._copies:
-                target.copy_(result)
-        for x in self._changed:
-            mark_written(x)
-
-
-def _fill(row: MotionTensor, param: Tensor, grad: Tensor, state: Tensor, total: Tensor | None, memory: _Memory,
+def _fill(row: MotionTensor, param: Tensor, grad: Tensor, state: Tensor, total: Tensor | None, memory: Memory,
           formats: Sequence[NumberFormat | None]) -> None:  # fmt: skip
-    layout = layout_of(param, *formats)
-    dense = param.detach() if layout is not None and not param.is_neg() else torch.empty(param.shape)
-    row.numel, (row.channels, row.pixels) = param.numel(), layout or (0, 0)
+    dense, (row.channels, row.pixels) = memory.order_of(param, *formats)
+    row.numel = param.numel()
     row.param, row.state = memory.address(param, dense), memory.address(state, dense)
     row.accumulator, row.grad = memory.address(total, dense), memory.address(grad, dense, written=False)
     lengths = [run_length(param.shape, fmt) for fmt in formats]
@@ -119,15 +83,16 @@ def _run(
     keys: Sequence[DrawKey],
     indices: Sequence[int],
 ) -> tuple[Tensor, list[MotionTensor]]:
-    rows, memory = (MotionTensor * len(params))(), _Memory()
+    rows, memory = (MotionTensor * len(params))(), Memory()
     motions: dict[UnderdampedSpec | PreconditionedSpec, Motion] = {}
     for i, (row, param, key) in enumerate(zip(rows, params, keys)):
         spec: UnderdampedSpec | PreconditionedSpec = specs[i]
         velocity = spec.velocity_format if isinstance(spec, UnderdampedSpec) else None
         if spec not in motions:
             motion = _underdamped(spec) if isinstance(spec, UnderdampedSpec) else _preconditioned(spec)
-            motion.mode, motion.has_gradient_format = _MODES[spec.accumulation], spec.gradient_format is not None
-            motion.position, motion.gradient = _format(spec.weight_format), _format(spec.gradient_format)
+            motion.mode, motion.has_gradient_format = MODES[spec.accumulation], spec.gradient_format is not None
+            motion.position = native_format(spec.weight_format, torch.float32)
+            motion.gradient = native_format(spec.gradient_format, torch.float32)
             motions[spec] = motion
         row.motion = ctypes.pointer(motions[spec])
         formats = (spec.weight_format, velocity, spec.gradient_format)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops import cpu
+from lightning_lpsgld.ops.cpu_layout import pointer
 from lightning_lpsgld.ops.cpu_library import load
 from lightning_lpsgld.ops.encoded import Encoded
 from lightning_lpsgld.ops.functional import encode, quantize
@@ -189,8 +190,8 @@ def _scale_and_shift(norm: Norm) -> Tensor | None:
         return None
     dense = [None if p is None else p.contiguous() for p in parts]
     out = torch.empty(2, norm.mean.numel())
-    pointers = [None if p is None else ctypes.c_void_p(p.data_ptr()) for p in dense]
-    rows = [ctypes.c_void_p(row.data_ptr()) for row in out]
+    pointers = [None if p is None else pointer(p) for p in dense]
+    rows = [pointer(row) for row in out]
     wrong = load()[0].lpsgld_norm(*pointers, ctypes.c_double(norm.eps), *rows, ctypes.c_int64(out.shape[1]))
     return None if wrong else out
 

@@ -17,9 +17,9 @@ from lightning_lpsgld.ops.dispatch import BackendName, choose_motion
 from lightning_lpsgld.ops.spec import PreconditionedSpec
 from lightning_lpsgld.random import DrawKey, Role, normals, stream_id
 from lightning_lpsgld.samplers.base import log
-from lightning_lpsgld.samplers.grid import GridSampler
 from lightning_lpsgld.samplers.ignored import IGNORED_OPTIONS
 from lightning_lpsgld.samplers.options import GridOptions
+from lightning_lpsgld.samplers.paired import PairedSampler
 from lightning_lpsgld.samplers.statistics import (
     Measurement,
     StepStatistics,
@@ -148,7 +148,7 @@ def preconditioned_steps_(
     return torch.stack(found)
 
 
-class PreconditionedSGLD(GridSampler):
+class PreconditionedSGLD(PairedSampler):
     r"""SGLD whose step and noise are scaled per weight by RMSprop's preconditioner, in low precision.
 
     .. math::
@@ -330,20 +330,8 @@ class PreconditionedSGLD(GridSampler):
             self.state[param].update(second_moment=second_moment, weight=weight)
             moments.append(second_moment)
             specs.append(self._spec(group, param, beta, weight))
-        if self.prior_mean != "zero":
-            grads = [self.drift_of(group, param, grad) for param, grad in zip(params, grads)]
-            specs = [replace(spec, weight_decay=0.0, gradient_format=None) for spec in specs]
-        totals, full = [self.accumulator_of(param) for param in params], [s.accumulation == "full" for s in specs]
-        counts = preconditioned_steps_(
-            [param if kept else total for param, total, kept in zip(params, totals, full)], moments,
-            [total if kept else None for total, kept in zip(totals, full)],
-            grads, specs, [self._draw_key(group, param) for param in params],
-            [self.index_of(param) for param in params], self.backend,
-        )  # fmt: skip
-        for i, param in enumerate(params):
-            if self.keeps_sum(param) and not full[i]:
-                counts[i] += self._look(group, [param])[0]
-        self.saturated.append((params, counts))
+        counts = self._move(preconditioned_steps_, group, params, grads, moments, specs)
+        self._note_saturated(group, params, counts)
 
     def _statistics(self, group: dict[str, Any], param: Tensor, grad: Tensor, what: Measurement) -> StepStatistics:
         """The noise of weight i is to have the variance v·G_i; reported are means over the weights."""

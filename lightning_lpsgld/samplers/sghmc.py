@@ -14,8 +14,8 @@ from typing_extensions import Unpack
 from lightning_lpsgld.arguments import require_choice, require_flag, require_number
 from lightning_lpsgld.formats import FormatLike, NumberFormat, check_dtype, parse_format
 from lightning_lpsgld.ops.spec import Accumulation
-from lightning_lpsgld.samplers.grid import GridSampler
 from lightning_lpsgld.samplers.options import GridOptions
+from lightning_lpsgld.samplers.paired import PairedSampler
 from lightning_lpsgld.samplers.statistics import Measurement, StepStatistics
 from lightning_lpsgld.samplers.underdamped import Flow, UnderdampedSpec, exact_flow, underdamped_steps_
 from lightning_lpsgld.samplers.underdamped_statistics import underdamped_statistics
@@ -25,7 +25,7 @@ __all__ = ["SGHMC"]
 S = TypeVar("S", bound="SGHMC")
 
 
-class SGHMC(GridSampler):
+class SGHMC(PairedSampler):
     r"""Underdamped Langevin dynamics (SGHMC) in low precision, by the exact integrator of :mod:`.underdamped`.
 
     The loss L is a batch **mean**; the target is :math:`p(\theta \mid D)^{1/T}` times a Gaussian for the velocity,
@@ -206,25 +206,12 @@ class SGHMC(GridSampler):
     def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         """Move the parameters of a group; see :func:`.underdamped.underdamped_step_` for the equations."""
         self._measure(group, params, grads)
-        specs = [self._spec(group, param) for param in params]
-        totals = [self.accumulator_of(param) for param in params]
-        full = [spec.accumulation == "full" for spec in specs]
-        if self.prior_mean != "zero":
-            grads = [self.drift_of(group, param, grad) for param, grad in zip(params, grads)]
-            specs = [replace(spec, weight_decay=0.0, gradient_format=None) for spec in specs]
-        counts, scales = underdamped_steps_(
-            [param if kept else total for param, total, kept in zip(params, totals, full)],
-            [self.velocity_of(param) for param in params],
-            [total if kept else None for total, kept in zip(totals, full)],
-            grads, specs, [self._draw_key(group, param) for param in params],
-            [self.index_of(param) for param in params], self.backend,
-        )  # fmt: skip
-        for i, (param, scale) in enumerate(zip(params, scales)):
-            if self.keeps_sum(param) and not full[i]:
-                counts[i] += self._look(group, [param])[0]
+        specs, velocities = [self._spec(group, p) for p in params], [self.velocity_of(p) for p in params]
+        counts, scales = self._move(underdamped_steps_, group, params, grads, velocities, specs)
+        for param, scale in zip(params, scales):
             if scale is not None:
                 self.state[param]["velocity_scale"] = scale
-        self.saturated.append((params, counts))
+        self._note_saturated(group, params, counts)
 
     @property
     def _formats_of_a_step(self) -> tuple[NumberFormat | None, ...]:
