@@ -90,19 +90,52 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+class Peak:
+    """Largest resident memory within a block, or from :meth:`start` to :meth:`stop`."""
+
+    def __init__(self) -> None:
+        self.bytes, self._over = 0, threading.Event()
+
+    def start(self) -> None:
+        """Begin to look."""
+        self.bytes = resident()
+        self._thread = threading.Thread(target=self._poll, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Look no longer."""
+        self._over.set()
+
+    def __enter__(self) -> Peak:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+        self._thread.join()
+
+    def _poll(self) -> None:
+        while not self._over.wait(0.002):
+            self.bytes = max(self.bytes, resident())
+
+
 class Watch(Callback):
     """Largest resident memory, seconds and losses from one step to another, counted from 1 and both included."""
 
     def __init__(self, first: int, last: int) -> None:
         self.first, self.last = first, last
-        self.peak, self.seconds, self.losses = 0, [], []
-        self._begin, self._watching = 0.0, False
+        self.seconds, self.losses = [], []
+        self._begin, self._memory = 0.0, Peak()
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return self._memory.bytes
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         """Begin to look where that is due."""
         if trainer.global_step + 1 == self.first:
-            self._watching = True
-            threading.Thread(target=self._poll, daemon=True).start()
+            self._memory.start()
         self._begin = time.perf_counter()
 
     def on_train_batch_end(self, trainer, module, outputs, *args):
@@ -112,21 +145,17 @@ class Watch(Callback):
             self.seconds.append(time.perf_counter() - self._begin)
             print(f"step {trainer.global_step}: loss {self.losses[-1]:.3f}, {self.seconds[-1]:.1f} s", flush=True)
         if trainer.global_step == self.last:
-            self._watching = False
+            self._memory.stop()
 
     def on_exception(self, trainer, module, exception):
         """Look no longer."""
-        self._watching = False
-
-    def _poll(self) -> None:
-        while self._watching:
-            self.peak = max(self.peak, resident())
-            time.sleep(0.002)
+        self._memory.stop()
 
 
 def machine() -> dict[str, object]:
     """What the figures were measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
     return {
         "processor": model, "capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),

@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
-import math
 import shutil
 import sys
 import time
@@ -35,8 +33,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rows import METHODS, Row
-from run import COLUMNS, RESULTS, environment, store, stored
-from scores import scores_of
+from run import RESULTS, environment, evaluated, remember, store, stored
+from tables import Cell
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -44,7 +42,6 @@ from image_classification import DATA, NETS, Images
 from published import ScheduledClassifier
 
 from lightning_lpsgld import EffectiveTemperature, LowPrecisionSGLD, SampleCollector
-from lightning_lpsgld.predictive import bayesian_model_average
 from lightning_lpsgld.samplers import SGHMC
 
 __all__ = ["PUBLISHED", "ROWS", "main", "table"]
@@ -140,18 +137,7 @@ def run_row(row: Row, args: argparse.Namespace) -> list[dict[str, Any]]:
     seconds = time.perf_counter() - began
     batches = list(data.test_dataloader())
     targets = torch.cat([y for _, y in batches])
-    module.to(trainer.strategy.root_device).eval()
-    with torch.no_grad():
-        single = torch.cat([module(x.to(module.device)).softmax(1) for x, _ in batches]).cpu()
-    average = bayesian_model_average(collector.bank, module, batches).predictive.probabilities.cpu()
-    ratio = float(trainer.callback_metrics.get("noise/achieved_over_target", torch.tensor(math.nan)))
-    common = {name: getattr(row, name) for name in COLUMNS[:6]}
-    common |= {"t_eff": row.temperature * ratio, "seconds": seconds}
-    each = collector.bank.nbytes / 1e6 / len(collector.bank)
-    return [
-        common | {"of": of, "samples": count, "sample_mb": each * count} | scores_of(probabilities, targets)
-        for of, count, probabilities in (("last", 1, single), ("ensemble", len(collector.bank), average))
-    ]
+    return evaluated(row, trainer, module, collector.bank, batches, targets, seconds)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- the table
@@ -174,11 +160,8 @@ def _ours(path: Path, data: str) -> dict[str, list[dict[str, float]]]:
 def _cell(values: Sequence[float]) -> str:
     if not values:
         return ""
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.3f}"
-    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
-    return f"{mean:.3f} ± {spread:.3f}"
+    cell = Cell(dict(enumerate(values)))
+    return f"{cell.mean:.3f}" + ("" if len(values) == 1 else f" ± {cell.error:.3f}")
 
 
 def table(path: Path, data: str) -> str:
@@ -236,8 +219,8 @@ def main(command: Sequence[str] | None = None) -> None:
             if (args.only and f"{method}/{fmt}" not in args.only) or key in stored(args.out):
                 continue
             store(args.out, run_row(row, args))
-            record = {"epochs": args.epochs, "batch_size": BATCH, "net": args.net, **environment(args.accelerator)}
-            args.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+            configuration = {"epochs": args.epochs, "batch_size": BATCH, "net": args.net}
+            remember(args.out, row.name, configuration | environment(args.accelerator))
             shutil.rmtree(args.cache / row.name)  # some hundred megabytes a row
             print(f"{row.name}: done", flush=True)
     print(table(args.out, args.data))

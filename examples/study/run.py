@@ -22,7 +22,6 @@ import fcntl
 import json
 import logging
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -41,10 +40,14 @@ from safetensors.torch import save_file
 from scores import scores_of
 from torch import Tensor, nn
 
-from lightning_lpsgld import EffectiveTemperature, SampleCollector
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from billion_weights import machine
+
+from lightning_lpsgld import EffectiveTemperature, SampleBank, SampleCollector
 from lightning_lpsgld.predictive import bayesian_model_average
 
-__all__ = ["COLUMNS", "EPOCHS", "run_row"]
+__all__ = ["COLUMNS", "EPOCHS", "evaluated", "run_row"]
 
 COLUMNS = (
     "data", "size", "method", "format", "temperature", "seed", "of", "samples", "error", "nll", "calibrated_nll",
@@ -116,19 +119,38 @@ def run_row(
         save_file(module.net.state_dict(), keep / "last.safetensors")
     data.setup("test")
     batches, targets = list(data.test_dataloader()), data.test[1].cpu()
-    module.to(data.device).eval()
+    return evaluated(row, trainer, module, collector.bank, batches, targets, seconds)
+
+
+def evaluated(
+    row: Row, trainer: L.Trainer, module: L.LightningModule, bank: SampleBank, batches: list[Any], targets: Tensor,
+    seconds: float,
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:  # fmt: skip
+    """What a trained network and its bank say of the test images.
+
+    Args:
+        row: That was run.
+        trainer: That ran it, with :class:`EffectiveTemperature`.
+        module: With its last weights.
+        bank: The samples.
+        batches: Of test images and labels.
+        targets: All labels, shape (n,).
+        seconds: Of training.
+
+    Returns:
+        As :func:`run_row`.
+    """
+    module.to(trainer.strategy.root_device).eval()
     with torch.no_grad():
-        last = torch.cat([module(x).softmax(1) for x, _ in batches]).cpu()
-    ensemble = bayesian_model_average(collector.bank, module, batches).predictive.probabilities.cpu()
+        last = torch.cat([module(x.to(module.device)).softmax(1) for x, _ in batches]).cpu()
+    ensemble = bayesian_model_average(bank, module, batches).predictive.probabilities.cpu()
     ratio = float(trainer.callback_metrics.get("noise/achieved_over_target", torch.tensor(float("nan"))))
     common = {name: getattr(row, name) for name in COLUMNS[:6]}
     common |= {"t_eff": row.temperature * ratio, "seconds": seconds}
-    sizes = {"last": 1, "ensemble": len(collector.bank)}
+    each = bank.nbytes / 1e6 / len(bank)
     table = [
-        common
-        | {"of": of, "samples": sizes[of], "sample_mb": collector.bank.nbytes / 1e6 / len(collector.bank) * sizes[of]}
-        | scores_of(probabilities, targets)
-        for of, probabilities in (("last", last), ("ensemble", ensemble))
+        common | {"of": of, "samples": count, "sample_mb": each * count} | scores_of(probabilities, targets)
+        for of, count, probabilities in (("last", 1, last), ("ensemble", len(bank), ensemble))
     ]
     return table, {"last": last.numpy().astype(np.float32), "ensemble": ensemble.numpy().astype(np.float32)}
 
@@ -198,21 +220,13 @@ def _kept(cache: Path, row: Row) -> Path:
     return folder
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def environment(accelerator: str) -> dict[str, str]:
     """Versions, machine and commit."""
     gpu = {"gpu": torch.cuda.get_device_name()} if accelerator == "cuda" else {}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parents[2])
-    return {
-        "torch": torch.__version__, "lightning": L.__version__, "python": platform.python_version(),
-        "cpu": f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})", "threads": str(torch.get_num_threads()),
-        "commit": commit.stdout.strip(),
-    } | gpu  # fmt: skip
+    facts = {name: str(value) for name, value in machine().items()}
+    cpu = f"{facts.pop('processor')} ({facts.pop('capability')})"
+    return facts | {"cpu": cpu, "commit": commit.stdout.strip()} | gpu
 
 
 def arguments() -> argparse.Namespace:

@@ -19,7 +19,6 @@ import json
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -32,7 +31,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-from billion_weights import machine, resident
+from billion_weights import Peak, machine, resident
 from image_classification import resnet18
 
 from lightning_lpsgld import EnsembleEvaluation, LowPrecisionSGLD, SampleBank
@@ -83,24 +82,6 @@ class Images(L.LightningModule):
     def configure_optimizers(self):
         """Plain SGD."""
         return torch.optim.SGD(self.parameters(), lr=0.1, weight_decay=5e-4)
-
-
-class Peak:
-    """Largest resident memory within a block."""
-
-    def __enter__(self) -> Peak:
-        self.bytes, self._over = resident(), threading.Event()
-        self._thread = threading.Thread(target=self._poll, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _poll(self) -> None:
-        while not self._over.wait(0.002):
-            self.bytes = max(self.bytes, resident())
 
 
 class Steps(L.Callback):
