@@ -1,4 +1,4 @@
-"""Fashion-MNIST in memory, with shifts and flips, and a network that overfits a part of it."""
+"""Fashion-MNIST in memory, with shifts and flips or plain, and a network that overfits a plain part of it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from image_classification import DATA, BasicBlock, idx_folder
 
-__all__ = ["Fashion", "resnet8"]
+__all__ = ["NAMES", "Fashion", "resnet8"]
+
+#: Names of the data in tables: with shifts and flips, and as they are.
+NAMES = ("fashion-mnist", "fashion-mnist-plain")
 
 #: Images are shifted by up to so many pixels, filled with the background.
 _SHIFT = 2
 
 
-class _Augmented:
-    """Batches of a shuffled epoch, every image shifted and flipped at random: whole batches at once."""
+class _Shuffled:
+    """Batches of a shuffled epoch, every image shifted and flipped at random if asked: whole batches at once."""
 
-    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, background: float) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, background: float | None) -> None:
         self.dataset = TensorDataset(images, labels)
         self.batch_size, self.background = batch_size, background
 
@@ -36,7 +39,8 @@ class _Augmented:
         order = torch.randperm(len(images), device=images.device)
         for number in range(len(self)):
             chosen = order[number * self.batch_size : (number + 1) * self.batch_size]
-            yield _moved(images[chosen], self.background), labels[chosen]
+            batch = images[chosen]
+            yield batch if self.background is None else _moved(batch, self.background), labels[chosen]
 
 
 def _moved(images: Tensor, background: float) -> Tensor:
@@ -58,12 +62,17 @@ class Fashion(L.LightningDataModule):
         batch_size: Images of a training batch.
         test: Number of test images, ``None``: all.
         device: Where the images lie and are augmented; on a GPU no batch is ever copied.
+        name: Of :data:`NAMES`.
     """
 
     def __init__(
-        self, root: Path, size: int, batch_size: int = 100, test: int | None = None, device: str = "cpu"
-    ) -> None:
+        self, root: Path, size: int, batch_size: int = 100, test: int | None = None, device: str = "cpu",
+        name: str = "fashion-mnist",
+    ) -> None:  # fmt: skip
         super().__init__()
+        if name not in NAMES:
+            raise ValueError(f"name is {name!r}; use one of {', '.join(NAMES)}.")
+        self.name = name
         self.root, self.size, self.batch_size, self.test_size, self.device = root, size, batch_size, test, device
 
     def setup(self, stage: str) -> None:
@@ -81,9 +90,9 @@ class Fashion(L.LightningDataModule):
         self.train, self.test = parts
         self.background, self.spread = -mean / std, std
 
-    def train_dataloader(self) -> _Augmented:
-        """Shuffled and augmented batches."""
-        return _Augmented(*self.train, self.batch_size, self.background)
+    def train_dataloader(self) -> _Shuffled:
+        """Shuffled batches, shifted and flipped if the name says so."""
+        return _Shuffled(*self.train, self.batch_size, self.background if self.name == NAMES[0] else None)
 
     def test_dataloader(self) -> DataLoader:
         """The test images in order."""

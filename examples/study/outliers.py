@@ -17,13 +17,13 @@ answered in the order of a score.
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from fashion import Fashion
+from deep import replace
+from fashion import NAMES, Fashion
 from rows import Row, rows_of
 from run import COLUMNS, RESULTS, Net
 from safetensors.torch import load_file
@@ -133,10 +133,12 @@ def _ranks(scores: Tensor) -> Tensor:
     return (place + 1).double() / (place.max() + 1)
 
 
-def banks_of(cache: Path, size: int, seeds: int) -> Iterator[tuple[dict[str, Any], SampleBank, Net]]:
+def banks_of(
+    cache: Path, size: int, seeds: int, data: str = NAMES[0]
+) -> Iterator[tuple[dict[str, Any], SampleBank, Net]]:
     """Every bank that runs left in a cache, and an ensemble of networks of float32 SGD if there are enough."""
     deep, module = SampleBank(), None
-    for row in rows_of(size, seeds):
+    for row in rows_of(size, seeds, data):
         folder = cache / row.name
         if not (folder / "last.safetensors").exists():
             continue
@@ -152,30 +154,31 @@ def banks_of(cache: Path, size: int, seeds: int) -> Iterator[tuple[dict[str, Any
         else:
             yield common, SampleBank.open(folder / "bank"), module
     if len(deep) == _DEEP and module is not None:
-        ensemble = Row("fashion-mnist", size, f"deep-ensemble-of-{_DEEP}", "fp32", 0.0, 0)
+        ensemble = Row(data, size, f"deep-ensemble-of-{_DEEP}", "fp32", 0.0, 0)
         yield {name: getattr(ensemble, name) for name in COLUMNS[:6]}, deep, module
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--data", choices=NAMES, default=NAMES[0])
     parser.add_argument("--size", type=int, default=5_000)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--cache", type=Path, default=Path("runs/study"))
     parser.add_argument("--out", type=Path, default=RESULTS / "outliers.csv")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    data = Fashion(args.data_dir, args.size)
+    data = Fashion(args.data_dir, args.size, name=args.data)
     data.setup("test")
-    lines = [line for found in banks_of(args.cache, args.size, args.seeds) for line in outlier_rows(*found, data)]
+    banks = banks_of(args.cache, args.size, args.seeds, args.data)
+    lines = [line for found in banks for line in outlier_rows(*found, data)]
     if not lines:
         raise SystemExit(f"{args.cache} holds no banks; run examples/study/run.py --keep-banks first.")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, OUTLIER_COLUMNS)
-        writer.writeheader()
-        for line in lines:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})
+    written = [
+        {name: f"{line[name]:.6g}" if isinstance(line[name], float) else str(line[name]) for name in OUTLIER_COLUMNS}
+        for line in lines
+    ]
+    replace(args.out, {"data": args.data, "size": str(args.size)}, written)
     print(f"{len(lines)} lines in {args.out}")
 
 

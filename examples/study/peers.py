@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fashion import Fashion, resnet8
+from fashion import NAMES, Fashion, resnet8
 from rows import paper_decay
 from run import COLUMNS, EPOCHS, RESULTS, WEIGHT_DECAY, environment, remember, store, stored
 from scores import scores_of
@@ -247,7 +247,7 @@ def run_peer(name: str, data: Fashion, epochs: int, seed: int) -> list[dict[str,
     began = time.perf_counter()
     last, average, t_eff, megabytes = method(Run(data, epochs, seed))
     seconds = time.perf_counter() - began
-    common = {"data": "fashion-mnist", "size": data.size, "method": name, "format": "fp32"}
+    common = {"data": data.name, "size": data.size, "method": name, "format": "fp32"}
     common |= {"temperature": temperature, "seed": seed, "t_eff": t_eff, "seconds": seconds}
     several = name not in ("swa", "laplace")
     kinds = (("last", last, 1, 0.0), ("ensemble", average, _SAMPLES if several else 1, megabytes))
@@ -268,6 +268,7 @@ def _versions(name: str) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--data", choices=NAMES, default=NAMES[0])
     parser.add_argument("--size", type=int, default=5_000)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, help="by default those of run.py")
@@ -277,11 +278,11 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    data = Fashion(args.data_dir, args.size, test=args.test_images)
+    data = Fashion(args.data_dir, args.size, test=args.test_images, name=args.data)
     data.setup("fit")
     for seed in range(args.seeds):
         for name in args.only:
-            key = ("fashion-mnist", str(args.size), name, "fp32", f"{PEERS[name][0]:.6g}", str(seed))
+            key = (args.data, str(args.size), name, "fp32", f"{PEERS[name][0]:.6g}", str(seed))
             if key in stored(args.out):
                 continue
             lines = run_peer(name, data, args.epochs or EPOCHS[args.size], seed)

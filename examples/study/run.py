@@ -3,6 +3,7 @@
 ::
 
     python examples/study/run.py --data-dir FOLDER --size 5000 --seeds 5          # the small study
+    python examples/study/run.py --data-dir FOLDER --data fashion-mnist-plain    # without shifts and flips: it overfits
     python examples/study/run.py --data-dir FOLDER --size 5000 --only vc-sgldlp-l/bfp8   # one row
     python examples/study/run.py --data-dir FOLDER --accelerator cuda --jobs 12          # side by side on one GPU
     python examples/study/run.py --data-dir FOLDER --keep-banks                          # for outliers.py
@@ -34,7 +35,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from fashion import Fashion, resnet8
+from fashion import NAMES, Fashion, resnet8
 from rows import Row, decay, learning_rate, make_plugin, rows_of
 from safetensors.torch import save_file
 from scores import scores_of
@@ -233,6 +234,7 @@ def arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True, help="folder of Fashion-MNIST's idx archives")
+    parser.add_argument("--data", choices=NAMES, default=NAMES[0], help="with shifts and flips, or plain")
     parser.add_argument("--size", type=int, default=5_000, help="training images")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, help="by default 40 for 5,000 images and 6 for 60,000")
@@ -263,9 +265,9 @@ def main() -> None:
     torch.set_num_threads(1)
     epochs = args.epochs or EPOCHS[args.size]
     args.cache.mkdir(parents=True, exist_ok=True)
-    data = Fashion(args.data_dir, args.size, test=args.test_images, device=args.accelerator)
+    data = Fashion(args.data_dir, args.size, test=args.test_images, device=args.accelerator, name=args.data)
     began, failed = time.monotonic(), []
-    for row in rows_of(args.size, args.seeds):
+    for row in rows_of(args.size, args.seeds, args.data):
         key = (*(str(getattr(row, name)) for name in COLUMNS[:4]), _text(row.temperature), str(row.seed))
         cell = f"{row.method}/{row.format}"
         wanted = not args.only or not {cell, f"{cell}/{row.temperature:g}"}.isdisjoint(args.only)

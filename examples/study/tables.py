@@ -2,7 +2,7 @@
 
 ::
 
-    python examples/study/tables.py            # reads and writes examples/results/study/
+    python examples/study/tables.py      # of every study that examples/results/study/ has rows of
 
 ``rows.csv``, ``rows.json`` and, if they are there, ``deep_ensembles.csv`` and ``outliers.csv`` are read; ``tables.md``
 and ``study.png`` are written. DEE is the deep ensemble equivalent: how many independently trained networks have the
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-__all__ = ["CLAIMS", "LOSSES", "NO_WORSE", "Cell", "claims", "equivalent", "judge", "read", "table"]
+__all__ = ["CLAIMS", "LOSSES", "NO_WORSE", "Cell", "Study", "claims", "equivalent", "judge", "read", "studies", "table"]
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "study"
 SCORES = ("error", "nll", "calibrated_nll", "brier", "ece", "ece_paper")
@@ -91,25 +91,53 @@ class Cell:
 Key = tuple[str, float, str]
 
 
-def read(path: Path, size: int) -> dict[Key, dict[str, Cell]]:
+@dataclass(frozen=True)
+class Study:
+    """Rows that belong into one table.
+
+    Attributes:
+        size: Number of training images.
+        data: Name of the data.
+    """
+
+    size: int
+    data: str = "fashion-mnist"
+
+    @property
+    def suffix(self) -> str:
+        """What the names of its files end with; nothing for the small study with shifts and flips."""
+        kind = self.data.removeprefix("fashion-mnist")
+        return kind if self.size == 5_000 else f"{kind}-{self.size}"
+
+    def entries(self, path: Path) -> list[dict[str, str]]:
+        """Its lines of a table; none where there is no such file."""
+        if not path.exists():
+            return []
+        with path.open() as file:
+            own = {"data": self.data, "size": str(self.size)}
+            return [entry for entry in csv.DictReader(file) if all(entry[k] == v for k, v in own.items())]
+
+
+def studies(path: Path) -> list[Study]:
+    """All that a table has rows of, the small ones first."""
+    with path.open() as file:
+        found = {Study(int(entry["size"]), entry["data"]) for entry in csv.DictReader(file)}
+    return sorted(found, key=lambda study: (study.size, study.data))
+
+
+def read(path: Path, study: Study) -> dict[Key, dict[str, Cell]]:
     """(method/format, temperature, of) -> score -> cell."""
     values: dict[Key, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    with path.open() as file:
-        for entry in csv.DictReader(file):
-            if int(entry["size"]) == size:
-                key = (f"{entry['method']}/{entry['format']}", float(entry["temperature"]), entry["of"])
-                for name in (*SCORES, "t_eff", "seconds", "sample_mb"):
-                    values[key][name][int(entry["seed"])] = float(entry[name])
+    for entry in study.entries(path):
+        key = (f"{entry['method']}/{entry['format']}", float(entry["temperature"]), entry["of"])
+        for name in (*SCORES, "t_eff", "seconds", "sample_mb"):
+            values[key][name][int(entry["seed"])] = float(entry[name])
     return {key: {name: Cell(by_seed) for name, by_seed in scores.items()} for key, scores in values.items()}
 
 
-def read_deep(path: Path, size: int) -> list[dict[str, float]]:
+def read_deep(path: Path, study: Study) -> list[dict[str, float]]:
     """Scores of deep ensembles by their size; empty if none are stored."""
-    if not path.exists():
-        return []
-    with path.open() as file:
-        entries = [{k: float(v) for k, v in entry.items()} for entry in csv.DictReader(file)]
-    return [entry for entry in entries if entry["size"] == size]
+    return [{k: float(v) for k, v in entry.items() if k != "data"} for entry in study.entries(path)]
 
 
 def equivalent(calibrated_nll: float, table: list[dict[str, float]]) -> float:
@@ -127,12 +155,12 @@ def equivalent(calibrated_nll: float, table: list[dict[str, float]]) -> float:
     return float(np.interp(-calibrated_nll, [-v for v in values], sizes))
 
 
-def relative_times(path: Path, size: int) -> dict[tuple[str, float], float]:
+def relative_times(path: Path, study: Study) -> dict[tuple[str, float], float]:
     """(method/format, temperature) -> seconds over those of float32 SGD, where both ran on the same kind of machine.
 
     Args:
         path: ``rows.csv``; ``rows.json`` beside it tells the machines.
-        size: Number of training images.
+        study: Of which rows.
     """
     machines = {
         run: tuple(entry.get(name, "") for name in ("cpu", "gpu", "threads"))
@@ -140,13 +168,12 @@ def relative_times(path: Path, size: int) -> dict[tuple[str, float], float]:
         for run in entry["runs"]
     }
     seconds: dict[tuple[str, ...], dict[tuple[str, float], list[float]]] = defaultdict(lambda: defaultdict(list))
-    with path.open() as file:
-        for entry in csv.DictReader(file):
-            if int(entry["size"]) == size and entry["of"] == "ensemble":
-                temperature = float(entry["temperature"])
-                run = "-".join(entry[name] for name in ("data", "size", "method", "format"))
-                machine = machines[f"{run}-T{temperature:g}-s{entry['seed']}"]
-                seconds[machine][f"{entry['method']}/{entry['format']}", temperature].append(float(entry["seconds"]))
+    for entry in study.entries(path):
+        if entry["of"] == "ensemble":
+            temperature = float(entry["temperature"])
+            run = "-".join(entry[name] for name in ("data", "size", "method", "format"))
+            machine = machines[f"{run}-T{temperature:g}-s{entry['seed']}"]
+            seconds[machine][f"{entry['method']}/{entry['format']}", temperature].append(float(entry["seconds"]))
     ratios: dict[tuple[str, float], list[float]] = defaultdict(list)
     for here in seconds.values():
         reference = here.get(("sgd/fp32", 0.0), [])
@@ -195,19 +222,22 @@ def _or_empty(value: float, digits: int) -> str:
     return "" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def outlier_table(path: Path, size: int) -> str:
+def outlier_table(path: Path, study: Study) -> str:
     """Markdown: mean over seeds of what ``outliers.py`` found, a line for each method, images and score.
 
     Args:
         path: ``outliers.csv``.
-        size: Number of training images.
+        study: Of which rows.
+
+    Returns:
+        Nothing where none are stored.
     """
     found: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
-    with path.open() as file:
-        for entry in csv.DictReader(file):
-            if int(entry["size"]) == size:
-                name = f"{entry['method']}/{entry['format']}"
-                found[name, entry["temperature"], entry["of"], entry["images"], entry["score"]].append(entry)
+    for entry in study.entries(path):
+        name = f"{entry['method']}/{entry['format']}"
+        found[name, entry["temperature"], entry["of"], entry["images"], entry["score"]].append(entry)
+    if not found:
+        return ""
     lines = ["| method/format | T | of | images | score | seeds | AUROC | FPR95 % | AURC % |", "|---" * 9 + "|"]
     for key, entries in sorted(found.items(), key=lambda item: (item[0][3], item[0][4], item[0][0], item[0][1])):
         cells = [Cell({int(e["seed"]): float(e[name]) for e in entries}) for name in ("auroc", "fpr95", "aurc")]
@@ -313,27 +343,29 @@ def figure(cells: dict[Key, dict[str, Cell]], deep: list[dict[str, float]], path
     fig.savefig(path, dpi=110)
 
 
+def page(results: Path, study: Study) -> str:
+    """Markdown of a study: its tables and what they say of the claims; its figure is drawn."""
+    cells, deep = read(results / "rows.csv", study), read_deep(results / "deep_ensembles.csv", study)
+    times = relative_times(results / "rows.csv", study)
+    kinds = {"last": "last weights", "ensemble": "ensemble"}
+    parts = [f"Of the {words}:\n\n{table(cells, of, deep, times)}" for of, words in kinds.items()]
+    outliers = outlier_table(results / "outliers.csv", study)
+    if outliers:
+        parts.append(f"Foreign images and selective prediction:\n\n{outliers}")
+    if deep:
+        parts.append(f"Deep ensembles of float32 SGD:\n\n{deep_table(deep)}")
+    figure(cells, deep, results / f"study{study.suffix}.png")
+    return "\n\n".join([*parts, claims(cells)]) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--size", type=int, default=5_000)
     args = parser.parse_args()
-    cells = read(args.results / "rows.csv", args.size)
-    deep = read_deep(args.results / "deep_ensembles.csv", args.size)
-    kinds = {"last": "last weights", "ensemble": "ensemble"}
-    times = relative_times(args.results / "rows.csv", args.size)
-    parts = [f"Of the {words}:\n\n{table(cells, of, deep, times)}" for of, words in kinds.items()]
-    if (args.results / "outliers.csv").exists():
-        parts.append(
-            f"Foreign images and selective prediction:\n\n{outlier_table(args.results / 'outliers.csv', args.size)}"
-        )
-    if deep:
-        parts.append(f"Deep ensembles of float32 SGD:\n\n{deep_table(deep)}")
-    text = "\n\n".join([*parts, claims(cells)]) + "\n"
-    suffix = "" if args.size == 5_000 else f"-{args.size}"
-    (args.results / f"tables{suffix}.md").write_text(text)
-    figure(cells, deep, args.results / f"study{suffix}.png")
-    print(text)
+    for study in studies(args.results / "rows.csv"):
+        text = page(args.results, study)
+        (args.results / f"tables{study.suffix}.md").write_text(text)
+        print(f"{study.data}, {study.size:,} training images\n\n{text}")
 
 
 if __name__ == "__main__":

@@ -123,6 +123,44 @@ def test_foreign_images_that_pass_and_errors_by_coverage_are_what_they_are_calle
     assert aurc(torch.tensor([0.0, 3.0, 1.0, 2.0]), wrong) == pytest.approx((0 + 0 + 1 / 3 + 1 / 2) / 4)
 
 
+def test_plain_images_are_not_moved_and_belong_to_a_study_of_their_own(tmp_path):
+    from fashion import Fashion
+    from tables import Study, read, studies
+
+    write_fashion_mnist(tmp_path, packed=True)
+    data = Fashion(tmp_path, 96, batch_size=96, name="fashion-mnist-plain")
+    data.setup("fit")
+    images, labels = next(iter(data.train_dataloader()))
+    known = {image.numpy().tobytes(): int(label) for image, label in zip(*data.train)}
+    assert [known[image.numpy().tobytes()] for image in images] == labels.tolist()
+    assert not torch.equal(images, data.train[0])  # shuffled
+    with pytest.raises(ValueError, match="use one of fashion-mnist, fashion-mnist-plain"):
+        Fashion(tmp_path, 96, name="mnist")
+
+    line = ",5000,sgd,fp32,0,0,last,1,0.1,0.3,0.3,0.1,0.1,0.1,0,1,1"
+    header = "data,size,method,format,temperature,seed,of,samples,error,nll,calibrated_nll,brier,ece,ece_paper,t_eff,"
+    table = [header + "seconds,sample_mb", "fashion-mnist" + line, "fashion-mnist-plain" + line.replace("0.3", "0.6")]
+    (tmp_path / "rows.csv").write_text("\n".join(table) + "\n")
+    shifted, plain = studies(tmp_path / "rows.csv")
+    assert (shifted.suffix, plain.suffix, Study(60_000, data.name).suffix) == ("", "-plain", "-plain-60000")
+    means = [read(tmp_path / "rows.csv", study)["sgd/fp32", 0.0, "last"]["nll"].mean for study in (shifted, plain)]
+    assert means == [0.3, 0.6]
+
+
+def test_a_study_replaces_its_own_lines_only(tmp_path):
+    from deep import replace
+
+    def lines(path):
+        with path.open() as file:
+            return [(entry["data"], entry["nll"]) for entry in csv.DictReader(file)]
+
+    path, one, other = tmp_path / "new" / "table.csv", {"data": "a"}, {"data": "b"}
+    replace(path, one, [one | {"nll": "1"}, one | {"nll": "2"}])
+    replace(path, other, [other | {"nll": "3"}])
+    replace(path, one, [one | {"nll": "4"}])
+    assert lines(path) == [("b", "3"), ("a", "4")]
+
+
 def test_foreign_images_are_scaled_as_the_training_images(tmp_path):
     from fashion import Fashion
     from outliers import foreign_images
@@ -206,8 +244,9 @@ def test_tables_and_the_figure_come_from_stored_results(tmp_path):
     (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
     runs = [row.name for row in rows_of(5_000, 2)]
     (tmp_path / "rows.json").write_text(json.dumps([{"cpu": "some", "threads": "1", "runs": runs}]))
-    deep = ("size,members,error,nll,calibrated_nll,brier,ece,ece_paper", "5000,1,0.1,0.35,0.3,0.15,0.02,0.03",
-            "5000,2,0.1,0.33,0.28,0.15,0.02,0.03")  # fmt: skip
+    deep = ("data,size,members,error,nll,calibrated_nll,brier,ece,ece_paper",
+            "fashion-mnist,5000,1,0.1,0.35,0.3,0.15,0.02,0.03", "fashion-mnist,5000,2,0.1,0.33,0.28,0.15,0.02,0.03",
+            "fashion-mnist-plain,5000,1,0.1,0.01,0.01,0.15,0.02,0.03")  # fmt: skip
     (tmp_path / "deep_ensembles.csv").write_text("\n".join(deep) + "\n")
     done = subprocess.run(
         [sys.executable, STUDY / "tables.py", "--results", tmp_path], capture_output=True, text=True, check=False
@@ -243,7 +282,7 @@ def test_committed_results_have_the_studys_columns_and_tables():
 
 def test_the_time_of_a_row_is_that_of_sgd_on_the_same_machine(tmp_path):
     from run import COLUMNS, remember
-    from tables import relative_times
+    from tables import Study, relative_times
 
     seconds = {("sgd", 0, "a"): 10.0, ("sgd", 1, "b"): 1.0, ("sgld", 0, "a"): 20.0, ("sgld", 1, "b"): 2.0,
                ("swa", 0, "c"): 5.0}  # fmt: skip
@@ -252,9 +291,9 @@ def test_the_time_of_a_row_is_that_of_sgd_on_the_same_machine(tmp_path):
         lines.append(f"fashion-mnist,100,{method},fp32,0,{seed},ensemble,1,0,0,0,0,0,0,0,{value},1")
         remember(tmp_path / "rows.csv", f"fashion-mnist-100-{method}-fp32-T0-s{seed}", {"cpu": machine})
     (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
-    assert relative_times(tmp_path / "rows.csv", 100) == {("sgd/fp32", 0.0): 1.0, ("sgld/fp32", 0.0): 2.0}
+    assert relative_times(tmp_path / "rows.csv", Study(100)) == {("sgd/fp32", 0.0): 1.0, ("sgld/fp32", 0.0): 2.0}
     remember(tmp_path / "rows.csv", "fashion-mnist-100-swa-fp32-T0-s0", {"cpu": "b"})  # made again, elsewhere
-    assert relative_times(tmp_path / "rows.csv", 100)["swa/fp32", 0.0] == 5.0
+    assert relative_times(tmp_path / "rows.csv", Study(100))["swa/fp32", 0.0] == 5.0
 
 
 def test_peers_run_at_the_cost_of_a_row(tmp_path):
