@@ -15,6 +15,7 @@
 #error "The fused CPU kernels need GCC or Clang (vector types); without them the package runs on the reference ops."
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cfloat>
@@ -51,7 +52,7 @@ namespace lpsgld {
 
 enum Kind : int32_t { FIXED = 0, BLOCK = 1, FLOAT = 2 };
 enum Mode : int32_t { NEAREST = 0, STOCHASTIC = 1, VC = 2, NONE = 3 };
-enum Dtype : int32_t { F32 = 0, BF16 = 1, F16 = 2 };
+enum Dtype : int32_t { F32 = 0, BF16 = 1, F16 = 2, F64 = 3 };  // F64: of `finite` only
 enum Sink : int32_t { VALUES = 0, CODES8 = 1, CODES16 = 2, CODES32 = 3 };
 
 // Mirrors of the ctypes structures in cpu.py.
@@ -229,6 +230,7 @@ struct Kernels {
   void (*rows)(const Job &, Task &, int64_t start, int64_t len);
   void (*decode)(const void *codes, int width, float *out, int64_t n, float scale1, float scale2);
   void (*draws)(const Key &, bool normal, float *normals, uint32_t *words, int64_t n);
+  bool (*finite)(const void *x, Dtype dtype, int64_t start, int64_t len);
   int64_t (*motion)(const MotionJobs &, MotionTensor &, int64_t start, int64_t len, Room &);
 };
 
@@ -547,7 +549,7 @@ void in_parallel(int threads, int64_t items, void (*work)(void *, int64_t), void
 // ======================= 4. The C interface =======================
 using namespace lpsgld;
 
-EXPORT int lpsgld_version() { return 4; }
+EXPORT int lpsgld_version() { return 5; }
 EXPORT int lpsgld_sizes(int which) {
   const int sizes[] = {sizeof(Format), sizeof(Key), sizeof(Shape), sizeof(Step), sizeof(StepTensor),
                        sizeof(Motion), sizeof(MotionTensor)};
@@ -693,6 +695,32 @@ EXPORT void lpsgld_motions(MotionTensor *tensors, int count, int threads) {
   for (int i = 0; i < count; i++) all.prepare(i), total += tensors[i].numel;
   run(total < ITEM / 2 ? 1 : threads, int64_t(all.items.size()), motion_item, &all);
   for (int i = 0; i < count; i++) tensors[i].saturated = all.counts[size_t(i)].load();
+}
+
+struct Search {  // for NaN and infinities
+  const void *const *tensors;
+  const int32_t *dtypes;
+  std::vector<std::atomic<uint8_t>> bad;
+  std::vector<Item> items;
+};
+static void search_item(void *context, int64_t i) {
+  Search &s = *static_cast<Search *>(context);
+  const Item &item = s.items[size_t(i)];
+  const size_t which = size_t(item.task);
+  if (!kernels().finite(s.tensors[which], Dtype(s.dtypes[which]), item.start, item.len)) s.bad[which].store(1);
+}
+
+// finite[i]: whether tensor i, which lies in memory in one piece, has neither NaN nor infinities.
+EXPORT void lpsgld_finite(const void *const *tensors, const int64_t *numels, const int32_t *dtypes, uint8_t *finite,
+                          int count, int threads) {
+  Search s{tensors, dtypes, std::vector<std::atomic<uint8_t>>(size_t(count)), {}};
+  int64_t total = 0;
+  for (int i = 0; i < count; i++) {
+    total += numels[i];
+    for (int64_t at = 0; at < numels[i]; at += ITEM) s.items.push_back({i, at, std::min(ITEM, numels[i] - at)});
+  }
+  run(total < ITEM ? 1 : threads, int64_t(s.items.size()), search_item, &s);
+  for (int i = 0; i < count; i++) finite[i] = !s.bad[size_t(i)].load();
 }
 
 // The draws themselves, for tests: n normals, or n words (the other pointer is null).
@@ -1164,6 +1192,21 @@ static uint32_t scan(const void *x, Dtype dtype, int64_t start, int64_t len) {
     peak = here > peak ? here : peak;
   }
   return peak;
+}
+
+// ---- NaN and infinities ----
+
+// Whether no number has all bits of its exponent set. Integers: one comparison a vector, whatever the type.
+template <class U> INLINE bool none_special(const void *x, int64_t start, int64_t len, U special) {
+  const U *p = static_cast<const U *>(x) + start;
+  U found = 0;
+  for (int64_t i = 0; i < len; i++) found |= (load<U>(p + i) & special) == special ? U(~U(0)) : U(0);
+  return !found;
+}
+static bool finite(const void *x, Dtype dtype, int64_t start, int64_t len) {
+  if (dtype == F32) return none_special<uint32_t>(x, start, len, INF_BITS);
+  if (dtype == F64) return none_special<uint64_t>(x, start, len, 0x7ff0000000000000ull);
+  return none_special<uint16_t>(x, start, len, dtype == BF16 ? 0x7f80 : 0x7c00);
 }
 
 // ---- Rounding ----
@@ -1826,7 +1869,7 @@ static void draws(const Key &key, bool normal, float *normals, uint32_t *words, 
 
 #define LPSGLD_TEXT(x) #x
 #define LPSGLD_NAME(x) LPSGLD_TEXT(x)
-static const Kernels kernels{LPSGLD_NAME(LPSGLD_TARGET), scan, drift, level, finish, rows, decode, draws, motion};
+static const Kernels kernels{LPSGLD_NAME(LPSGLD_TARGET), scan, drift, level, finish, rows, decode, draws, finite, motion};
 #undef LPSGLD_TEXT
 #undef LPSGLD_NAME
 #undef SHUFFLE

@@ -14,7 +14,7 @@ from lightning_lpsgld.environment import LEVELS, cpu_limit, own_threads
 
 __all__ = ["LEVELS", "Format", "Key", "Motion", "MotionTensor", "Shape", "Step", "StepTensor", "load", "team_of_torch"]
 
-_VERSION = 4
+_VERSION = 5
 
 
 class Format(ctypes.Structure):

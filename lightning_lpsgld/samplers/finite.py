@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lpsgld.ops import cpu_finite
 from lightning_lpsgld.samplers.shards import all_finite, local_part
 
 __all__ = ["FiniteCheck"]
@@ -141,14 +142,21 @@ def _problem(finite: Tensor, names: Callable[[int], str]) -> str:
 
 
 def _finite_flags(grads: list[Tensor]) -> Tensor:
-    """Which tensors are finite throughout, shape ``(len(grads),)``.
-
-    On a CPU the sum of squares is a tenth of the maximum's time; where it overflows, the elements are looked at.
-    """
+    """Which tensors are finite throughout, shape ``(len(grads),)``."""
     if grads[0].device.type != "cpu":
         return torch.stack(torch._foreach_norm(grads, math.inf)).isfinite()  # one look: each one would be four kernels
-    norms = torch._foreach_norm(grads)
-    flags = torch.stack([norm.isfinite() for norm in norms])
+    flags = torch.empty(len(grads), dtype=torch.bool)
+    read = [cpu_finite.readable(grad) for grad in grads]
+    for chosen, look in ((True, cpu_finite.finite_flags), (False, _flags_by_norms)):
+        places = [i for i, yes in enumerate(read) if yes is chosen]
+        if places:
+            flags[places] = look([grads[i] for i in places])
+    return flags
+
+
+def _flags_by_norms(grads: list[Tensor]) -> Tensor:
+    """Without a kernel: sums of squares, a tenth of the maximum's time; where one overflows, elements are looked at."""
+    flags = torch.stack([norm.isfinite() for norm in torch._foreach_norm(grads)])
     for i in (~flags).nonzero().flatten().tolist():
         flags[i] = grads[i].isfinite().all()
     return flags
