@@ -47,7 +47,7 @@ def _encode_exactly(entry: EntrySpec, tensor: Tensor) -> dict[str, Tensor]:
     """Codes and exponents of a tensor that is on its grid; refuses one that is not."""
     assert entry.format is not None
     if isinstance(tensor, CodedTensor) and tensor.is_whole and tensor.format == entry.format:
-        return _named(entry, tensor.cell.copied(torch.device("cpu")).encoded)
+        return _named(entry, tensor.stored().copied(torch.device("cpu")).encoded())
     tensor = plain(tensor)
     try:
         encoded = encode(tensor.detach(), entry.format, rounding="nearest")

@@ -13,7 +13,8 @@ from lightning_lpsgld.bank.base import Base
 from lightning_lpsgld.bank.errors import BankError
 from lightning_lpsgld.bank.sample import SampleInfo
 from lightning_lpsgld.bank.spec import EntrySpec, ModuleSpec
-from lightning_lpsgld.formats.packing import packed_codes, unpacked_codes
+from lightning_lpsgld.formats.packing import check_packed
+from lightning_lpsgld.ops.packing import pack, unpack
 
 __all__ = [
     "base_bytes",
@@ -75,7 +76,7 @@ def packed(tensors: Mapping[str, Tensor], spec: ModuleSpec) -> dict[str, Tensor]
     """The tensors of a sample with codes of fewer than 8 bits side by side, under ``packed.<name>``."""
     bits = {f"codes.{entry.name}": entry.packed_bits for entry in spec.entries if entry.packed_bits}
     return {
-        f"packed.{key.removeprefix('codes.')}" if key in bits else key: packed_codes(x, bits[key]) if key in bits else x
+        f"packed.{key.removeprefix('codes.')}" if key in bits else key: pack(x, bits[key]) if key in bits else x
         for key, x in tensors.items()
     }
 
@@ -97,10 +98,11 @@ def unpacked(tensors: Mapping[str, Tensor], spec: ModuleSpec, where: str) -> dic
         if f"codes.{entry.name}" in tensors:
             raise BankError(f"{where} has the codes of {entry} twice, packed and not.")
         try:
-            codes = unpacked_codes(x, entry.packed_bits, entry.shape, signed=entry.format.code_range[0] < 0)
+            check_packed(x, entry.packed_bits, entry.numel)
         except ValueError as error:
             raise BankError(f"{where}: the codes of {entry}: {error}") from error
-        found[f"codes.{entry.name}"] = codes
+        signed = entry.format.code_range[0] < 0
+        found[f"codes.{entry.name}"] = unpack(x, entry.packed_bits, entry.shape, signed=signed)
     return found
 
 

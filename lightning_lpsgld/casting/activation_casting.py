@@ -51,9 +51,9 @@ class ActivationCasting:
     made twice; seeds are private to ``rank``. Calls in training mode with gradients count up in :meth:`state_dict`;
     others (evaluation, ``no_grad``) have draws of their own.
 
-    **Memory.** With ``saved_activations="codes"`` autograd keeps rounded activations as codes and exponents, and of a
-    ReLU the signs (in the same codes); gradients are bit-identical to those without. Only inside
-    :meth:`forward_context`; what other layers save is left alone.
+    **Memory.** With ``saved_activations="codes"`` autograd keeps rounded activations as codes and exponents (codes of
+    fewer than 8 bits side by side), and of a ReLU the signs (in the same codes); gradients are bit-identical to those
+    without. Only inside :meth:`forward_context`; what other layers save is left alone.
 
     **Compiling.** Under ``torch.compile`` (of the module, a part of it, or a LightningModule's steps) each cast, and
     each count of a forward, is one node of the graph, with the draws and results of an uncompiled forward; the graph

@@ -152,6 +152,8 @@ class Caster:
             codes.site = site
             if signs is not None:
                 signs.attach(codes, x.detach())
+            if self.carrying:
+                codes.pack()
         return out
 
     def _encode(self, x: Tensor, rounding: Rounding, key: DrawKey | None) -> tuple[Tensor, Encoded | None]:

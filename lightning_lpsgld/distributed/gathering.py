@@ -1,4 +1,4 @@
-"""FSDP2 gathers shards as codes: what crosses the wire before a layer runs is a byte a weight, and decoded exactly.
+"""FSDP2 gathers shards as codes: what crosses the wire before a layer runs is a code a weight, and decoded exactly.
 
 A shard stays the float tensor that it is. FSDP2 asks the local tensor of a parameter for what it should gather, if that
 has methods for it; so the local tensor is given a class with such methods, which shares its memory.
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from lightning_lpsgld.formats import NumberFormat
-from lightning_lpsgld.ops import Encoded, decode, encode
+from lightning_lpsgld.ops import decode, encode
+from lightning_lpsgld.ops.stored import StoredCodes
 
 __all__ = ["GatheredAsCodes", "gather_as_codes"]
 
@@ -54,22 +55,25 @@ class GatheredAsCodes(Tensor):
                 f"A weight of shape {tuple(outer_size)} is gathered as codes of {self.format}, but somebody has moved "
                 "it off that grid. Within a fit only the sampler moves it; load weights before the fit."
             )
-        return tuple(t for t in (encoded.codes, encoded.exponents) if t is not None), outer_size
+        stored = StoredCodes.of(encoded)
+        codes = stored.codes.view(torch.int8) if stored.packed else stored.codes  # all of one dtype go as they are
+        return tuple(t for t in (codes, stored.exponents) if t is not None), outer_size
 
     def fsdp_post_all_gather(
         self, gathered: tuple[Tensor, ...], size: torch.Size, dtype: torch.dtype, *, out: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
         """Called by FSDP2: the whole weight, written into ``out`` where that is given."""
-        codes, exponents = gathered[0].view(size), gathered[1] if len(gathered) > 1 else None
         if self.format is None:
-            values = codes.to(dtype, copy=True)
+            values = gathered[0].view(size).to(dtype, copy=True)
         else:
-            values = decode(Encoded(codes, exponents, self.format), self.dtype).to(dtype)
+            exponents = gathered[1] if len(gathered) > 1 else None
+            whole = StoredCodes.joined(gathered[0], self.shape, exponents, self.format, size)
+            values = whole.decoded(self.dtype).to(dtype)
         if out is None:
             return values, (values,)
-        whole = out.to_local() if isinstance(out, DTensor) else out
-        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(whole):
-            whole.copy_(values)
+        target = out.to_local() if isinstance(out, DTensor) else out
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(target):
+            target.copy_(values)
         return None
 
 
@@ -97,7 +101,7 @@ def gather_as_codes(module: nn.Module, format_of: Callable[[Tensor], NumberForma
             fsdp.all_gather_outputs = []  # of other sizes
         if isinstance(local, GatheredAsCodes) or (fmt is not None and _can_be(param, fmt, fsdp)):
             param._local_tensor = GatheredAsCodes.of(local, fmt)
-            whole = whole if fmt is None else fmt.stored_bytes(param.shape)
+            whole = whole if fmt is None else param.device_mesh.size() * fmt.stored_bytes(local.shape)
         now += whole
     return now, floats
 

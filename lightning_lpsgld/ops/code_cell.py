@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_lpsgld.formats import NumberFormat
 from lightning_lpsgld.ops.encoded import Encoded
-from lightning_lpsgld.ops.functional import decode, encode
+from lightning_lpsgld.ops.functional import encode
+from lightning_lpsgld.ops.stored import StoredCodes
 
 __all__ = ["CodeCell"]
 
@@ -20,35 +20,29 @@ class CodeCell:
     """Codes and exponents that stay where they are while their values change.
 
     Args:
-        encoded: Codes in dense memory of any order; taken, not copied.
+        codes: In dense memory of any order; taken, or packed where they have fewer than 8 bits.
 
     Attributes:
+        stored: The codes.
         version: Number of times the values were set.
     """
 
-    __slots__ = ("_open", "encoded", "version")
+    __slots__ = ("_open", "stored", "version")
 
-    def __init__(self, encoded: Encoded) -> None:
-        self.encoded = encoded
+    def __init__(self, codes: Encoded | StoredCodes) -> None:
+        self.stored = StoredCodes.of(codes) if isinstance(codes, Encoded) else codes
         self.version = 0
         self._open: Tensor | None = None
 
     @property
     def format(self) -> NumberFormat:
         """The grid."""
-        return self.encoded.format
+        return self.stored.format
 
     @property
     def divisible(self) -> bool:
         """Whether rows (indices of dim 0) can be read and written without the others."""
-        ndim = self.encoded.codes.ndim
-        return ndim > 0 and self._open is None and not self.format.blocks.crosses_rows(ndim)
-
-    def rows(self, start: int, stop: int) -> Encoded:
-        """Codes of rows [start, stop), sharing memory; only of what is :attr:`divisible`."""
-        exponents = self.encoded.exponents
-        exponents = None if exponents is None else exponents[start:stop]
-        return Encoded(self.encoded.codes[start:stop], exponents, self.format)
+        return self._open is None and self.stored.divisible
 
     def runs(self, *formats: NumberFormat | None) -> list[tuple[int, int]]:
         """Ranges of rows that can be moved one after another, each within little memory; one range where they cannot.
@@ -56,27 +50,32 @@ class CodeCell:
         Args:
             formats: Further formats whose blocks must lie within a range.
         """
-        codes = self.encoded.codes
-        count = codes.shape[0] if codes.ndim else 1
+        shape = self.stored.shape
+        count = shape[0] if shape else 1
         if (
             not self.divisible
             or count == 0
-            or any(fmt is not None and fmt.blocks.crosses_rows(codes.ndim) for fmt in formats)
+            or any(fmt is not None and fmt.blocks.crosses_rows(len(shape)) for fmt in formats)
         ):
             return [(0, count)]
-        size = max(1, _RUN // max(1, codes.numel() // count))
+        step = self.stored.stride_of_rows
+        size = max(step, _RUN // max(1, self.stored.row) // step * step)
         return [(start, min(start + size, count)) for start in range(0, count, size)]
 
+    def around(self, first: int, last: int) -> tuple[int, int]:
+        """The range of rows that has elements ``first`` to ``last`` of the memory, and that can be read by itself."""
+        row, step = max(1, self.stored.row), self.stored.stride_of_rows
+        start, stop = first // row // step * step, -(-(last // row + 1) // step) * step
+        return start, min(stop, self.stored.shape[0])
+
     def values(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
-        """Values of rows [start, stop), of all by default; a new tensor in the codes' memory order, exact."""
+        """Values of rows [start, stop), of all by default; a new tensor in the codes' memory order, exact.
+
+        Rows begin and end where :meth:`runs` or :meth:`around` say.
+        """
         if self._open is not None:
             return self._open.to(dtype, copy=True)
-        whole = start == 0 and (stop is None or stop == self.encoded.codes.shape[:1].numel())
-        chosen = self.encoded if whole or stop is None else self.rows(start, stop)
-        found = decode(chosen, dtype)
-        if found.stride() == chosen.codes.stride():
-            return found
-        return torch.empty_like(chosen.codes, dtype=dtype).copy_(found)
+        return self._chosen(start, stop).decoded(dtype)
 
     def set(self, values: Tensor, start: int = 0, stop: int | None = None) -> None:
         """Set rows [start, stop), all by default, to values, rounded to nearest; exact for values on the grid.
@@ -85,27 +84,23 @@ class CodeCell:
             ValueError: If a value is NaN and the format has none; nothing is changed then.
         """
         new = encode(values.detach(), self.format, rounding="nearest")
-        chosen = self.encoded if stop is None else self.rows(start, stop)
-        self._take(chosen, new)
+        self._chosen(start, stop).write(StoredCodes.of(new))
+        self.version += 1
 
-    def take(self, other: Encoded) -> None:
+    def _chosen(self, start: int, stop: int | None) -> StoredCodes:
+        whole = stop is None or (start == 0 and stop == self.stored.shape[:1].numel())
+        return self.stored if whole or stop is None else self.stored.rows(start, stop)
+
+    def take(self, other: StoredCodes) -> None:
         """Set all to codes of the same format and shape; copied."""
         self._open = None
-        self._take(self.encoded, other)
-
-    def _take(self, mine: Encoded, new: Encoded) -> None:
-        _copy(new.codes, mine.codes)
-        if mine.exponents is not None and new.exponents is not None:
-            _copy(new.exponents, mine.exponents)
+        self.stored.write(other)
         self.version += 1
 
     def copied(self, device: torch.device | None = None) -> CodeCell:
         """A cell of its own with the same values, on the same or another device."""
-        old = self.encoded
-        device = old.codes.device if device is None else device
-        codes = old.codes.to(device, copy=True)
-        exponents = None if old.exponents is None else old.exponents.to(device, copy=True)
-        cell = CodeCell(Encoded(codes, exponents, old.format))
+        device = self.stored.codes.device if device is None else device
+        cell = CodeCell(self.stored.copied(device))
         cell._open = None if self._open is None else self._open.to(device, copy=True)
         return cell
 
@@ -123,11 +118,3 @@ class CodeCell:
         values, self._open = self._open, None
         if values is not None:
             self.set(values)
-
-
-def _copy(source: Tensor, target: Tensor) -> None:
-    """Copy by the calling thread: to wake others for a few hundred kilobytes takes longer where cores are busy."""
-    if target.device.type == "cpu" and source.device.type == "cpu":
-        np.copyto(target.numpy(), source.numpy())
-    else:
-        target.copy_(source)

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_lpsgld.formats import FormatLike, NumberFormat, check_dtype, parse_format
+from lightning_lpsgld.ops import schemas
 from lightning_lpsgld.ops.code_cell import CodeCell
 from lightning_lpsgld.ops.encoded import Encoded
 from lightning_lpsgld.ops.functional import decode, encode
+from lightning_lpsgld.ops.stored import StoredCodes
 
 __all__ = ["CodedTensor", "initialization", "plain"]
 
@@ -32,7 +34,7 @@ _opened: list[CodeCell] | None = None
 
 
 class CodedTensor(Tensor):
-    """A floating-point tensor held as integer codes and exponents, such as ``bfp8``: a byte an element.
+    """A floating-point tensor held as integer codes and exponents: a byte an element for ``bfp8``, half for ``bfp4``.
 
     To autograd and to every operation it is a float tensor of its dtype: where one needs values they are decoded,
     exactly, and let go afterwards. Views (``t``, ``view``, slices, ``split``, ``expand``, ...) and lossless casts are
@@ -45,7 +47,7 @@ class CodedTensor(Tensor):
 
     Args:
         cell: The codes.
-        size, stride, offset: Geometry of a view, in elements of the codes' memory; the whole by default.
+        size, stride, offset: Geometry of a view, in elements of the whole as if it were floats; the whole by default.
         dtype: Floating dtype that it is taken for.
         seen: Version of the codes that a cast was made of.
 
@@ -71,10 +73,10 @@ class CodedTensor(Tensor):
         seen: int | None = None,
     ) -> CodedTensor:
         """Make one; the docstring of the class says of what."""
-        codes = cell.encoded.codes
-        size, stride = codes.shape if size is None else size, codes.stride() if stride is None else stride
+        stored = cell.stored
+        size, stride = stored.shape if size is None else size, stored.stride if stride is None else stride
         made: CodedTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, size, strides=stride, storage_offset=offset, dtype=dtype, device=codes.device
+            cls, size, strides=stride, storage_offset=offset, dtype=dtype, device=stored.codes.device
         )
         made._cell, made._seen = cell, seen
         return made
@@ -110,25 +112,32 @@ class CodedTensor(Tensor):
     @property
     def is_whole(self) -> bool:
         """Whether this is all of the codes in their own order, and no view or cast."""
-        codes = self._cell.encoded.codes
-        mine = (tuple(self.shape), self.stride(), self.storage_offset())
-        return self._seen is None and mine == (tuple(codes.shape), codes.stride(), 0)
+        mine = (self.size(), self.stride(), self.storage_offset())
+        return self._seen is None and mine == (self._cell.stored.shape, self._cell.stored.stride, 0)
 
     @property
     def nbytes_stored(self) -> int:
         """Bytes of codes and exponents together."""
-        return self._cell.encoded.nbytes
+        return self._cell.stored.nbytes
 
     def encoded(self) -> Encoded:
-        """Codes and exponents, sharing memory.
+        """Codes and exponents, sharing memory; codes of fewer than 8 bits, which lie side by side, as a copy.
+
+        Raises:
+            ValueError: If this is a view of a coded tensor.
+        """
+        return self.stored().encoded()
+
+    def stored(self) -> StoredCodes:
+        """Codes and exponents as they lie in memory, which is shared.
 
         Raises:
             ValueError: If this is a view of a coded tensor.
         """
         if not self.is_whole:
-            raise ValueError(f"encoded: a view has no codes of its own, got one of shape {tuple(self.shape)}.")
+            raise ValueError(f"A view has no codes of its own, got one of shape {tuple(self.shape)}.")
         self._cell.close()
-        return self._cell.encoded
+        return self._cell.stored
 
     def decoded(self) -> Tensor:
         """The values: a new plain tensor, cut off from autograd.
@@ -139,30 +148,28 @@ class CodedTensor(Tensor):
         cell = self._cell
         if self._seen is not None and self._seen != cell.version:
             raise RuntimeError(
-                f"A weight of shape {tuple(cell.encoded.shape)} was changed after it was cast to {self.dtype}, and a "
+                f"A weight of shape {tuple(cell.stored.shape)} was changed after it was cast to {self.dtype}, and a "
                 "cast of codes is made when it is used. Cast it again, or keep its floats: `weight.decoded().to(...)`."
             )
-        codes = cell.encoded.codes
-        size, stride, offset = self.size(), self.stride(), self.storage_offset()
-        if (size, stride, offset) == (codes.size(), codes.stride(), 0):
+        size, stride, offset = self.size(), self.stride(), int(self.storage_offset())
+        if (size, stride, offset) == (cell.stored.shape, cell.stored.stride, 0):
             return cell.values(self.dtype)
         if not cell.divisible or not self.numel():
             return cell.values(self.dtype).as_strided(size, stride, offset)
-        row = codes.stride(0)
         last = int(offset + sum((n - 1) * step for n, step in zip(size, stride)))
-        start = int(offset) // row
-        return cell.values(self.dtype, start, last // row + 1).as_strided(size, stride, offset - start * row)
+        start, stop = cell.around(offset, last)
+        return cell.values(self.dtype, start, stop).as_strided(size, stride, offset - start * cell.stored.row)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"CodedTensor(shape={tuple(self.shape)}, dtype={str(self.dtype)[6:]}, format={self.format})"
 
     def data_ptr(self) -> int:
         """Address of the codes, which tells weights apart; there are no floats at it."""
-        return self._cell.encoded.codes.data_ptr()
+        return self._cell.stored.codes.data_ptr()
 
     def untyped_storage(self) -> torch.UntypedStorage:
         """Storage of the codes."""
-        return self._cell.encoded.codes.untyped_storage()
+        return self._cell.stored.codes.untyped_storage()
 
     def numpy(self, *, force: bool = False) -> Any:
         """The values as an array, a copy."""
@@ -207,9 +214,10 @@ class CodedTensor(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         if not self.is_whole:
             return self.decoded().__reduce_ex__(protocol)
-        stored = self.encoded()
+        stored = self.stored()
         facts = (str(stored.format), self.dtype, self.requires_grad, isinstance(self, nn.Parameter))
-        return coded_tensor, (stored.codes, stored.exponents, *facts)
+        geometry = (tuple(stored.shape), stored.stride) if stored.packed else ()
+        return coded_tensor, (stored.codes, stored.exponents, *facts, *geometry)
 
     # -------------------------------------------------------------------------------------------------------- dispatch
 
@@ -221,10 +229,10 @@ class CodedTensor(Tensor):
         special = _SPECIAL.get(func)
         if special is not None:
             return special(func, *args, **kwargs)
-        kind = _kind(func)
+        kind = schemas.kind(func)
         if kind == "view" and isinstance(args[0], CodedTensor):
             return _view(func, *args, **kwargs)
-        if kind == "in place" and _writes_codes(func, args, kwargs):
+        if kind == "in place" and any(isinstance(x, CodedTensor) for x in schemas.written(func, args, kwargs)):
             return _in_place(func, *args, **kwargs)
         return func(*tree_map_only(CodedTensor, plain, args), **tree_map_only(CodedTensor, plain, kwargs))
 
@@ -235,10 +243,28 @@ def plain(x: Tensor) -> Tensor:
 
 
 def coded_tensor(
-    codes: Tensor, exponents: Tensor | None, fmt: str, dtype: torch.dtype, requires_grad: bool, is_parameter: bool
+    codes: Tensor,
+    exponents: Tensor | None,
+    fmt: str,
+    dtype: torch.dtype,
+    requires_grad: bool,
+    is_parameter: bool,
+    shape: tuple[int, ...] | None = None,
+    stride: tuple[int, ...] = (),
 ) -> Tensor:
-    """Make a coded tensor of what was saved of one."""
-    made: Tensor = CodedTensor(CodeCell(Encoded(codes, exponents, parse_format(fmt))), dtype=dtype)
+    """Make a coded tensor of what was saved of one; ``shape`` and ``stride`` are those of packed codes.
+
+    Earlier versions saved codes of fewer than 8 bits a byte each, in the shape of the tensor.
+
+    Raises:
+        ValueError: If packed codes are none of such a tensor.
+    """
+    number = parse_format(fmt)
+    if shape is None:
+        cell = CodeCell(Encoded(codes, exponents, number))
+    else:
+        cell = CodeCell(StoredCodes.loaded(codes, exponents, number, shape, stride))
+    made: Tensor = CodedTensor(cell, dtype=dtype)
     return nn.Parameter(made, requires_grad=requires_grad) if is_parameter else made.requires_grad_(requires_grad)
 
 
@@ -265,28 +291,9 @@ def initialization() -> Iterator[None]:
             cell.close()
 
 
-@cache
-def _kind(func: Any) -> str:
-    """``"view"``: its results share the memory of its first argument; ``"in place"``: it writes; else ``""``."""
-    schema = func._schema
-    if any(argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments):
-        return "in place"
-    shares = [result.alias_info is not None for result in schema.returns]
-    return "view" if shares and all(shares) else ""
-
-
-def _writes_codes(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether an argument that is written to is coded."""
-    given = {**dict(zip((argument.name for argument in func._schema.arguments), args)), **kwargs}
-    written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    values = [given.get(name) for name in written]
-    flat = [v for value in values for v in (value if isinstance(value, (list, tuple)) else [value])]
-    return any(isinstance(v, CodedTensor) for v in flat)
-
-
 def _meta(x: CodedTensor) -> Tensor:
     """A tensor without memory that has the geometry of ``x`` within all of the codes."""
-    whole = torch.empty(x.cell.encoded.codes.numel(), dtype=x.dtype, device="meta")
+    whole = torch.empty(x.cell.stored.shape.numel(), dtype=x.dtype, device="meta")
     return whole.as_strided(x.size(), x.stride(), x.storage_offset())
 
 
@@ -319,7 +326,7 @@ def _in_place(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         func(cell.opened(x.dtype).as_strided(*geometry), *rest, **named)
         return x
     if x.is_whole:
-        values = torch.empty_like(cell.encoded.codes, dtype=x.dtype)
+        values = cell.stored.empty(x.dtype)
         func(values, *rest, **named)
     else:
         values = cell.values(x.dtype)
@@ -344,7 +351,7 @@ def _copy_(func: Any, x: Tensor, source: Tensor, non_blocking: bool = False) -> 
         return func(x, plain(source), non_blocking)
     same = isinstance(source, CodedTensor) and source.format == x.format and source.shape == x.shape
     if isinstance(source, CodedTensor) and same and x.is_whole and source.is_whole and _opened is None:
-        x.cell.take(source.encoded())
+        x.cell.take(source.stored())
         return x
     return _in_place(func, x, source, non_blocking)
 
@@ -374,11 +381,10 @@ def _holds(dtype: torch.dtype, fmt: NumberFormat) -> bool:
 
 def _embedding(func: Any, weight: Tensor, indices: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Only the rows that are looked up are decoded."""
-    if not isinstance(weight, CodedTensor) or not weight.is_whole or not weight.cell.divisible:
+    by_row = isinstance(weight, CodedTensor) and weight.is_whole and weight.cell.divisible and weight.numel()
+    if not isinstance(weight, CodedTensor) or not by_row:
         return func(plain(weight), plain(indices), *args, **kwargs)
-    stored, flat = weight.encoded(), indices.reshape(-1)
-    exponents = None if stored.exponents is None else stored.exponents.index_select(0, flat)
-    rows = Encoded(stored.codes.index_select(0, flat), exponents, stored.format)
+    rows = weight.stored().looked_up(indices.reshape(-1))
     return decode(rows, weight.dtype).view(*indices.shape, weight.shape[1])
 
 

@@ -535,6 +535,8 @@ static void fill_task(Task &t, const void *x, void *out, const Shape &shape, con
   t.channels = shape.channels, t.pixels = shape.pixels, t.key = key;
 }
 
+void unpack_codes(const void *packed, int bits, bool has_sign, int64_t start, int64_t n, int8_t *codes);  // packing.cpp
+
 // For the other files of the library.
 int vector_level() {
   kernels();
@@ -599,25 +601,34 @@ struct Decoding {
   int64_t numel, inner;
   int width, offset;
 };
-static void decode_item(void *context, int64_t item) {
-  [[maybe_unused]] Gradual gradual;
-  const Decoding &d = *static_cast<Decoding *>(context);
-  int64_t start = item * ITEM, end = start + ITEM < d.numel ? start + ITEM : d.numel;
-  while (start < end) {
+// Elements [start, end), whose codes begin at `codes`.
+static void decode_run(const Decoding &d, const char *codes, int width, int64_t start, int64_t end) {
+  for (int64_t first = start; start < end;) {
     int64_t stop = d.inner && (start / d.inner + 1) * d.inner < end ? (start / d.inner + 1) * d.inner : end;
+    const char *from = codes + (start - first) * width;
     if (d.table) {
-      for (; start < stop; start++)
-        d.out[start] = d.width == 1 ? d.table[uint8_t(d.codes[start])]
-                                    : d.table[reinterpret_cast<const uint16_t *>(d.codes)[start]];
+      for (int64_t i = 0; i < stop - start; i++)
+        d.out[start + i] =
+            width == 1 ? d.table[uint8_t(from[i])] : d.table[reinterpret_cast<const uint16_t *>(from)[i]];
+      start = stop;
       continue;
     }
     if (!d.inner && d.exponents) stop = start + 1;  // an exponent per element
     int gap = d.offset + (d.exponents ? d.exponents[d.inner ? start / d.inner : start] : 0);
-    kernels().decode(d.codes + start * d.width, d.width, d.out + start, stop - start, power_of_two(gap >> 1),
-                     power_of_two(gap - (gap >> 1)));
+    kernels().decode(from, width, d.out + start, stop - start, power_of_two(gap >> 1), power_of_two(gap - (gap >> 1)));
     start = stop;
   }
 }
+static void decode_item(void *context, int64_t item) {
+  [[maybe_unused]] Gradual gradual;
+  const Decoding &d = *static_cast<Decoding *>(context);
+  const int64_t start = item * ITEM, end = start + ITEM < d.numel ? start + ITEM : d.numel;
+  if (d.width > 0) return decode_run(d, d.codes + start * d.width, d.width, start, end);
+  int8_t codes[ITEM];
+  unpack_codes(d.codes, -d.width, !d.table, start, end - start, codes);
+  decode_run(d, reinterpret_cast<const char *>(codes), 1, start, end);
+}
+// width: bytes of a code, or minus its bits where codes are packed (packing.cpp).
 // table: value of every pattern of floating point (codes of 1 or 2 bytes), else null.
 EXPORT void lpsgld_decode(const void *codes, int width, const int8_t *exponents, int offset, const float *table,
                           float *out, int64_t numel, int64_t inner, int threads) {

@@ -43,6 +43,7 @@ from lightning_lpsgld.random import DrawKey, Role, stream_id
 __all__ = [
     "decode",
     "decode_into",
+    "decode_packed",
     "draw_beyond_range",
     "encode",
     "instruction_set",
@@ -188,20 +189,20 @@ def _value_table(fmt: NumberFormat) -> Tensor:
     return reference.decode(Encoded(patterns, None, fmt), torch.float32)
 
 
-def _decode(encoded: Encoded, out: Tensor) -> None:
-    """Write the values of ``encoded`` into ``out``: float32, dense, memory order of the codes."""
+def _decode(encoded: Encoded, out: Tensor, *, packed: bool = False) -> None:
+    """Write the values of ``encoded`` into ``out``: float32, dense, memory order of the codes, which may be packed."""
     fmt, codes, exponents = encoded.format, encoded.codes, encoded.exponents
     table = None if fmt.linear else _value_table(fmt)
     exponents = None if exponents is None else exponents.contiguous()
     load()[0].lpsgld_decode(
         pointer(codes),
-        codes.element_size(),
+        -fmt.bits if packed else codes.element_size(),
         None if exponents is None else pointer(exponents),
         native_format(fmt, torch.float32).offset if table is None else 0,
         None if table is None else pointer(table),
         pointer(out),
-        ctypes.c_int64(codes.numel()),
-        ctypes.c_int64(run_length(codes.shape, fmt)),
+        ctypes.c_int64(out.numel()),
+        ctypes.c_int64(run_length(out.shape, fmt)),
         torch.get_num_threads(),
     )
 
@@ -216,6 +217,24 @@ def decode(encoded: Encoded, dtype: torch.dtype) -> Tensor:
     out = torch.empty_like(codes, dtype=torch.float32)
     _decode(Encoded(codes, encoded.exponents, encoded.format), out)
     return out.to(dtype)
+
+
+def decode_packed(packed: Tensor, exponents: Tensor | None, fmt: NumberFormat, out: Tensor) -> bool:
+    """Write the values of codes of fewer than 8 bits that lie side by side into ``out``, opened as they are decoded.
+
+    Args:
+        packed: uint8, codes in the memory order of ``out`` (:func:`.packing.pack`).
+        exponents: Shared ones, compact.
+        fmt: The grid.
+        out: float32, dense.
+
+    Returns:
+        Whether that was done; not where the memory order or the format is none that the kernel knows.
+    """
+    if layout_of(out, fmt) is None or fmt.element is not fmt:
+        return False
+    _decode(Encoded(packed, exponents, fmt), out, packed=True)
+    return True
 
 
 def decode_into(encoded: Encoded, out: Tensor) -> Tensor:

@@ -105,3 +105,15 @@ class Scaled:
         wide = torch.promote_types(dtype, torch.float32)
         elements = self.module.decode(Encoded(encoded.codes, None, fmt.element), wide)
         return _times(elements, exponents.long(), fmt).to(dtype)
+
+    def decode_packed(self, packed: Tensor, exponents: Tensor | None, fmt: MicroscalingFloat, out: Tensor) -> bool:
+        """See :func:`lightning_lpsgld.ops.cpu.decode_packed`."""
+        fused = getattr(self.module, "decode_packed", None)
+        if fused is None or exponents is None or not fused(packed, None, fmt.element, out):
+            return False
+        factors = power_of_two(exponents.long()).to(out.dtype)
+        if out.ndim and out.shape[-1] % fmt.block_size == 0:
+            out.unflatten(-1, (-1, fmt.block_size)).mul_(factors.unsqueeze(-1))
+        else:
+            out.mul_(fmt.blocks.expand(factors, out.shape))
+        return True

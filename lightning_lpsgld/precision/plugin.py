@@ -74,7 +74,7 @@ class LowPrecisionSGLD(ModulePart):
         schedule: Step-size schedule that multiplies the learning rate.
         cycles: Shorthand for a :class:`CyclicalStepSize` with this many cycles over the whole run, the last seventh of
             each being its sampling stage, and noise at every step. Not together with ``schedule``.
-        saved_activations: ``"codes"``: what autograd keeps of rounded activations is 8-bit codes; gradients are
+        saved_activations: ``"codes"``: what autograd keeps of rounded activations is their codes; gradients are
             bit-identical. ``"full"``: as PyTorch does.
         compute: Dtype of the forward pass: ``"32-true"`` or ``"bf16-mixed"`` (autocast).
         check_replicas: Under DDP, compare a checksum of all weights over the ranks every that many steps (and seeds and
@@ -86,8 +86,9 @@ class LowPrecisionSGLD(ModulePart):
         arithmetic: How layers multiply in the forward pass: ``"simulated"``: floats; ``"auto"``: codes, layer by layer,
             where that is exact and faster here; ``"integer"``: codes in all but the first layer, or an error that names
             the layer. Backward is in floats. See :attr:`layer_report`.
-        storage: ``"codes"``: between uses weights are codes, a byte each, decoded where a layer runs, and moved in the
-            backward pass; the chain is that of ``"float"``, bit for bit. See ``docs/storage.md`` for what it excludes.
+        storage: ``"codes"``: between uses weights are codes, a byte each (with four bits half a byte), decoded where a
+            layer runs, and moved in the backward pass; the chain is that of ``"float"``, bit for bit. See
+            ``docs/storage.md`` for what it excludes.
         compress_gradients: Under DDP, average gradients in 8 bits, unbiased, with a quarter of the traffic; see
             :class:`~lightning_lpsgld.distributed.GradientCompression`.
         sampled: What is sampled and rounded: patterns of ``fnmatch`` for names of parameters or of the modules that

@@ -16,7 +16,7 @@ from lightning_lpsgld import SampleBank
 from lightning_lpsgld.bank import memory, tensors
 from lightning_lpsgld.bank.errors import BankError
 from lightning_lpsgld.formats import parse_format
-from lightning_lpsgld.formats.packing import packed_codes, packed_size, unpacked_codes
+from lightning_lpsgld.formats.packing import check_packed, packed_codes, packed_size, unpacked_codes
 from lightning_lpsgld.ops import quantize
 
 FORMATS = ["bfp4", "fixed4.2", "bfp6", "fixed5.3", "mxfp4", "mxfp6e3m2", "mxfp6e2m3", "bfp7", "bfp3", "fixed2.1"]
@@ -132,4 +132,4 @@ def test_bits_after_the_last_code_are_refused():
     packed = packed_codes(torch.tensor([1, 2, 3], dtype=torch.int8), 4)
     packed[-1] |= 0x10
     with pytest.raises(ValueError, match="after the last"):
-        unpacked_codes(packed, 4, (3,), signed=True)
+        check_packed(packed, 4, 3)

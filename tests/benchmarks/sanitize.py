@@ -22,7 +22,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = {"ops/_cpu": ("ops/cpu.cpp", "ops/evaluation.cpp"), "linear/_kernels": ("linear/kernels.cpp",)}
+KERNELS = {
+    "ops/_cpu": ("ops/cpu.cpp", "ops/evaluation.cpp", "ops/packing.cpp"),
+    "linear/_kernels": ("linear/kernels.cpp",),
+}
 TESTS = (
     "tests/ops/test_cpu_backend.py", "tests/ops/test_block_top.py", "tests/ops/test_evaluation_chain.py",
     "tests/linear/test_linear_halp.py",

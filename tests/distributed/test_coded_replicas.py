@@ -49,7 +49,11 @@ def both(strategy, options):
     return {storage: fit(storage, make(), **options) for storage in ("codes", "float")}
 
 
-@pytest.mark.parametrize("options", [{}, {"compress_gradients": True}], ids=["averaged", "averaged in 8 bits"])
+@pytest.mark.parametrize(
+    "options",
+    [{"weights": "bfp4"}, {"compress_gradients": True}],
+    ids=["averaged, four bits", "averaged in 8 bits"],
+)
 def test_replicas_are_those_of_floats(options):
     ranks = run_ranks(both, "ddp", options)
     for rank in ranks:

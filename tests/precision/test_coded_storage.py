@@ -104,6 +104,8 @@ CASES = {
     "weight decay by prior": {"plugin": {"prior_std": {"*weight": 0.5}}},
     "bf16-mixed": {"plugin": {"compute": "bf16-mixed"}},
     "saved activations": {"plugin": {"saved_activations": "codes"}},
+    "four bits": {"plugin": {"saved_activations": "codes", "weights": "bfp4", "activations": "bfp4"}},
+    "six bits, integers": {"plugin": {"weights": "bfp6", "arithmetic": "auto"}, "make": without_dropout},
     "integers": {"plugin": {"arithmetic": "auto"}, "make": without_dropout},
     "a part, the rest by Adam": {
         "plugin": {"sampled": ["net.4*"]},

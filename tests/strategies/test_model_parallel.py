@@ -160,12 +160,19 @@ def both_gathers(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lightning_lpsgld.precision.replicas.gather_as_codes", lambda *args: (0, 0))
         floats = gathered_bytes(folder / "floats")
-    return codes, floats, gathered_bytes(folder / "sum", accumulator="full")[2]
+    after_sums = gathered_bytes(folder / "sum", accumulator="full")[2]
+    return codes, floats, after_sums, gathered_bytes(folder / "packed", weights="bfp3"), three_bits_as_floats(folder)
+
+
+def three_bits_as_floats(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_lpsgld.precision.replicas.gather_as_codes", lambda *args: (0, 0))
+        return gathered_bytes(folder / "packed floats", weights="bfp3")[1]
 
 
 def test_fsdp2_gathers_codes(tmp_path):
     """A byte a weight, one for each exponent: of each row, and of each element of a bias; the same chain."""
-    for codes, floats, after_sums in run_ranks(both_gathers, tmp_path):
+    for codes, floats, after_sums, packed, packed_floats in run_ranks(both_gathers, tmp_path):
         assert floats[0].keys() == {4 * (6 * 16 + 16), 4 * (16 * 4 + 4)}
         assert min(floats[0].values()) >= 3
         coded = {4 * (6 * 16 + 16): 6 * 16 + 16 + 2 * 16, 4 * (16 * 4 + 4): 16 * 4 + 4 + 2 * 4}
@@ -174,3 +181,8 @@ def test_fsdp2_gathers_codes(tmp_path):
         assert codes[2]
         assert floats[2]
         assert after_sums
+        # Of a rank 8 rows of 6 codes, 8 of a bias, 2 rows of 16 and 2 of a bias: 144, 24, 96 and 6 bits, whole bytes.
+        coded = {4 * (6 * 16 + 16): 2 * (18 + 3) + 2 * 16, 4 * (16 * 4 + 4): 2 * (12 + 1) + 2 * 4}
+        assert packed[0] == {coded[size]: times for size, times in floats[0].items()}
+        assert all(torch.equal(value, packed_floats[name]) for name, value in packed[1].items())
+        assert packed[2]
