@@ -1,7 +1,9 @@
 """Samples, cycle, effective temperature and ensemble NLL where people look: progress bars and loggers."""
 
 import csv
+import os
 import re
+from unittest import mock
 
 import pytest
 from helpers.models import RecordingLogger, SyntheticData, make_trainer, small_mlp
@@ -67,6 +69,7 @@ def made(kind, folder):
 
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb", "mlflow"])
 @pytest.mark.filterwarnings("ignore")
+@mock.patch.dict(os.environ)  # their packages leave variables of their own
 def test_the_loggers_of_others_get_it(tmp_path, kind):
     logger = made(kind, str(tmp_path))
     trainer = make_trainer(**options(callbacks=callbacks(), logger=logger))
