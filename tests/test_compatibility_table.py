@@ -1,8 +1,13 @@
 """The table of docs/compatibility.md is made of what was run."""
 
+import importlib.machinery
+import importlib.util
 import re
+import subprocess
+from pathlib import Path
 
 import compatibility
+import pytest
 
 NEWEST_PYTHON = 13
 
@@ -47,3 +52,29 @@ def test_outcomes_of_rows_with_parameters():
     assert compatibility.outcome_of(one, {"a.py::test_x[1-2]": "passed", "a.py::test_x[2]": "failed"}) == "passed"
     assert compatibility.cell(one, {one.test: "passed"}) == "refused"
     assert compatibility.cell(one, {one.test: "failed"}) == "fails"
+
+
+def test_a_venv_whose_installation_was_cut_short_is_made_anew(tmp_path, monkeypatch):
+    loader = importlib.machinery.SourceFileLoader("compat", str(compatibility.ROOT / ".ci" / "compat"))
+    compat = importlib.util.module_from_spec(importlib.util.spec_from_loader("compat", loader))
+    loader.exec_module(compat)
+    calls, failing = [], True
+
+    def run(command, **options):
+        calls.append([str(part) for part in command])
+        return subprocess.CompletedProcess(command, int(failing and "pip" in command), stderr="")
+
+    def environment():
+        calls.clear()
+        return compat.environment(Path("python"), tmp_path, ["torch==2.6.0"])
+
+    monkeypatch.setattr(compat.subprocess, "run", run)
+    for _ in range(2):  # what the first attempt left is not taken
+        with pytest.raises(subprocess.CalledProcessError):
+            environment()
+        assert calls[0] == ["python", "-m", "venv", "--clear", str(tmp_path)]
+    failing = False
+    assert environment() == tmp_path / "bin" / "python"
+    assert len(calls) == 2
+    environment()
+    assert [call[3] for call in calls] == ["install"]  # whole: only pip looks whether its packages are there
