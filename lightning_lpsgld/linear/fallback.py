@@ -37,11 +37,18 @@ def normal_product(x: NDArray[np.float32], v: NDArray[np.float32]) -> NDArray[np
     return product
 
 
-def outer(state: LinearState, threads: int = 1) -> None:
-    """Move the margins by the offset, bring loss and full gradient up to date; ``threads`` is numpy's business.
+def outer(state: LinearState, threads: int = 1, *, order: NDArray[np.int32] | None = None, batch: int = 256) -> None:
+    """Move the margins by the offset, bring loss and full gradient up to date; ``threads`` are numpy's business.
 
-    In low precision what ``full`` still lacks of each derivative is rounded to 16 bits, and what was added is kept, so
-    that the error shrinks with the changes themselves.
+    In low precision what ``full`` still lacks of each derivative is rounded to 8 bits by the largest of 256 rows, and
+    what was added is kept, so that the error shrinks with the changes themselves.
+
+    Args:
+        state: Changed in place.
+        threads: Not used.
+        order: In which the kernels visit blocks of ``batch`` rows; every sum is the same whichever it is, up to its
+            rounding, and numpy goes from top to bottom.
+        batch: Rows of a block.
     """
     z = state.offset.astype(np.float32)
     scale = state.unit * state.gap if state.low else 1.0
@@ -53,7 +60,7 @@ def outer(state: LinearState, threads: int = 1) -> None:
         state.loss_sum += _losses(state.loss, state.margin[rows], state.y[rows])
         missing = derivative(state.loss, state.margin[rows], state.y[rows]) - state.residual[rows]
         if state.low and (largest := np.abs(missing).max()) > 0:
-            missing = np.rint(missing / (largest / 32639.0)) * (largest / 32639.0)
+            missing = np.rint(missing * (127.0 / largest)) * (largest / 127.0)
         state.residual[rows] += missing
         state.full += state.unit * (missing @ x)
 

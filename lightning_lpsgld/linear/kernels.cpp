@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <thread>
 #include <vector>
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -40,7 +41,7 @@ struct Problem {
   void* offset;        // (d,) int8 codes or float32
   const float* drift;  // (d,) (lr full/n + a centre) / gap, a = lr * penalty: constant in an epoch
   const float* shrink; // (d,) 1 / (1 + a)
-  const int32_t* order;  // (blocks,) of the epoch
+  const int32_t* order;  // (blocks,) of `batch` rows each, in the order in which they are read
   int64_t n, d, batch, blocks, first_step;
   uint64_t seed;
   double gap, unit, lr;  // value of one offset code, of one data code
@@ -51,24 +52,42 @@ struct Problem {
 
 // ------------------------------------------------------------------------------------------------------- pieces
 
-class Barrier {
+// A meeting in two halves: between `arrive` and `wait` a thread does what needs nothing of the others. Each tells its
+// turns on a cache line of its own.
+class Meeting {
  public:
-  explicit Barrier(int count) : count_(count) {}
-  void wait() {
-    if (count_ == 1) return;
-    const int phase = phase_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
-      arrived_.store(0, std::memory_order_relaxed);
-      phase_.store(phase + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins)
-      if (spins > 2000) std::this_thread::yield();
+  explicit Meeting(int count) : turns_(count) {}
+  void arrive(int t, int64_t turn) { turns_[t].turn.store(turn, std::memory_order_release); }
+  void wait(int64_t turn) const {
+    for (const Turn& other : turns_)
+      for (int spins = 0; other.turn.load(std::memory_order_acquire) < turn; ++spins)
+        if (spins > 2000) std::this_thread::yield();
   }
 
  private:
-  std::atomic<int> arrived_{0}, phase_{0};
-  const int count_;
+  struct Turn {
+    std::atomic<int64_t> turn{0};
+    char rest[128 - sizeof(std::atomic<int64_t>)];
+  };
+  std::vector<Turn> turns_;
+};
+
+// An array on a cache line's boundary: no load of a vector register then crosses one.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : raw_(count + 64 / sizeof(T)) {
+    const auto address = reinterpret_cast<uintptr_t>(raw_.data());
+    at_ = raw_.data() + ((address + 63) / 64 * 64 - address) / sizeof(T);
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* data() const { return at_; }
+  T& operator[](int64_t i) const { return at_[i]; }
+
+ private:
+  std::vector<T> raw_;
+  T* at_;
 };
 
 // Words of Philox4x32-10 for counters (first + k, 0, stream, step): out[4 * 16 * j + 16 * w + lane], 64 words a turn.
@@ -140,13 +159,6 @@ inline void sums_int8_plain(const int8_t* x, int64_t rows, int64_t d, const int8
     for (int64_t j = 0; j < d; ++j) out[j] += int32_t(x[i * d + j]) * q[i];
 }
 
-// Both digits of 16-bit codes: out[j] for those at q, out[d + j] for those at q + stride.
-inline void sums_two_plain(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int64_t stride, int32_t* out,
-                           const int8_t* ahead) {
-  sums_int8_plain(x, rows, d, q, out, ahead);
-  sums_int8_plain(x, rows, d, q + stride, out + d, ahead);
-}
-
 // See `move_low`.
 inline int64_t move_low_plain(int8_t* z, const float* g, const float* drift, const float* shrink, const uint32_t* words,
                               int64_t d) {
@@ -190,10 +202,10 @@ inline void sums_float_plain(const float* x, int64_t rows, int64_t d, const floa
 
 #define AVX2 "avx2,fma"
 
-TARGET(AVX2) inline int32_t hsum256(__m256i v) {
-  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+// Sums of the lanes of four vectors.
+TARGET(AVX2) inline __m128i hsum256(const __m256i* v) {
+  const __m256i s = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
+  return _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
 }
 
 // Into the second-level cache. Fetching past the end of the data is harmless.
@@ -220,66 +232,83 @@ TARGET(AVX2) void dots_int8_avx2(const int8_t* x, int64_t rows, int64_t d, const
         s[k] = _mm256_add_epi32(s[k], products(row, w, size));
       }
     }
-    for (int k = 0; k < left; ++k) out[i + k] = hsum256(s[k]);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), hsum256(s));
   }
 }
 
-// Four rows at a time: their bytes of one column side by side in a 32-bit lane, against (q_i .. q_i+3). `Digits` sums
-// share the loads: out[k * d + j] belongs to the codes at q + k * stride.
-template <int Digits>
-TARGET(AVX2) inline void sums_avx2(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int64_t stride, int32_t* out,
-                                   const int8_t* ahead) {
-  const int8_t* next = ahead + rows * d / 2;
-  __m256i* const sums = reinterpret_cast<__m256i*>(out);
-  std::memset(out, 0, Digits * d * sizeof(int32_t));
-  for (int64_t top = 0; top < rows; top += 16) {
-    const int64_t bottom = top + 16 < rows ? top + 16 : rows;
-    for (int64_t j = 0; j < d; j += 32) {
-      __m256i s[Digits][4];
-      for (int k = 0; k < 4 * Digits; ++k) s[k / 4][k % 4] = _mm256_loadu_si256(sums + (k / 4 * d + j) / 8 + k % 4);
-      for (int64_t i = top; i < bottom; i += 4) {
-        __m256i r[4];
-        const int64_t left = rows - i < 4 ? rows - i : 4;
-        for (int64_t k = 0; k < 4; ++k)
-          r[k] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + (i + (k < left ? k : 0)) * d + j));
-        fetch(next), next += 64;
-        const __m256i a = _mm256_unpacklo_epi8(r[0], r[1]), b = _mm256_unpacklo_epi8(r[2], r[3]);
-        const __m256i c = _mm256_unpackhi_epi8(r[0], r[1]), e = _mm256_unpackhi_epi8(r[2], r[3]);
-        const __m256i t0 = _mm256_unpacklo_epi16(a, b), t1 = _mm256_unpackhi_epi16(a, b);
-        const __m256i t2 = _mm256_unpacklo_epi16(c, e), t3 = _mm256_unpackhi_epi16(c, e);
-        for (int k = 0; k < Digits; ++k) {
-          int32_t packed = 0;
-          if (left == 4) std::memcpy(&packed, q + k * stride + i, 4);
-          else std::memcpy(&packed, q + k * stride + i, left);
-          const __m256i w = _mm256_set1_epi32(packed), size = _mm256_abs_epi8(w);
-          s[k][0] = _mm256_add_epi32(s[k][0], products(t0, w, size));
-          s[k][1] = _mm256_add_epi32(s[k][1], products(t1, w, size));
-          s[k][2] = _mm256_add_epi32(s[k][2], products(t2, w, size));
-          s[k][3] = _mm256_add_epi32(s[k][3], products(t3, w, size));
-        }
-      }
-      for (int k = 0; k < 4 * Digits; ++k) _mm256_storeu_si256(sums + (k / 4 * d + j) / 8 + k % 4, s[k / 4][k % 4]);
+// Rows whose weights have one sign, by fours: so the size of a weight is the unsigned factor, and the sign is that of the
+// addition. What is missing to a four is a row times zero.
+struct Fours {
+  std::vector<const int8_t*> row;
+  std::vector<int32_t> sizes;
+  void gather(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int sign) {
+    row.clear(), sizes.clear();
+    for (int64_t i = 0; i < rows; ++i) {
+      if (q[i] * sign <= 0) continue;
+      if (row.size() % 4 == 0) sizes.push_back(0);
+      sizes.back() |= q[i] * sign << row.size() % 4 * 8;
+      row.push_back(x + i * d);
+    }
+    while (row.size() % 4) row.push_back(x);
+  }
+};
+
+// sums +- rows of up to 4 fours from column j on. Four rows' bytes of one column come side by side in a 32-bit lane.
+template <int Sign>
+TARGET(AVX2) ALWAYS_INLINE void add_fours(__m256i* sums, const int8_t* const* row, const int32_t* sizes, int64_t fours,
+                                          int64_t j) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256i s[4];
+  for (int k = 0; k < 4; ++k) s[k] = _mm256_load_si256(sums + k);
+  for (int64_t f = 0; f < fours; ++f) {
+    __m256i r[4];
+    for (int k = 0; k < 4; ++k) r[k] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row[4 * f + k] + j));
+    const __m256i a = _mm256_unpacklo_epi8(r[0], r[1]), b = _mm256_unpacklo_epi8(r[2], r[3]);
+    const __m256i c = _mm256_unpackhi_epi8(r[0], r[1]), e = _mm256_unpackhi_epi8(r[2], r[3]);
+    const __m256i t[4] = {_mm256_unpacklo_epi16(a, b), _mm256_unpackhi_epi16(a, b), _mm256_unpacklo_epi16(c, e),
+                          _mm256_unpackhi_epi16(c, e)};
+    const __m256i w = _mm256_set1_epi32(sizes[f]);
+    for (int k = 0; k < 4; ++k) {
+      const __m256i part = _mm256_madd_epi16(_mm256_maddubs_epi16(w, t[k]), ones);
+      s[k] = Sign > 0 ? _mm256_add_epi32(s[k], part) : _mm256_sub_epi32(s[k], part);
     }
   }
-  // Unpacking works within 128-bit lanes: lane L of s[k] holds columns 16 L + 4 k .. 16 L + 4 k + 3.
-  for (int64_t j = 0; j < Digits * d / 8; j += 4) {
-    __m256i s[4];
-    for (int k = 0; k < 4; ++k) s[k] = _mm256_loadu_si256(sums + j + k);
-    _mm256_storeu_si256(sums + j, _mm256_permute2x128_si256(s[0], s[1], 0x20));
-    _mm256_storeu_si256(sums + j + 1, _mm256_permute2x128_si256(s[2], s[3], 0x20));
-    _mm256_storeu_si256(sums + j + 2, _mm256_permute2x128_si256(s[0], s[1], 0x31));
-    _mm256_storeu_si256(sums + j + 3, _mm256_permute2x128_si256(s[2], s[3], 0x31));
+  for (int k = 0; k < 4; ++k) _mm256_store_si256(sums + k, s[k]);
+}
+
+template <int Sign>
+TARGET(AVX2) inline const int8_t* add_signed_avx2(const Fours& some, int64_t d, int32_t* out, const int8_t* next) {
+  const int64_t count = some.sizes.size();
+  for (int64_t f = 0; f < count; f += 4) {
+    const int8_t* const* row = some.row.data() + 4 * f;
+    for (int64_t j = 0; j < d; j += 32) {
+      __m256i* const sums = reinterpret_cast<__m256i*>(out + j);
+      fetch(next), fetch(next + 64), fetch(next + 128), fetch(next + 192), next += 256;
+      if (f + 4 <= count) add_fours<Sign>(sums, row, some.sizes.data() + f, 4, j);
+      else add_fours<Sign>(sums, row, some.sizes.data() + f, count - f, j);
+    }
   }
+  return next;
 }
 
 TARGET(AVX2) void sums_int8_avx2(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int32_t* out,
                                  const int8_t* ahead) {
-  sums_avx2<1>(x, rows, d, q, 0, out, ahead);
-}
-
-TARGET(AVX2) void sums_two_avx2(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int64_t stride, int32_t* out,
-                             const int8_t* ahead) {
-  sums_avx2<2>(x, rows, d, q, stride, out, ahead);
+  static thread_local Fours some;
+  std::memset(out, 0, d * sizeof(int32_t));
+  some.gather(x, rows, d, q, 1);
+  const int8_t* next = add_signed_avx2<1>(some, d, out, ahead + rows * d / 2);
+  some.gather(x, rows, d, q, -1);
+  add_signed_avx2<-1>(some, d, out, next);
+  // Unpacking works within 128-bit lanes: lane L of s[k] holds columns 16 L + 4 k .. 16 L + 4 k + 3.
+  __m256i* const sums = reinterpret_cast<__m256i*>(out);
+  for (int64_t j = 0; j < d / 8; j += 4) {
+    __m256i s[4];
+    for (int k = 0; k < 4; ++k) s[k] = _mm256_load_si256(sums + j + k);
+    _mm256_store_si256(sums + j, _mm256_permute2x128_si256(s[0], s[1], 0x20));
+    _mm256_store_si256(sums + j + 1, _mm256_permute2x128_si256(s[2], s[3], 0x20));
+    _mm256_store_si256(sums + j + 2, _mm256_permute2x128_si256(s[0], s[1], 0x31));
+    _mm256_store_si256(sums + j + 3, _mm256_permute2x128_si256(s[2], s[3], 0x31));
+  }
 }
 
 TARGET(AVX2) inline float hsum256(__m256 v) {
@@ -425,23 +454,19 @@ TARGET(AVX512) void dots_int8_avx512(const int8_t* x, int64_t rows, int64_t d, c
   }
 }
 
-// Four rows at a time: their bytes of one column side by side in a 32-bit lane, against (q_i .. q_i+3). `Digits` sums
-// share the loads: out[k * d + j] belongs to the codes at q + k * stride.
-template <int Digits>
-TARGET(AVX512) inline void sums_avx512(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int64_t stride,
-                                       int32_t* out, const int8_t* ahead) {
+// Four rows at a time: their bytes of one column side by side in a 32-bit lane, against (q_i .. q_i+3).
+TARGET(AVX512) void sums_int8_avx512(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int32_t* out,
+                                     const int8_t* ahead) {
   const __m512i flip = _mm512_set1_epi8(int8_t(0x80));
   const int8_t* next = ahead + rows * d / 2;
-  for (int k = 0; k < Digits; ++k) {
-    int32_t bias = 0;
-    for (int64_t i = 0; i < rows; ++i) bias += q[k * stride + i];
-    for (int64_t j = 0; j < d; j += 16) _mm512_storeu_si512(out + k * d + j, _mm512_set1_epi32(-128 * bias));
-  }
+  int32_t bias = 0;
+  for (int64_t i = 0; i < rows; ++i) bias += q[i];
+  for (int64_t j = 0; j < d; j += 16) _mm512_storeu_si512(out + j, _mm512_set1_epi32(-128 * bias));
   for (int64_t top = 0; top < rows; top += 16) {
     const int64_t bottom = top + 16 < rows ? top + 16 : rows;
     for (int64_t j = 0; j < d; j += 64) {
-      __m512i s[Digits][4];
-      for (int k = 0; k < 4 * Digits; ++k) s[k / 4][k % 4] = _mm512_loadu_si512(out + k / 4 * d + j + 16 * (k % 4));
+      __m512i s[4];
+      for (int k = 0; k < 4; ++k) s[k] = _mm512_loadu_si512(out + j + 16 * k);
       for (int64_t i = top; i < bottom; i += 4) {
         __m512i r[4];
         const int64_t left = rows - i < 4 ? rows - i : 4;
@@ -450,22 +475,20 @@ TARGET(AVX512) inline void sums_avx512(const int8_t* x, int64_t rows, int64_t d,
         fetch(next), fetch(next + 64), next += 128;
         const __m512i a = _mm512_unpacklo_epi8(r[0], r[1]), b = _mm512_unpacklo_epi8(r[2], r[3]);
         const __m512i c = _mm512_unpackhi_epi8(r[0], r[1]), e = _mm512_unpackhi_epi8(r[2], r[3]);
-        const __m512i t0 = _mm512_unpacklo_epi16(a, b), t1 = _mm512_unpackhi_epi16(a, b);
-        const __m512i t2 = _mm512_unpacklo_epi16(c, e), t3 = _mm512_unpackhi_epi16(c, e);
-        for (int k = 0; k < Digits; ++k) {
-          int32_t packed = 0;
-          if (left == 4) std::memcpy(&packed, q + k * stride + i, 4);
-          else std::memcpy(&packed, q + k * stride + i, left);
-          const __m512i w = _mm512_set1_epi32(packed);
-          s[k][0] = _mm512_dpbusd_epi32(s[k][0], t0, w), s[k][1] = _mm512_dpbusd_epi32(s[k][1], t1, w);
-          s[k][2] = _mm512_dpbusd_epi32(s[k][2], t2, w), s[k][3] = _mm512_dpbusd_epi32(s[k][3], t3, w);
-        }
+        int32_t packed = 0;
+        if (left == 4) std::memcpy(&packed, q + i, 4);
+        else std::memcpy(&packed, q + i, left);
+        const __m512i w = _mm512_set1_epi32(packed);
+        s[0] = _mm512_dpbusd_epi32(s[0], _mm512_unpacklo_epi16(a, b), w);
+        s[1] = _mm512_dpbusd_epi32(s[1], _mm512_unpackhi_epi16(a, b), w);
+        s[2] = _mm512_dpbusd_epi32(s[2], _mm512_unpacklo_epi16(c, e), w);
+        s[3] = _mm512_dpbusd_epi32(s[3], _mm512_unpackhi_epi16(c, e), w);
       }
-      for (int k = 0; k < 4 * Digits; ++k) _mm512_storeu_si512(out + k / 4 * d + j + 16 * (k % 4), s[k / 4][k % 4]);
+      for (int k = 0; k < 4; ++k) _mm512_storeu_si512(out + j + 16 * k, s[k]);
     }
   }
   // Unpacking works within 128-bit lanes: lane L of s[k] holds columns 16 L + 4 k .. 16 L + 4 k + 3.
-  for (int64_t j = 0; j < Digits * d; j += 64) {
+  for (int64_t j = 0; j < d; j += 64) {
     __m512i s[4];
     for (int k = 0; k < 4; ++k) s[k] = _mm512_loadu_si512(out + j + 16 * k);
     const __m512i a = _mm512_shuffle_i32x4(s[0], s[1], 0x44), b = _mm512_shuffle_i32x4(s[2], s[3], 0x44);
@@ -475,16 +498,6 @@ TARGET(AVX512) inline void sums_avx512(const int8_t* x, int64_t rows, int64_t d,
     _mm512_storeu_si512(out + j + 32, _mm512_shuffle_i32x4(c, e, 0x88));
     _mm512_storeu_si512(out + j + 48, _mm512_shuffle_i32x4(c, e, 0xdd));
   }
-}
-
-TARGET(AVX512) void sums_int8_avx512(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int32_t* out,
-                                     const int8_t* ahead) {
-  sums_avx512<1>(x, rows, d, q, 0, out, ahead);
-}
-
-TARGET(AVX512) void sums_two_avx512(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int64_t stride, int32_t* out,
-                             const int8_t* ahead) {
-  sums_avx512<2>(x, rows, d, q, stride, out, ahead);
 }
 
 TARGET(AVX512) void dots_float_avx512(const float* x, int64_t rows, int64_t d, const float* z, float* out,
@@ -620,11 +633,6 @@ inline void words(const Problem& p, uint32_t* out, int64_t count, uint32_t step,
   DISPATCH(philox, out, count, step, stream, p.seed);
 }
 
-// z <- Q((z - lr g / gap - drift) * shrink): the step and the implicit penalty, in units of the gap.
-int64_t move_low(const Problem& p, int8_t* z, const float* g, const uint32_t* bits) {
-  return DISPATCH(move_low, z, g, p.drift, p.shrink, bits, p.d);
-}
-
 // `factor` times the change of the derivatives of rows from `begin` on, when their margins move by `change`.
 void respond(const Problem& p, int64_t begin, int64_t rows, const float* change, float factor, float* out) {
   if (p.loss == 0) {
@@ -634,20 +642,13 @@ void respond(const Problem& p, int64_t begin, int64_t rows, const float* change,
   DISPATCH(respond, p.y + begin, p.odds + begin, change, factor, rows, out);
 }
 
-// Rows that are read twice in a row, once for the dot products and once for the sums: a quarter of a megabyte, so that
-// they and the piece fetched meanwhile stay in the second-level cache.
-inline int64_t piece_rows(const Problem& p, bool low) {
-  return std::max<int64_t>(4, (int64_t(1) << 18) / (p.d * (low ? 1 : 4)) / 4 * 4);
+// Rows that are read twice, once for the dot products and once for the sums, in pieces of about an eighth of a megabyte,
+// so that they and the piece fetched meanwhile stay in the second-level cache: `rows` in as few of equal size, of a
+// multiple of 4 rows.
+inline int64_t piece_rows(int64_t rows, int64_t row_bytes) {
+  const int64_t most = std::max<int64_t>(4, (int64_t(1) << 17) / row_bytes), pieces = (rows + most - 1) / most;
+  return ((rows + pieces - 1) / pieces + 3) / 4 * 4;
 }
-
-struct Scratch {
-  std::vector<int32_t> dots, sums;
-  std::vector<float> floats, weights;
-  std::vector<int8_t> codes;
-  std::vector<uint32_t> bits;
-  Scratch(int64_t rows, int64_t d)
-      : dots(rows + 16), sums(d), floats(rows + 16), weights(rows + 16), codes(rows + 64), bits((rows + 63) / 64 * 64) {}
-};
 
 template <class Body>
 void parallel(int threads, Body body) {
@@ -662,8 +663,19 @@ struct Piece {
   int64_t begin, rows, ahead;
 };
 
-// partial += sum over the rows of a piece of response_i x_ij, times `factor`.
-void piece_low(const Problem& p, Scratch& s, const int8_t* z, const Piece& piece, int64_t step, float factor, float* partial) {
+// ------------------------------------------------------------------------------------------------- mini-batches
+
+struct Scratch {
+  Buffer<int32_t> dots, sums;
+  Buffer<float> floats, weights;
+  Buffer<int8_t> codes;
+  Buffer<uint32_t> bits;
+  Scratch(int64_t rows, int64_t d)
+      : dots(rows + 16), sums(d), floats(rows + 16), weights(rows + 16), codes(rows + 64), bits(rows + 63) {}
+};
+
+// partial += sum over the rows of a piece of response_i x_ij, times `factor`; responses are rounded to 8 bits.
+void add_piece(const Problem& p, Scratch& s, const int8_t* z, const Piece& piece, int64_t step, float factor, float* partial) {
   const int8_t* x = static_cast<const int8_t*>(p.x) + piece.begin * p.d;
   const int8_t* ahead = static_cast<const int8_t*>(p.x) + piece.ahead * p.d;
   DISPATCH(dots_int8, x, piece.rows, p.d, z, s.dots.data(), ahead);
@@ -676,16 +688,26 @@ void piece_low(const Problem& p, Scratch& s, const int8_t* z, const Piece& piece
   words(p, s.bits.data(), (piece.rows + 63) / 64 * 64, uint32_t(step), uint32_t(piece.begin) | 0x80000000u);
   DISPATCH(code_weights, s.weights.data(), 127.0f / largest, s.bits.data(), piece.rows, s.codes.data());
   DISPATCH(sums_int8, x, piece.rows, p.d, s.codes.data(), s.sums.data(), ahead);
-  const float scale = factor * largest / 127.0f;
+  const float scale = factor * float(p.unit / p.gap) * largest / 127.0f;
   for (int64_t j = 0; j < p.d; ++j) partial[j] += scale * s.sums[j];
 }
 
-void piece_full(const Problem& p, Scratch& s, const float* z, const Piece& piece, float factor, float* partial) {
+void add_piece(const Problem& p, Scratch& s, const float* z, const Piece& piece, int64_t, float factor, float* partial) {
   const float* x = static_cast<const float*>(p.x) + piece.begin * p.d;
   const float* ahead = static_cast<const float*>(p.x) + piece.ahead * p.d;
   DISPATCH(dots_float, x, piece.rows, p.d, z, s.floats.data(), ahead);
   respond(p, piece.begin, piece.rows, s.floats.data(), factor, s.weights.data());
   DISPATCH(sums_float, x, piece.rows, p.d, s.weights.data(), partial, ahead);
+}
+
+// z <- Q((z - lr g / gap - drift) * shrink): the step and the implicit penalty, in units of the gap.
+int64_t move(const Problem& p, int8_t* z, const float* g, const uint32_t* bits) {
+  return DISPATCH(move_low, z, g, p.drift, p.shrink, bits, p.d);
+}
+
+int64_t move(const Problem& p, float* z, const float* g, const uint32_t*) {
+  for (int64_t j = 0; j < p.d; ++j) z[j] = (z[j] - g[j] - p.drift[j]) * p.shrink[j];
+  return 0;
 }
 
 // Rows of block b that are thread t's: about equal shares, in multiples of 4.
@@ -698,47 +720,72 @@ inline void my_rows(const Problem& p, int64_t block, int t, int64_t& begin, int6
 
 // One thread's epoch. Every thread keeps its own copy of the offset and moves all of it, by the same sums and the same
 // draws: one meeting per mini-batch is enough, as the sums of two of them in turn are kept apart.
-template <bool Low, class Code>
-int64_t walk_epoch(const Problem& p, int t, Barrier& barrier, std::vector<std::vector<float>>& partial) {
-  const int64_t rows = piece_rows(p, Low);
+template <class Code>
+int64_t walk_epoch(const Problem& p, int t, int64_t rows, Meeting& meeting, const Buffer<float>& partial) {
   Scratch s(rows, p.d);
-  std::vector<Code> z(static_cast<Code*>(p.offset), static_cast<Code*>(p.offset) + p.d);
-  std::vector<float> g(p.d);
-  std::vector<uint32_t> bits(p.d);
+  Buffer<Code> z(p.d);
+  Buffer<float> g(p.d);
+  Buffer<uint32_t> bits(p.d);
+  std::copy_n(static_cast<const Code*>(p.offset), p.d, z.data());
+  const auto sums = [&](int64_t k, int who) { return partial.data() + (k % 2 * p.threads + who) * p.d; };
   int64_t outside = 0;
   for (int64_t k = 0; k < p.blocks; ++k) {
-    const int64_t step = p.first_step + k, first = int64_t(p.order[k]) * p.batch;
-    const float count = float(std::min(p.n, first + p.batch) - first);
-    float* mine = partial[(k % 2) * p.threads + t].data();
-    std::fill(mine, mine + p.d, 0.0f);
+    const int64_t first = int64_t(p.order[k]) * p.batch, count = std::min(p.n, first + p.batch) - first;
+    float* mine = sums(k, t);
+    std::fill_n(mine, p.d, 0.0f);
     int64_t begin, end, next, unused;
     my_rows(p, p.order[k], t, begin, end);
     my_rows(p, p.order[k + 1 < p.blocks ? k + 1 : k], t, next, unused);
     for (int64_t at = begin; at < end; at += rows) {
       const Piece piece{at, std::min(rows, end - at), at + rows < end ? at + rows : next};
-      if constexpr (Low) piece_low(p, s, z.data(), piece, step, float(p.lr * p.unit / p.gap) / count, mine);
-      else piece_full(p, s, z.data(), piece, float(p.lr) / count, mine);
+      add_piece(p, s, z.data(), piece, p.first_step + k, float(p.lr) / float(count), mine);
     }
-    if constexpr (Low) words(p, bits.data(), p.d, uint32_t(step), 0);
-    barrier.wait();
-    std::copy_n(partial[(k % 2) * p.threads].data(), p.d, g.data());
+    meeting.arrive(t, k + 1);
+    if constexpr (sizeof(Code) == 1) words(p, bits.data(), p.d, uint32_t(p.first_step + k), 0);
+    meeting.wait(k + 1);
+    std::copy_n(sums(k, 0), p.d, g.data());
     for (int other = 1; other < p.threads; ++other) {
-      const float* theirs = partial[(k % 2) * p.threads + other].data();
+      const float* theirs = sums(k, other);
       for (int64_t j = 0; j < p.d; ++j) g[j] += theirs[j];
     }
-    if constexpr (Low) outside += move_low(p, z.data(), g.data(), bits.data());
-    else
-      for (int64_t j = 0; j < p.d; ++j) z[j] = (z[j] - g[j] - p.drift[j]) * p.shrink[j];
+    outside += move(p, z.data(), g.data(), bits.data());
   }
-  if (t == 0) std::copy(z.begin(), z.end(), static_cast<Code*>(p.offset));
+  if (t == 0) std::copy_n(z.data(), p.d, static_cast<Code*>(p.offset));
   return outside;
 }
 
-// Margins, losses (added to `total`) and missing derivatives of a chunk after its margins moved; returns the largest
-// magnitude of the latter.
-double missing_derivatives(const Problem& p, const Scratch& s, bool low, int64_t begin, int64_t rows, double* missing,
-                           double& total) {
-  double largest = 0;
+// Mini-batches of one epoch; returns the number of offsets that left the range.
+template <class Code>
+int64_t walk(const Problem& p) {
+  Meeting meeting(p.threads);
+  const Buffer<float> partial(2 * p.threads * p.d);
+  const int64_t rows = piece_rows((p.batch + p.threads - 1) / p.threads, p.d * sizeof(Code));
+  int64_t outside = 0;
+  parallel(p.threads, [&](int t) {
+    const int64_t found = walk_epoch<Code>(p, t, rows, meeting, partial);
+    if (t == 0) outside = found;
+  });
+  return outside;
+}
+
+// ------------------------------------------------------------------------------------------------ full gradients
+
+// What a thread of the outer pass keeps.
+struct Sweep {
+  Buffer<int32_t> dots, counts;
+  Buffer<float> floats, weights, partial;
+  Buffer<int8_t> codes;
+  Buffer<double> missing, sum;
+  double loss = 0;
+  Sweep(int64_t rows, int64_t d)
+      : dots(rows + 16), counts(d), floats(rows + 16), weights(rows + 16), partial(d), codes(rows + 64), missing(rows),
+        sum(d) {}
+};
+
+// Margins, losses and missing derivatives of a chunk after its margins moved; returns the largest magnitude of the
+// latter. Logistic losses of a chunk are one logarithm of a product, whose factors are at most 2.
+double missing_derivatives(const Problem& p, Sweep& s, bool low, int64_t begin, int64_t rows) {
+  double largest = 0, total = 0, product = 1;
   for (int64_t i = 0; i < rows; ++i) {
     double& m = p.margin[begin + i];
     m += low ? p.unit * p.gap * s.dots[i] : double(s.floats[i]);
@@ -748,28 +795,76 @@ double missing_derivatives(const Problem& p, const Scratch& s, bool low, int64_t
       const double odds = std::exp(std::max(-40.0, std::min(40.0, y * m)));
       p.odds[begin + i] = float(odds);
       slope = -y / (1.0 + odds);
-      total += y * m > 0 ? std::log1p(1.0 / odds) : std::log1p(odds) - y * m;
+      product *= 1.0 + std::min(odds, 1.0 / odds);
+      total += std::max(0.0, -y * m);
+      if (i % 512 == 511) total += std::log(product), product = 1;
     } else {
       total += 0.5 * slope * slope;
     }
-    missing[i] = slope - p.residual[begin + i];
-    largest = std::max(largest, std::fabs(missing[i]));
+    s.missing[i] = slope - p.residual[begin + i];
+    largest = std::max(largest, std::fabs(s.missing[i]));
   }
+  s.loss += total + std::log(product);
   return largest;
 }
 
-// sum[j] += what `full` lacks of the rows of a chunk, rounded to 16 bits; what was added is in `residual`.
-void add_low(const Problem& p, const int8_t* x, const Piece& c, const double* missing, double largest, int8_t* digits,
-             int64_t stride, int32_t* counts, const int8_t* ahead, double* sum) {
-  const double scale = largest / 32639.0, inverse = 32639.0 / largest;
-  for (int64_t i = 0; i < c.rows; ++i) {
-    const int32_t q = int32_t(std::lrint(missing[i] * inverse));
-    digits[i] = int8_t(q & 0xff);
-    digits[stride + i] = int8_t((q - digits[i]) / 256);
-    p.residual[c.begin + i] += q * scale;
+// sum[j] += what `full` lacks of the rows of a chunk, rounded to 8 bits; what was added is in `residual`.
+void add_missing(const Problem& p, Sweep& s, double largest, const int8_t* x, const int8_t* ahead, int64_t begin,
+                 int64_t rows) {
+  const double scale = largest / 127.0, inverse = 127.0 / largest, value = scale * p.unit;
+  for (int64_t i = 0; i < rows; ++i) {
+    const double code = std::rint(s.missing[i] * inverse);
+    s.codes[i] = int8_t(code);
+    p.residual[begin + i] += code * scale;
   }
-  DISPATCH(sums_two, x, c.rows, p.d, digits, stride, counts, ahead);
-  for (int64_t j = 0; j < p.d; ++j) sum[j] += scale * p.unit * (counts[j] + 256.0 * counts[p.d + j]);
+  DISPATCH(sums_int8, x, rows, p.d, s.codes.data(), s.counts.data(), ahead);
+  for (int64_t j = 0; j < p.d; ++j) s.sum[j] += value * s.counts[j];
+}
+
+void add_missing(const Problem& p, Sweep& s, double, const float* x, const float* ahead, int64_t begin, int64_t rows) {
+  for (int64_t i = 0; i < rows; ++i) p.residual[begin + i] += (s.weights[i] = float(s.missing[i]));
+  std::fill_n(s.partial.data(), p.d, 0.0f);
+  DISPATCH(sums_float, x, rows, p.d, s.weights.data(), s.partial.data(), ahead);
+  for (int64_t j = 0; j < p.d; ++j) s.sum[j] += s.partial[j];
+}
+
+void margin_changes(const Problem& p, Sweep& s, const int8_t* x, int64_t rows, const int8_t* ahead) {
+  DISPATCH(dots_int8, x, rows, p.d, static_cast<const int8_t*>(p.offset), s.dots.data(), ahead);
+}
+
+void margin_changes(const Problem& p, Sweep& s, const float* x, int64_t rows, const float* ahead) {
+  DISPATCH(dots_float, x, rows, p.d, static_cast<const float*>(p.offset), s.floats.data(), ahead);
+}
+
+// One thread's share of the blocks, every `threads`-th, each in chunks.
+template <class Code>
+void sweep(const Problem& p, int t, int64_t chunk, Sweep& s) {
+  const Code* x = static_cast<const Code*>(p.x);
+  for (int64_t k = t; k < p.blocks; k += p.threads) {
+    const int64_t begin = int64_t(p.order[k]) * p.batch, end = std::min(p.n, begin + p.batch);
+    const int64_t after = int64_t(p.order[k + p.threads < p.blocks ? k + p.threads : k]) * p.batch;
+    for (int64_t at = begin; at < end; at += chunk) {
+      const int64_t rows = std::min(chunk, end - at);
+      const Code *here = x + at * p.d, *ahead = x + (at + chunk < end ? at + chunk : after) * p.d;
+      margin_changes(p, s, here, rows, ahead);
+      const double largest = missing_derivatives(p, s, sizeof(Code) == 1, at, rows);
+      if (largest > 0) add_missing(p, s, largest, here, ahead, at, rows);
+    }
+  }
+}
+
+template <class Code>
+double sweep(const Problem& p) {
+  const int64_t chunk = piece_rows(p.batch, p.d * sizeof(Code));
+  std::vector<std::unique_ptr<Sweep>> shares;
+  for (int t = 0; t < p.threads; ++t) shares.push_back(std::make_unique<Sweep>(chunk, p.d));
+  parallel(p.threads, [&](int t) { sweep<Code>(p, t, chunk, *shares[t]); });
+  double loss = 0;
+  for (const auto& share : shares) {
+    for (int64_t j = 0; j < p.d; ++j) p.full[j] += share->sum[j];
+    loss += share->loss;
+  }
+  return loss;
 }
 
 }  // namespace
@@ -799,57 +894,13 @@ EXPORT void lpsgld_linear_normal(const float* x, int64_t rows, int64_t d, const 
 
 // Mini-batches of one epoch. Returns the number of offsets that left the range (low precision only).
 EXPORT int64_t lpsgld_linear_inner(const Problem* problem, int32_t low) {
-  const Problem& p = *problem;
-  Barrier barrier(p.threads);
-  std::vector<std::vector<float>> partial(2 * p.threads, std::vector<float>(p.d + 64));
-  int64_t outside = 0;
-  parallel(p.threads, [&](int t) {
-    const int64_t found = low ? walk_epoch<true, int8_t>(p, t, barrier, partial) : walk_epoch<false, float>(p, t, barrier, partial);
-    if (t == 0) outside = found;
-  });
-  return outside;
+  return low ? walk<int8_t>(*problem) : walk<float>(*problem);
 }
 
 // Move the margins by the offset and bring `full` up to date. Low precision: what is missing in `full`, the difference
-// of each derivative and what of it was added so far, is rounded to 16 bits per 256 rows, and *what was added* is kept:
-// the error shrinks with the differences, so `full` converges to the exact sum though no float touches the data.
-// Returns the sum of the losses.
+// of each derivative and what of it was added so far, is rounded to 8 bits by the largest of a chunk, and *what was
+// added* is kept: the error shrinks with the differences, so `full` converges to the exact sum though no float touches
+// the data. Returns the sum of the losses.
 EXPORT double lpsgld_linear_outer(const Problem* problem, int32_t low) {
-  const Problem& p = *problem;
-  const int64_t chunk = low ? 256 : piece_rows(p, false), chunks = (p.n + chunk - 1) / chunk;
-  std::vector<std::vector<double>> sums(p.threads, std::vector<double>(p.d));
-  std::vector<double> losses(p.threads);
-  parallel(p.threads, [&](int t) {
-    Scratch s(chunk, p.d);
-    std::vector<int8_t> digits(2 * chunk + 64);
-    std::vector<int32_t> counts(2 * p.d);
-    std::vector<double> missing(chunk);
-    std::vector<float> partial(p.d);
-    double *sum = sums[t].data(), total = 0;
-    for (int64_t k = chunks * t / p.threads; k < chunks * (t + 1) / p.threads; ++k) {
-      const Piece c{k * chunk, std::min(chunk, p.n - k * chunk), (k + 1) * chunk};
-      const int8_t* x8 = static_cast<const int8_t*>(p.x) + c.begin * p.d;
-      const float* x32 = static_cast<const float*>(p.x) + c.begin * p.d;
-      const int8_t* ahead8 = x8 + chunk * p.d;
-      const float* ahead32 = x32 + chunk * p.d;
-      if (low) DISPATCH(dots_int8, x8, c.rows, p.d, static_cast<const int8_t*>(p.offset), s.dots.data(), ahead8);
-      else DISPATCH(dots_float, x32, c.rows, p.d, static_cast<const float*>(p.offset), s.floats.data(), ahead32);
-      const double largest = missing_derivatives(p, s, low, c.begin, c.rows, missing.data(), total);
-      if (largest == 0) continue;
-      if (low) {
-        add_low(p, x8, c, missing.data(), largest, digits.data(), chunk, counts.data(), ahead8, sum);
-        continue;
-      }
-      for (int64_t i = 0; i < c.rows; ++i) p.residual[c.begin + i] += (s.weights[i] = float(missing[i]));
-      std::fill(partial.begin(), partial.end(), 0.0f);
-      DISPATCH(sums_float, x32, c.rows, p.d, s.weights.data(), partial.data(), ahead32);
-      for (int64_t j = 0; j < p.d; ++j) sum[j] += partial[j];
-    }
-    losses[t] = total;
-  });
-  for (const auto& part : sums)
-    for (int64_t j = 0; j < p.d; ++j) p.full[j] += part[j];
-  double loss = 0;
-  for (double part : losses) loss += part;
-  return loss;
+  return low ? sweep<int8_t>(*problem) : sweep<float>(*problem);
 }

@@ -108,9 +108,12 @@ def normal_product(x: NDArray[np.float32], v: NDArray[np.float32]) -> NDArray[np
     return out
 
 
-def outer(state: LinearState, threads: int = 1) -> None:
-    """See :func:`.fallback.outer`."""
-    problem = _problem(state, threads)
+def outer(state: LinearState, threads: int = 1, *, order: NDArray[np.int32] | None = None, batch: int = 256) -> None:
+    """See :func:`.fallback.outer`; ``threads`` change the order of summation only."""
+    if order is None:
+        order = np.arange(-(-len(state.x) // batch), dtype=np.int32)
+    problem = _problem(state, threads, order=order)
+    problem.batch, problem.blocks = batch, len(order)
     state.loss_sum = float(_library()[0].lpsgld_linear_outer(ctypes.byref(problem), ctypes.c_int32(state.low)))
 
 

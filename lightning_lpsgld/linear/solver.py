@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_lpsgld.linear import fallback, kernels
-from lightning_lpsgld.linear.state import LOSSES, LinearState, padded_width
+from lightning_lpsgld.linear.state import LOSSES, LinearState, empty_rows, padded_width
 
-__all__ = ["SolveReport", "SolverName", "pack_rows", "solve", "step_size"]
+__all__ = ["SolveReport", "SolverName", "pack_rows", "solve", "step_size", "sweep_order"]
+
+_SWEPT = 128  # rows of a block from which on the pass over all rows follows the blocks' order
 
 #: Solvers of linear models: 8-bit HALP, and SVRG in float32.
 SolverName = Literal["halp8", "svrg"]
@@ -56,7 +58,8 @@ def pack_rows(
     """
     n, features = x.shape
     width = padded_width(features + intercept)
-    packed = np.zeros((n, width), dtype=np.int8 if low else np.float32)
+    packed = empty_rows(n, width, np.int8 if low else np.float32)
+    packed[:, features:] = 0
     exact = np.issubdtype(x.dtype, np.integer) and n > 0 and max(abs(int(x.min())), abs(int(x.max()))) <= 127
     scale = np.full(features, 127.0) if exact else np.maximum(np.abs(x.min(0)), np.abs(x.max(0))).astype(np.float64)
     scale[scale == 0] = 1.0
@@ -99,6 +102,27 @@ def step_size(
     row = float((sample.astype(np.float64) ** 2).sum(1).mean())
     mantissa, exponent = math.frexp(0.5 / (LOSSES[loss][1] * (top + 2.0 * row / batch) + 1e-30))
     return math.ldexp(round(mantissa * 4096.0) / 4096.0, exponent)
+
+
+def sweep_order(last: NDArray[np.int32] | None, coming: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Order in which a pass over all blocks finds most of them in the cache, between two orders of mini-batches.
+
+    A sum over all rows may go through them in any order. It begins with what the mini-batches before it read last,
+    going back, and ends with what those after it read first: each block is on the side on which it is nearer. Both
+    orders of mini-batches stay as they were drawn.
+
+    Args:
+        last: shape (blocks,), order of the mini-batches before the pass; ``None`` if there were none.
+        coming: shape (blocks,), order of those after it.
+    """
+    index = np.arange(len(coming), dtype=np.int32)
+    until, since = np.empty_like(index), np.full_like(index, len(coming))
+    until[coming] = index
+    if last is not None:
+        since[last] = index[::-1]
+    near = since < until
+    rest = index[~near]
+    return np.concatenate([index[near][np.argsort(since[near])], rest[np.argsort(-until[rest])]])
 
 
 def _box(state: LinearState, g: NDArray[np.float64], mu: float | None, previous: float | None, reach: float) -> float:
@@ -149,10 +173,14 @@ def solve(
     engine, n = _engine(compiled), len(state.x)
     if lr is None:
         lr = step_size(state.x, unit=state.unit, loss=state.loss, batch=batch, seed=seed, compiled=compiled)
-    draw, blocks, box = np.random.default_rng(seed), -(-n // batch), None
+    draw, blocks, box, last = np.random.default_rng(seed), -(-n // batch), None, None
     report, start = SolveReport(), time.perf_counter()
     for epoch in range(max_iter + 1):
-        engine.outer(state, threads)
+        order = draw.permutation(blocks).astype(np.int32)
+        if batch < _SWEPT:
+            engine.outer(state, threads)
+        else:
+            engine.outer(state, threads, order=sweep_order(last, order), batch=batch)
         state.centre += state.gap * state.offset.astype(np.float64)
         g = state.gradient()
         report.seconds.append(time.perf_counter() - start)
@@ -169,10 +197,11 @@ def solve(
         drift = ((lr * state.full / n + a * state.centre) / state.gap).astype(np.float32)
         state.offset[:] = 0
         outside = engine.inner(
-            state, order=draw.permutation(blocks).astype(np.int32), batch=batch, lr=lr, drift=drift,
+            state, order=order, batch=batch, lr=lr, drift=drift,
             shrink=(1.0 / (1.0 + a)).astype(np.float32), seed=seed, first_step=epoch * blocks, draws=draws,
             threads=threads,
         )  # fmt: skip
+        last = order
         report.saturated.append(outside)
         report.bytes_read += state.x.nbytes
     return report

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LOSSES", "LinearState", "padded_width"]
+__all__ = ["LOSSES", "LinearState", "empty_rows", "padded_width"]
 
 #: Loss name -> (number in the kernels, largest second derivative).
 LOSSES: dict[str, tuple[int, float]] = {"squared": (0, 1.0), "logistic": (1, 0.25)}
@@ -16,6 +17,18 @@ LOSSES: dict[str, tuple[int, float]] = {"squared": (0, 1.0), "logistic": (1, 0.2
 def padded_width(columns: int) -> int:
     """Columns rounded up to a multiple of 64, the strip of the kernels."""
     return -(-columns // 64) * 64
+
+
+def empty_rows(n: int, width: int, dtype: type[np.generic]) -> NDArray[Any]:
+    """Uninitialized rows, shape (n, width), each at the beginning of a cache line; ``width`` is a multiple of 64.
+
+    No load of a vector then crosses a line. Pages are large where the system has such (numpy asks for them).
+    """
+    size = n * width * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, dtype=np.uint8)
+    begin = -raw.ctypes.data % 64
+    rows: NDArray[Any] = raw[begin : begin + size].view(dtype).reshape(n, width)
+    return rows
 
 
 @dataclass

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import OrderedDict
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
 from lightning_lpsgld.linear import HALPClassifier, HALPRegressor, fallback, kernels
-from lightning_lpsgld.linear.solver import pack_rows, solve
-from lightning_lpsgld.linear.state import LinearState
+from lightning_lpsgld.linear.solver import pack_rows, solve, sweep_order
+from lightning_lpsgld.linear.state import LinearState, empty_rows
 from lightning_lpsgld.random import philox4x32
 
 ENGINES = [pytest.param(False, id="numpy")]
@@ -100,6 +102,56 @@ def test_outer_pass_equals_numpy(n, loss, low):
         np.testing.assert_allclose(
             ours.full, ours.unit * (ours.residual @ ours.x.astype(np.float64)), rtol=1e-11, atol=1e-11 * n
         )
+
+
+@pytest.mark.parametrize("order", [None, [2, 0, 3, 1]], ids=["top to bottom", "blocks"])
+@pytest.mark.parametrize("low", [True, False], ids=["int8", "float32"])
+def test_full_gradient_is_the_same_in_any_order_of_blocks(low, order):
+    """Blocks of 100 rows, in two chunks each in low precision; the last is not full. Three threads share them."""
+    needs_kernels()
+    state, reference = (state_of("squared", low, n=333, features=1500) for _ in range(2))
+    state.offset[:] = reference.offset[:] = np.random.default_rng(1).integers(-127, 128, state.x.shape[1])
+    kernels.outer(state, 3, order=None if order is None else np.array(order, dtype=np.int32), batch=100)
+    fallback.outer(reference)
+    np.testing.assert_allclose(state.margin, reference.margin, rtol=1e-4, atol=1e-4 * np.abs(reference.margin).max())
+    x = state.x.astype(np.float64)
+    np.testing.assert_allclose(state.full, state.unit * (state.residual @ x), atol=1e-5 * np.abs(state.full).max())
+    derivative = state.margin - state.y
+    assert np.abs(state.residual - derivative).max() <= np.abs(derivative).max() * (0.5001 / 127 if low else 1e-6)
+
+
+def misses(orders, room):
+    """Blocks that a cache of ``room`` blocks lacks, reading these orders one after another; the oldest leave it."""
+    held, missed = OrderedDict(), 0
+    for block in np.concatenate(orders).tolist():
+        missed += block not in held
+        held[block] = held.pop(block, None)
+        if len(held) > room:
+            held.popitem(last=False)
+    return missed
+
+
+def test_pass_over_all_rows_meets_what_is_in_the_cache():
+    """Against top to bottom: of 25 blocks that the cache holds of 100, all are met on both sides of a pass."""
+    draw = np.random.default_rng(0)
+    inner = [draw.permutation(100).astype(np.int32) for _ in range(8)]
+    passes = [sweep_order(last, coming) for last, coming in zip([None, *inner], inner)]
+    assert all(sorted(each) == list(range(100)) for each in passes)
+    assert passes[0].tolist() == inner[0][::-1].tolist()
+    natural = misses([part for order in inner for part in (np.arange(100), order)], 25)
+    swept = misses([part for pair in zip(passes, inner) for part in pair], 25)
+    met = sum(len({*a[-25:].tolist()} | {*b[:25].tolist()}) for a, b in pairwise(inner))
+    assert swept <= 1600 - met - 25
+    assert swept < 0.85 * natural
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.float32])
+def test_rows_begin_on_cache_lines(dtype):
+    rows = empty_rows(5, 192, dtype)
+    assert rows.shape == (5, 192)
+    assert rows.dtype == dtype
+    assert rows.flags.c_contiguous
+    assert rows.ctypes.data % 64 == 0
 
 
 @pytest.mark.parametrize("loss", ["squared", "logistic"])
