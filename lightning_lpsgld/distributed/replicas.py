@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["ForkedReplicasError", "checksum", "refuse_different_settings", "refuse_forked_replicas"]
+from lightning_lpsgld.ops.stored import StoredCodes
+
+__all__ = ["ForkedReplicasError", "broadcast", "checksum", "refuse_different_settings", "refuse_forked_replicas"]
 
 #: Elements that are summed at once: on the CPU few enough for its cache, elsewhere enough to keep the device busy.
 _CHUNK, _DEVICE_CHUNK = 2**15, 2**22
@@ -58,6 +60,19 @@ def _gathered(row: Tensor, group: Any) -> Tensor:
 
 def _ranks(group: Any) -> list[int]:
     return list(range(dist.get_world_size())) if group is None else dist.get_process_group_ranks(group)
+
+
+def broadcast(stored: StoredCodes, group: Any = None) -> None:
+    """Set codes and exponents to those of the first rank of a group; a collective call.
+
+    Args:
+        stored: Of the same shape and format on all ranks; overwritten.
+        group: Process group; ``None``: all ranks.
+    """
+    codes = stored.codes.as_strided((stored.codes.numel(),), (1,)).view(torch.uint8)  # bytes go everywhere
+    for x in (codes, stored.exponents):
+        if x is not None:
+            dist.broadcast(x, _ranks(group)[0], group=group)
 
 
 def refuse_forked_replicas(tensors: Mapping[str, Tensor], step: int, group: Any = None) -> None:

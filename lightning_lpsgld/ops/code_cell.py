@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_lpsgld.formats import NumberFormat
+from lightning_lpsgld.formats import FormatLike, NumberFormat
 from lightning_lpsgld.ops.encoded import Encoded
 from lightning_lpsgld.ops.functional import encode
 from lightning_lpsgld.ops.stored import StoredCodes
@@ -25,14 +25,31 @@ class CodeCell:
     Attributes:
         stored: The codes.
         version: Number of times the values were set.
+        finer: The same values rounded to a finer grid, which are set with these: what a sum of the weight's steps is to
+            begin at, until a sampler takes it.
+        follows: Whether they are set with these; DDP sets each weight to what it reads of it.
     """
 
-    __slots__ = ("_open", "stored", "version")
+    __slots__ = ("_open", "finer", "follows", "stored", "version")
 
     def __init__(self, codes: Encoded | StoredCodes) -> None:
         self.stored = StoredCodes.of(codes) if isinstance(codes, Encoded) else codes
         self.version = 0
+        self.finer: CodeCell | None = None
+        self.follows = True
         self._open: Tensor | None = None
+
+    @classmethod
+    def of(cls, values: Tensor, fmt: FormatLike, finer: FormatLike | None = None) -> CodeCell:
+        """Values rounded to nearest, on a finer grid too if one is given.
+
+        Raises:
+            TypeError, ValueError: As :func:`~lightning_lpsgld.ops.encode`.
+        """
+        cell = cls(encode(values, fmt))
+        if finer is not None:
+            cell.finer = cls(encode(values.to(torch.promote_types(values.dtype, torch.float32)), finer))
+        return cell
 
     @property
     def format(self) -> NumberFormat:
@@ -44,21 +61,23 @@ class CodeCell:
         """Whether rows (indices of dim 0) can be read and written without the others."""
         return self._open is None and self.stored.divisible
 
-    def runs(self, *formats: NumberFormat | None) -> list[tuple[int, int]]:
+    def runs(self, *formats: NumberFormat | None, beside: CodeCell | None = None) -> list[tuple[int, int]]:
         """Ranges of rows that can be moved one after another, each within little memory; one range where they cannot.
 
         Args:
             formats: Further formats whose blocks must lie within a range.
+            beside: A cell of the same shape whose rows are read together with these.
         """
         shape = self.stored.shape
         count = shape[0] if shape else 1
         if (
             not self.divisible
+            or (beside is not None and not beside.divisible)
             or count == 0
             or any(fmt is not None and fmt.blocks.crosses_rows(len(shape)) for fmt in formats)
         ):
             return [(0, count)]
-        step = self.stored.stride_of_rows
+        step = max(cell.stored.stride_of_rows for cell in (self, beside) if cell is not None)  # powers of two
         size = max(step, _RUN // max(1, self.stored.row) // step * step)
         return [(start, min(start + size, count)) for start in range(0, count, size)]
 
@@ -86,6 +105,8 @@ class CodeCell:
         new = encode(values.detach(), self.format, rounding="nearest")
         self._chosen(start, stop).write(StoredCodes.of(new))
         self.version += 1
+        if self.finer is not None and self.follows:
+            self.finer.set(values, start, stop)
 
     def _chosen(self, start: int, stop: int | None) -> StoredCodes:
         whole = stop is None or (start == 0 and stop == self.stored.shape[:1].numel())
@@ -96,12 +117,16 @@ class CodeCell:
         self._open = None
         self.stored.write(other)
         self.version += 1
+        if self.finer is not None and self.follows:
+            self.finer.set(self.values(torch.float32))
 
     def copied(self, device: torch.device | None = None) -> CodeCell:
         """A cell of its own with the same values, on the same or another device."""
         device = self.stored.codes.device if device is None else device
         cell = CodeCell(self.stored.copied(device))
         cell._open = None if self._open is None else self._open.to(device, copy=True)
+        cell.finer = None if self.finer is None else self.finer.copied(device)
+        cell.follows = self.follows
         return cell
 
     # ---------------------------------------------------------------------------------------- while being initialized

@@ -16,7 +16,7 @@ from lightning_lpsgld.formats import FormatLike, NumberFormat, check_dtype, pars
 from lightning_lpsgld.ops import schemas
 from lightning_lpsgld.ops.code_cell import CodeCell
 from lightning_lpsgld.ops.encoded import Encoded
-from lightning_lpsgld.ops.functional import decode, encode
+from lightning_lpsgld.ops.functional import decode
 from lightning_lpsgld.ops.stored import StoredCodes
 
 __all__ = ["CodedTensor", "initialization", "plain"]
@@ -85,17 +85,19 @@ class CodedTensor(Tensor):
         pass  # all was done in __new__
 
     @classmethod
-    def of(cls, values: Tensor, fmt: FormatLike) -> CodedTensor:
+    def of(cls, values: Tensor, fmt: FormatLike, finer: FormatLike | None = None) -> CodedTensor:
         """Values rounded to nearest, as codes; its memory is row-major, or channels-last where that of ``values`` is.
 
         Args:
             values: Floating dtype that holds the format; not modified.
             fmt: The grid.
+            finer: Grid of an accumulator that will begin at ``values``: they are kept on it, too, until a sampler
+                begins.
 
         Raises:
             TypeError, ValueError: As :func:`~lightning_lpsgld.ops.encode`.
         """
-        return cls(CodeCell(encode(values.detach(), fmt)), dtype=values.dtype)
+        return cls(CodeCell.of(values.detach(), fmt, finer), dtype=values.dtype)
 
     # --------------------------------------------------------------------------------------------------------- facts
 

@@ -24,7 +24,9 @@ def _everything(module: nn.Module, name: str, param: nn.Parameter) -> bool:
 
 
 @torch.no_grad()
-def code_parameters_(module: nn.Module, fmt: FormatLike, chooses: Chooses = _everything) -> nn.Module:
+def code_parameters_(
+    module: nn.Module, fmt: FormatLike, chooses: Chooses = _everything, finer: FormatLike | None = None
+) -> nn.Module:
     """Hold parameters as codes, rounded to nearest: new parameters under the old names, tied ones tied.
 
     An optimizer that holds the old ones has to be made anew.
@@ -33,6 +35,7 @@ def code_parameters_(module: nn.Module, fmt: FormatLike, chooses: Chooses = _eve
         module: The module, changed in place; ``state_dict`` keys stay.
         fmt: The grid.
         chooses: Which ones: called with a submodule, a name within it and the parameter; all floating ones by default.
+        finer: Grid of the accumulators, where a sampler will keep such: they begin at the values as they are here.
 
     Returns:
         ``module``.
@@ -56,7 +59,7 @@ def code_parameters_(module: nn.Module, fmt: FormatLike, chooses: Chooses = _eve
             )
     done: dict[int, nn.Parameter] = {}
     for owner, name, param in places:
-        _replace(owner, name, param, done, lambda old: CodedTensor.of(old.data, number))
+        _replace(owner, name, param, done, lambda old: CodedTensor.of(old.data, number, finer))
     return module
 
 
@@ -100,7 +103,9 @@ def _replace(
 
 
 @contextmanager
-def parameters_made_as_codes(fmt: FormatLike, chooses: Chooses = _everything) -> Iterator[None]:
+def parameters_made_as_codes(
+    fmt: FormatLike, chooses: Chooses = _everything, finer: FormatLike | None = None
+) -> Iterator[None]:
     """Within this, the parameters of every module that is made become codes as soon as it is put into another one.
 
     So a network is built of which only one part at a time is floats. Initial values are those that floats would have
@@ -110,6 +115,7 @@ def parameters_made_as_codes(fmt: FormatLike, chooses: Chooses = _everything) ->
     Args:
         fmt: The grid.
         chooses: As for :func:`code_parameters_`.
+        finer: Likewise.
 
     Example:
         >>> with parameters_made_as_codes("bfp8"):
@@ -122,7 +128,7 @@ def parameters_made_as_codes(fmt: FormatLike, chooses: Chooses = _everything) ->
 
     def joined(module: nn.Module, name: str, child: nn.Module) -> None:
         if isinstance(child, nn.Module):
-            code_parameters_(child, number, chooses)
+            code_parameters_(child, number, chooses, finer)
 
     def registered(module: nn.Module, name: str, param: nn.Parameter) -> None:
         if isinstance(param, nn.Parameter) and not isinstance(param, CodedTensor):
@@ -138,4 +144,4 @@ def parameters_made_as_codes(fmt: FormatLike, chooses: Chooses = _everything) ->
         yield
         left = [module for ref in made if (module := ref()) is not None]
         for module in left:
-            code_parameters_(module, number, chooses)
+            code_parameters_(module, number, chooses, finer)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_lpsgld.arithmetic import Arithmetic
 from lightning_lpsgld.casting import ActivationCasting
-from lightning_lpsgld.distributed import GradientCompression
+from lightning_lpsgld.distributed import GradientCompression, topology_of
 from lightning_lpsgld.formats import FormatLike, NumberFormat, parse_accumulator, parse_format
 from lightning_lpsgld.ops.dispatch import BackendName
 from lightning_lpsgld.precision.card import PosteriorCard, describe_sampler
@@ -29,7 +29,7 @@ from lightning_lpsgld.precision.prior import Prior, PriorMean
 from lightning_lpsgld.precision.replicas import ReplicaGuard, ShardGathering, compressed
 from lightning_lpsgld.precision.resume import Resume, run_settings
 from lightning_lpsgld.precision.run import RunDescription, describe_run
-from lightning_lpsgld.precision.storage import CodedStorage, Storage, check_storage
+from lightning_lpsgld.precision.storage import CodedStorage, Storage, accumulator_grid, check_storage
 from lightning_lpsgld.precision.takeover import round_parameters, take_over
 from lightning_lpsgld.precision.variance_reduction import variance_reduced_step
 from lightning_lpsgld.precision.watched import WatchedModule
@@ -194,7 +194,9 @@ class LowPrecisionSGLD(ModulePart):
         self.casting: ActivationCasting | None = None
         self._resume = Resume()
         self._integers = IntegerForward(arithmetic)
-        self._stored = CodedStorage(storage, self.formats["weights"], self.sampled, self.exclude)
+        self._stored = CodedStorage(
+            storage, self.formats["weights"], self.sampled, self.exclude, accumulator_grid(self)
+        )
         self._run_seed: int | None = None
         self._casting_state: dict[str, Any] | None = None
         self._watched = WatchedModule()
@@ -238,6 +240,7 @@ class LowPrecisionSGLD(ModulePart):
         if trainer is None or trainer.state.fn != "fit":
             return model, optimizers, lr_schedulers
         refuse_lazy(module)
+        self._stored.begin(module, topology_of(trainer.strategy, trainer.world_size))
         if self.start_from is not None and trainer.ckpt_path is None and trainer.global_step == 0:
             rank_zero_info(f"LowPrecisionSGLD starts from the {load_weights(module, self.start_from)}.")
         self.run = run = describe_run(trainer, module, optimizers, self, self._resolve_seed(trainer))

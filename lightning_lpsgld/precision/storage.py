@@ -9,14 +9,17 @@ from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn import Module, Parameter
 
 from lightning_lpsgld.casting import matching_modules
-from lightning_lpsgld.formats import NumberFormat
+from lightning_lpsgld.distributed import Topology
+from lightning_lpsgld.distributed.replicas import broadcast
+from lightning_lpsgld.formats import NumberFormat, parse_accumulator
+from lightning_lpsgld.ops.code_cell import CodeCell
 from lightning_lpsgld.ops.coded import CodedTensor
 from lightning_lpsgld.ops.coded_modules import code_parameters_, float_parameters_, parameters_made_as_codes
 from lightning_lpsgld.ops.memory import return_memory
@@ -27,7 +30,7 @@ from lightning_lpsgld.samplers.first_rounding import round_to_nearest_
 from lightning_lpsgld.samplers.in_backward import CodedSampler
 from lightning_lpsgld.samplers.updates import count_saturated
 
-__all__ = ["CodedStorage", "Storage", "check_storage"]
+__all__ = ["CodedStorage", "Storage", "accumulator_grid", "check_storage"]
 
 #: ``"float"``: parameters are floats; ``"codes"``: they are codes, decoded where they are used.
 Storage = Literal["float", "codes"]
@@ -47,13 +50,12 @@ def check_storage(plugin: Any) -> None:
     if plugin.storage == "float":
         return
     kind: Any = plugin.sampler.func if isinstance(plugin.sampler, functools.partial) else plugin.sampler
-    options = plugin.sampler.keywords if isinstance(plugin.sampler, functools.partial) else {}
-    accumulator = options.get("accumulator", plugin.accumulator)
-    prior_mean = options.get("prior_mean", plugin.prior_mean)
+    accumulator = _option(plugin, "accumulator")
+    prior_mean = _option(plugin, "prior_mean")
     problems = {
         "weights must have a format, got weights=None. Give one, such as 'bfp8'": plugin.formats["weights"] is None,
-        f"accumulator={str(accumulator)!r} keeps a float sum beside each weight. Use accumulator='low'": (
-            accumulator != "low"
+        "accumulator='full' keeps a float sum beside each weight. Use accumulator='low', or a format such as 'bfp16'": (
+            accumulator == "full"
         ),
         f"prior_mean={str(prior_mean)!r} keeps a float mean beside each weight. Use prior_mean='zero'": (
             prior_mean != "zero"
@@ -65,6 +67,22 @@ def check_storage(plugin: Any) -> None:
             raise ValueError(f"LowPrecisionSGLD(storage='codes'): {problem}, or storage='float'.")
 
 
+def _same(name: str, param: Tensor) -> str:
+    return name
+
+
+def _option(plugin: Any, name: str) -> Any:
+    """Value of an argument that the plugin and a partial of its sampler have."""
+    options = plugin.sampler.keywords if isinstance(plugin.sampler, functools.partial) else {}
+    return options.get(name, getattr(plugin, name))
+
+
+def accumulator_grid(plugin: Any) -> NumberFormat | None:
+    """Grid of the accumulators that the plugin's samplers will keep, ``None`` if they keep none on a grid."""
+    accumulator = parse_accumulator(_option(plugin, "accumulator"))
+    return None if isinstance(accumulator, str) else accumulator
+
+
 class CodedStorage:
     """Parameters of the module of a plugin as codes, if it asks for that.
 
@@ -73,6 +91,7 @@ class CodedStorage:
         fmt: Grid of the weights.
         sampled: What is sampled, as the plugin has it.
         exclude: Submodules left in full precision.
+        accumulator: Grid of the accumulators, if they have one.
     """
 
     def __init__(
@@ -81,8 +100,9 @@ class CodedStorage:
         fmt: NumberFormat | None,
         sampled: Sequence[ParameterRule] | None,
         exclude: Sequence[ParameterRule],
+        accumulator: NumberFormat | None = None,
     ) -> None:
-        self.storage, self._format = storage, fmt
+        self.storage, self._format, self._accumulator = storage, fmt, accumulator
         self._sampled, self._exclude = sampled, exclude
         #: Share of values outside of the grid's range when they became codes.
         self.saturated = 0.0
@@ -105,7 +125,7 @@ class CodedStorage:
                 "fit begins."
             )
         return_memory()
-        return parameters_made_as_codes(self._format)
+        return parameters_made_as_codes(self._format, finer=self._accumulator)
 
     def convert(self, module: Module) -> None:
         """Make codes of what a fit will sample; make floats of codes without ``storage="codes"``.
@@ -124,7 +144,9 @@ class CodedStorage:
         assert self._format is not None
         chosen, names = self._chosen(module), {id(p): name for name, p in module.named_parameters()}
         self._round_aloud(chosen, names)
-        code_parameters_(module, self._format, lambda owner, name, param: id(param) in chosen)
+        code_parameters_(module, self._format, lambda owner, name, param: id(param) in chosen, self._accumulator)
+        for cell in self._cells(module) if isinstance(trainer.strategy, DDPStrategy) else []:
+            cell.follows = False
 
     def _chosen(self, module: Module) -> dict[int, Parameter]:
         named = dict(module.named_parameters())
@@ -137,15 +159,30 @@ class CodedStorage:
         params = [named[name] for name in names]
         return {id(p): p for p in params if p.requires_grad and p.is_floating_point() and id(p) not in exempt}
 
+    def _cells(self, module: Module) -> list[CodeCell]:
+        """Of the weights that keep what an accumulator will begin at."""
+        cells = [p.cell for p in module.parameters() if isinstance(p, CodedTensor)]
+        return [cell for cell in cells if cell.finer is not None]
+
+    def begin(self, module: Module, topology: Topology) -> None:
+        """Replicas have the weights of the first, by DDP; let them have what its accumulators begin at."""
+        for cell in self._cells(module):
+            cell.follows = True
+            assert cell.finer is not None
+            if topology.replicas > 1:
+                broadcast(cell.finer.stored, topology.group)
+
     @torch.no_grad()
     def _round_aloud(self, chosen: dict[int, Parameter], names: dict[int, str]) -> None:
-        """Round to nearest as a sampler does that begins, with its warning, and count what lies outside."""
+        """Say what rounding to nearest will lose, as a sampler does that begins, and count what lies outside."""
         assert self._format is not None
         outside = 0
         for param in chosen.values():
             if not isinstance(param, CodedTensor):
                 outside += int(count_saturated(param.detach(), self._format))
-                round_to_nearest_([param], self._format, lambda p: names[id(p)])
+                name, twin = names[id(param)], param.detach().clone().requires_grad_()
+                # A copy, as the weight keeps what an accumulator begins at.
+                round_to_nearest_([twin], self._format, functools.partial(_same, name))
         self.saturated = outside / max(1, sum(param.numel() for param in chosen.values()))
 
     # -------------------------------------------------------------------------------------------------------- the fit
@@ -175,7 +212,10 @@ class CodedStorage:
         """Line of the posterior card: bytes of the codes, and which gradients are floats at the same time."""
         if self.storage == "float":
             return ""
-        held = sum(p.nbytes_stored for p in module.parameters() if isinstance(p, CodedTensor))
+        coded = [p for p in module.parameters() if isinstance(p, CodedTensor)]
+        held, grid = f"{sum(p.nbytes_stored for p in coded) / 1e6:.3g} MB", self._accumulator
+        if grid is not None:
+            held += f" and {sum(grid.stored_bytes(p.shape) for p in coded) / 1e6:.3g} MB of sums"
         trainer: Any = getattr(module, "_trainer", None)
         if not getattr(module, "automatic_optimization", True):
             gradients = "all gradients are floats until `step()`, as optimization is manual"
@@ -185,7 +225,7 @@ class CodedStorage:
             gradients = f"all gradients are floats until the last of {trainer.accumulate_grad_batches} batches"
         else:
             gradients = "one gradient at a time is floats"
-        return f"weights are codes between uses, {held / 1e6:.3g} MB; {gradients}"
+        return f"weights are codes between uses, {held}; {gradients}"
 
     def before_step(self, sampler: Any, module: pl.LightningModule, factor: float) -> None:
         """What is done to each gradient before its weight moves: what the loop does to those that are left to it.

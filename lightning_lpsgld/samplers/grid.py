@@ -17,8 +17,9 @@ from lightning_lpsgld.ops import quantize
 from lightning_lpsgld.ops.dispatch import BACKENDS, BackendName
 from lightning_lpsgld.random import DrawKey, Role, stream_id
 from lightning_lpsgld.samplers.base import log
+from lightning_lpsgld.samplers.coded_steps import stored_views_
 from lightning_lpsgld.samplers.first_rounding import frozen_off_grid, round_to_nearest_
-from lightning_lpsgld.samplers.shards import first_index, local_part, sharded_views_
+from lightning_lpsgld.samplers.shards import first_index, local_part
 from lightning_lpsgld.samplers.statistics import Measurement, StepStatistics, rounding_variance, same_rows
 from lightning_lpsgld.samplers.step_size import StepSize
 from lightning_lpsgld.samplers.sums import SummingSampler
@@ -249,7 +250,7 @@ class GridSampler(SummingSampler):
         assert self.weight_format is not None
         sums, keys = [self.accumulator_of(p) for p in params], [self._draw_key(group, p) for p in params]
         indices = [self.index_of(p) for p in params]
-        return sharded_views_(params, sums, self.weight_format, keys, indices, self.backend)
+        return stored_views_(params, sums, self.weight_format, keys, indices, self.backend)
 
     def _draw_key(self, group: dict[str, Any], param: Tensor) -> DrawKey:
         return self.key(group)

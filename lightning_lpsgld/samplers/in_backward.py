@@ -69,10 +69,10 @@ class CodedSampler(GridSampler):
                 f"{owner}, so `weight_format` must be that format, got {given}. Give weight_format='{param.format}', "
                 "or make it floats: lightning_lpsgld.ops.float_parameters_(module)."
             )
-        if self.accumulator != "low":
+        if self.accumulator == "full":
             raise ValueError(
-                f"{owner}, and accumulator={str(self.accumulator)!r} keeps a float sum beside each weight. Use "
-                "accumulator='low', or storage='float'."
+                f"{owner}, and accumulator='full' keeps a float sum beside each weight. Use accumulator='low', a "
+                "format such as 'bfp16', or storage='float'."
             )
         if self.prior_mean != "zero":
             raise ValueError(
@@ -179,4 +179,15 @@ class CodedSampler(GridSampler):
         return loss
 
     def _place(self, params: Sequence[Tensor]) -> None:
-        super()._place([param for param in params if not isinstance(param, CodedTensor)])  # these lie on it
+        coded = [param for param in params if isinstance(param, CodedTensor)]  # these lie on it
+        super()._place([param for param in params if not isinstance(param, CodedTensor)])
+        for param in coded:
+            if param.requires_grad:
+                self.accumulator_of(param)
+            param.cell.finer = None
+
+    def _look(self, group: dict[str, Any], params: list[Tensor]) -> Tensor:
+        counts = super()._look(group, params)
+        # A sum that was loaded from a run with another grid is floats until now.
+        self._hold_sums(param for param in params if isinstance(param, CodedTensor))
+        return counts

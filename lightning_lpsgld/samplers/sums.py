@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lightning_lpsgld.arguments import require_flag
 from lightning_lpsgld.formats import FormatLike, NumberFormat, check_dtype, parse_accumulator, parse_format
-from lightning_lpsgld.ops import quantize
+from lightning_lpsgld.ops import CodedTensor, quantize
 from lightning_lpsgld.ops.spec import Accumulation
 from lightning_lpsgld.samplers.base import LangevinOptimizer
-from lightning_lpsgld.samplers.coded_state import coded, decoded
+from lightning_lpsgld.samplers.coded_state import begun, coded, decoded, held
 from lightning_lpsgld.samplers.shards import apply_to_whole_blocks_
 from lightning_lpsgld.samplers.step_size import StepSize
 
@@ -118,7 +118,8 @@ class SummingSampler(LangevinOptimizer):
     def accumulator_of(self, param: Tensor) -> Tensor:
         """The sum of a parameter's steps: the parameter itself, or what is kept beside it, float32 or wider.
 
-        A tensor of the state, not a copy; begun at the parameter's value when it is first asked for.
+        A tensor of the state, not a copy; begun at the parameter's value when it is first asked for. Of a parameter
+        that is held as codes it is codes, too.
         """
         if not self.keeps_sum(param):
             return param
@@ -131,6 +132,8 @@ class SummingSampler(LangevinOptimizer):
     @torch.no_grad()
     def _begun(self, param: Tensor) -> Tensor:
         """A sum that has the value of its parameter."""
+        if isinstance(param, CodedTensor) and self.accumulator_format is not None:
+            return begun(param, self.accumulator_format)
         wide = torch.promote_types(param.dtype, torch.float32)
         total = param.detach().to(wide, copy=True, memory_format=torch.preserve_format)
         if self.accumulator_format is not None:
@@ -151,3 +154,11 @@ class SummingSampler(LangevinOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As :meth:`LangevinOptimizer.load_state_dict`."""
         super().load_state_dict(decoded(state_dict))
+        self._hold_sums(self.state)
+
+    def _hold_sums(self, params: Iterable[Tensor]) -> None:
+        """Keep sums in the form that their parameters have, codes or floats."""
+        for param in params:
+            state = self.state.get(param, {})
+            if "accumulator" in state:
+                state["accumulator"] = held(param, state["accumulator"], self.sum_format_of(param))

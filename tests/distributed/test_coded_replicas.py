@@ -51,8 +51,8 @@ def both(strategy, options):
 
 @pytest.mark.parametrize(
     "options",
-    [{"weights": "bfp4"}, {"compress_gradients": True}],
-    ids=["averaged, four bits", "averaged in 8 bits"],
+    [{"weights": "bfp4", "accumulator": "bfp16"}, {"compress_gradients": True}],
+    ids=["averaged, four bits and sums of sixteen", "averaged in 8 bits"],
 )
 def test_replicas_are_those_of_floats(options):
     ranks = run_ranks(both, "ddp", options)

@@ -105,6 +105,8 @@ CASES = {
     "bf16-mixed": {"plugin": {"compute": "bf16-mixed"}},
     "saved activations": {"plugin": {"saved_activations": "codes"}},
     "four bits": {"plugin": {"saved_activations": "codes", "weights": "bfp4", "activations": "bfp4"}},
+    "sums of 16 bits": {"plugin": {"accumulator": "bfp16", "temperature": 1.0}},
+    "sums of 16 bits by the sampler": {"plugin": {"sampler": functools.partial(SGLD, accumulator="fixed16.14")}},
     "six bits, integers": {"plugin": {"weights": "bfp6", "arithmetic": "auto"}, "make": without_dropout},
     "integers": {"plugin": {"arithmetic": "auto"}, "make": without_dropout},
     "a part, the rest by Adam": {
@@ -123,6 +125,7 @@ CASES = {
 def test_the_run_is_that_of_floats(case, tmp_path, monkeypatch):
     monkeypatch.setattr(layers, "_WORTHWHILE", 0)
     mine, codes, theirs, _ = assert_same_run(tmp_path, **CASES[case])
+    assert ("of sums" in mine.precision_plugin.card.storage) == case.startswith("sums")
     words = "until the last of 2 batches" if "accumulate_grad_batches" in CASES[case] else "one gradient at a time"
     assert words in mine.precision_plugin.card.storage
     assert mine.precision_plugin.card.storage in str(mine.precision_plugin.card)
@@ -164,12 +167,14 @@ def test_one_gradient_at_a_time(tmp_path):
 @pytest.mark.parametrize("resumed", ["codes", "float"])
 @pytest.mark.parametrize("saved", ["codes", "float"])
 def test_checkpoints_go_from_each_storage_to_each(saved, resumed, tmp_path):
+    """Of weights and of what their steps are summed in."""
     make = functools.partial(Module, nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)))
     make = functools.partial(copy.deepcopy, make())  # no dropout: its masks are the global generator's
-    whole = fitted(tmp_path / "whole", "float", make, max_epochs=3)[1]
+    plugin = {"accumulator": "bfp16"}
+    whole = fitted(tmp_path / "whole", "float", make, plugin, max_epochs=3)[1]
     keep = ModelCheckpoint(tmp_path, filename="half", save_last=False)
-    fitted(tmp_path / "half", saved, make, max_epochs=1, callbacks=[keep], enable_checkpointing=True)
-    _, module = fitted(tmp_path / "rest", resumed, make, max_epochs=3, ckpt_path=tmp_path / "half.ckpt")
+    fitted(tmp_path / "half", saved, make, plugin, max_epochs=1, callbacks=[keep], enable_checkpointing=True)
+    _, module = fitted(tmp_path / "rest", resumed, make, plugin, max_epochs=3, ckpt_path=tmp_path / "half.ckpt")
     assert any(isinstance(p, CodedTensor) for p in module.parameters()) == (resumed == "codes")
     assert all(torch.equal(a, b) for a, b in zip(bits(module), bits(whole), strict=True))
 
@@ -232,7 +237,7 @@ def test_meters_read_the_same(tmp_path):
 
 
 def test_the_network_is_built_as_codes_with_the_weights_that_floats_would_have(tmp_path):
-    plugin = LowPrecisionSGLD(storage="codes", seed=0)
+    plugin = LowPrecisionSGLD(storage="codes", seed=0, accumulator="bfp16", check_replicas=0)
     run = trainer(tmp_path, plugin)
     with run.init_module():
         module = module_of()
@@ -240,8 +245,10 @@ def test_the_network_is_built_as_codes_with_the_weights_that_floats_would_have(t
     floats = module_of()
     for mine, theirs in zip(module.parameters(), floats.parameters()):
         assert torch.equal(mine + 0, quantize(theirs.detach(), "bfp8", rounding="nearest"))
-    run.fit(module, loader())
     torch.manual_seed(1)
+    run.fit(module, loader())
+    _, twin = fitted(tmp_path, "float", plugin={"accumulator": "bfp16"})
+    assert all(torch.equal(a, b) for a, b in zip(bits(module), bits(twin), strict=True)), "sums began at other values"
     chosen = LowPrecisionSGLD(storage="codes", exclude=["net.0"])
     with (
         pytest.raises(ValueError, match=r"exclude=\('net.0',\) cannot choose among them"),
@@ -279,7 +286,6 @@ class Looks(Module):
     [
         ({"weights": None}, "weights must have a format"),
         ({"accumulator": "full"}, "accumulator='full' keeps a float sum"),
-        ({"accumulator": "bfp16"}, "accumulator='bfp16' keeps a float sum"),
         ({"prior_mean": "initial"}, "prior_mean='initial' keeps a float mean"),
         ({"sampler": functools.partial(SGHMC, friction=1.0)}, "sampler=SGHMC keeps floats"),
         ({"sampler": SVRG, "weights": "fixed8.6"}, "sampler=SVRG keeps floats"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lpsgld.ops import CodedTensor, code_parameters_, float_parameters_
+from lightning_lpsgld.ops import CodedTensor, code_parameters_, float_parameters_, quantize
 from lightning_lpsgld.samplers import SGHMC, SGLD, CyclicalStepSize, PreconditionedSGLD
 
 
@@ -29,7 +29,7 @@ def batch(step):
 def chain(coded, fmt="bfp8", steps=3, watch=lambda opt: None, **options):
     net = network()
     if coded:
-        code_parameters_(net, fmt)
+        code_parameters_(net, fmt, finer=options.get("accumulator"))
     options = {"lr": 0.1, "num_data": 100, "seed": 3, "weight_decay": 1e-2, "gradient_format": fmt, **options}
     opt = SGLD(net.parameters(), weight_format=fmt, **options)
     opt.name_parameters(net.named_parameters())
@@ -73,6 +73,13 @@ CASES = {
     "three bits, rows that share bytes": {"fmt": "bfp3", "gradient_format": "bfp8"},
     "six bits, microscaling": {"fmt": "mxfp6e3m2", "gradient_format": "bfp8"},
     "four bits, naive": {"fmt": "fixed4.2", "variance_corrected": False},
+    "sums of sixteen bits": {"accumulator": "bfp16"},
+    "fixed-point sums beside four bits": {"fmt": "fixed4.2", "accumulator": "fixed16.14", "gradient_format": "bfp8"},
+    "one exponent, sums of one": {"fmt": "bfp8-tensor", "accumulator": "bfp16-tensor"},
+    "sums in runs": {"accumulator": "mxint16"},
+    "sums of six bits beside three": {"fmt": "bfp3", "accumulator": "bfp6", "gradient_format": "bfp8"},
+    "naive sums": {"accumulator": "bfp16", "variance_corrected": False},
+    "sums, reference": {"accumulator": "bfp16", "backend": "reference", "steps": 1},
     "naive": {"variance_corrected": False},
     "temperature 0": {"temperature": 0.0},
     "cyclical": {"schedule": CyclicalStepSize(cycle_length=2, sampling_steps=1)},
@@ -89,6 +96,11 @@ def test_the_chain_is_that_of_floats_bit_for_bit(case):
     floats, theirs, their_loss = chain(coded=False, **CASES[case])
     assert all(isinstance(p, CodedTensor) for p in net.parameters())
     assert_same(net, floats)
+    for p, q in zip(net.parameters(), floats.parameters()):
+        mine, whole = opt.accumulator_of(p), theirs.accumulator_of(q)
+        assert isinstance(mine, CodedTensor)
+        assert mine.nbytes_stored == opt.sum_format_of(p).stored_bytes(p.shape)
+        assert torch.equal(mine.decoded(), whole.detach())
     assert torch.equal(loss, their_loss)
     assert opt.saturation_counts() == theirs.saturation_counts()
     assert list(opt.saturation_counts()) == list(theirs.saturation_counts())
@@ -187,6 +199,62 @@ def test_gradient_transforms_come_before_the_step():
     assert_same(clipped, net)
 
 
+@pytest.mark.parametrize(("mine", "accumulators"), [(True, True), (True, False), (False, True)])
+def test_sums_are_saved_and_go_on_in_either_storage(mine, accumulators):
+    """Saved beside codes or floats, loaded beside floats or codes; the saved state stays as it is."""
+    whole, *_ = chain(coded=False, steps=4, accumulator="bfp16")
+    first, saved, _ = chain(coded=mine, steps=2, accumulator="bfp16")
+    state = saved.state_dict()
+    kept = copy.deepcopy(state)
+    assert state["state"][0]["accumulator"]["codes"].dtype == torch.int16
+    twin = code_parameters_(network(), "bfp8", finer="bfp16") if accumulators else network()
+    twin.load_state_dict(first.state_dict())
+    options = {"weight_format": "bfp8", "gradient_format": "bfp8", "accumulator": "bfp16"}
+    again = SGLD(twin.parameters(), lr=0.1, num_data=100, seed=3, weight_decay=1e-2, **options)
+    again.load_state_dict(state)
+    for step in (2, 3):
+        step_on(twin, again, step)
+    assert_same(twin, whole)
+    sums = [again.state[p]["accumulator"] for p in twin.parameters()]
+    assert all(isinstance(total, CodedTensor) == accumulators for total in sums)
+    if accumulators:
+        assert all(p.cell.finer is None for p in twin.parameters()), "what a sum begins at is not kept beside it"
+    for number, entry in kept["state"].items():
+        assert torch.equal(entry["accumulator"]["codes"], state["state"][number]["accumulator"]["codes"])
+
+
+def test_a_sum_from_another_grid_is_floats_until_its_weight_moves():
+    """As beside float weights, where its values stay what they were until then."""
+    results = []
+    for coded in (True, False):
+        first, saved, _ = chain(coded=False, steps=2, accumulator="bfp12")
+        net = code_parameters_(network(), "bfp8") if coded else network()
+        net.load_state_dict(first.state_dict())
+        options = {"weight_format": "bfp8", "gradient_format": "bfp8", "accumulator": "fixed16.14"}
+        opt = SGLD(net.parameters(), lr=0.1, num_data=100, seed=3, **options)
+        opt.load_state_dict(saved.state_dict())
+        step_on(net, opt, 2)
+        results.append((net, [opt.accumulator_of(p) for p in net.parameters()]))
+    (mine, sums), (theirs, floats) = results
+    assert_same(mine, theirs)
+    assert all(isinstance(total, CodedTensor) for total in sums)
+    assert all(torch.equal(a.decoded(), b) for a, b in zip(sums, floats))
+
+
+def test_sums_begin_at_the_values_that_weights_had_before_they_were_rounded():
+    net = network()
+    values = [p.detach().clone() for p in net.parameters()]
+    code_parameters_(net, "bfp4", finer="bfp16")
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        twin[4].weight.copy_(3 * values[4])  # set before the sampler is made
+    for each, begin in ((net, values), (twin, [*values[:4], 3 * values[4], *values[5:]])):
+        opt = SGLD(each.parameters(), lr=0.1, num_data=100, weight_format="bfp4", accumulator="bfp16")
+        opt.round_parameters_()
+        for param, value in zip(each.parameters(), begin):
+            assert torch.equal(opt.accumulator_of(param).decoded(), quantize(value, "bfp16", rounding="nearest"))
+
+
 def test_state_is_saved_and_the_chain_goes_on():
     net, opt, _ = chain(coded=True, steps=4)
     floats, *_ = chain(coded=False, steps=4)
@@ -281,7 +349,6 @@ def test_an_infinite_loss_with_finite_gradients_stands_too():
         (lambda p: SGLD(p, 0.1, num_data=10), "must be that format, got None"),
         (lambda p: SGLD(p, 0.1, num_data=10, weight_format="bfp8", full_precision=p), "it is in `full_precision`"),
         (lambda p: SGLD(p, 0.1, num_data=10, weight_format="bfp8", accumulator="full"), "'full' keeps a float"),
-        (lambda p: SGLD(p, 0.1, num_data=10, weight_format="bfp8", accumulator="bfp16"), "keeps a float sum"),
         (lambda p: SGLD(p, 0.1, num_data=10, weight_format="bfp8", prior_mean="initial"), "keeps a float mean"),
         (lambda p: SGHMC(p, 0.1, friction=1.0, num_data=10, weight_format="bfp8"), "SGHMC keeps floats beside"),
         (lambda p: PreconditionedSGLD(p, 0.1, num_data=10, weight_format="bfp8"), "Use SGLD, or storage='float'"),
