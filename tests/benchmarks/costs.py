@@ -4,7 +4,7 @@
 
     python tests/benchmarks/costs.py            # minutes; adds this machine to costs.json
     python tests/benchmarks/costs.py --clock processor    # where others use the machine; one thread
-    python tests/benchmarks/costs.py --docs     # only writes the tables of costs.json into docs/performance.md
+    python tests/benchmarks/costs.py --docs     # only writes the tables of costs.json into the pages
 
 ResNet-18 on 32 x 32 images, batch 16. Training, through the Trainer, and prediction of each kind run in a process
 of their own. Times are medians; memory is the largest resident set above that of the process before the network
@@ -38,7 +38,8 @@ from lightning_lpsgld import EnsembleEvaluation, LowPrecisionSGLD, SampleBank
 from lightning_lpsgld.ops import CodedTensor, quantize
 
 HERE = Path(__file__).resolve().parent
-DOCS = HERE.parents[1] / "docs" / "performance.md"
+#: Pages that show the tables.
+PAGES = (HERE.parents[1] / "docs" / "performance.md", HERE.parents[1] / "README.md")
 PHASES = ("training", "prediction")
 MARKS = ("<!-- costs -->", "<!-- end of costs -->")
 
@@ -251,17 +252,18 @@ def in_docs(text: str) -> str:
 
 def with_tables(text: str, tables: str) -> str:
     """A page with other tables between its marks."""
-    return text.replace(f"{MARKS[0]}\n{in_docs(text)}\n{MARKS[1]}", f"{MARKS[0]}\n{tables}\n{MARKS[1]}")
+    before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
+    return f"{before}{MARKS[0]}\n{tables}\n{MARKS[1]}{after}"
 
 
 def main() -> None:
-    """Measure all kinds, print the table, keep the figures; or write the documentation."""
+    """Measure all kinds, print the table, keep the figures; or write the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=KINDS, help="one kind, in this process; prints JSON")
     parser.add_argument("--phase", choices=PHASES, default="training", help="of --kind")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: time of one thread")
     parser.add_argument("--json", type=Path, default=HERE / "costs.json", help="file of all machines' costs")
-    parser.add_argument("--docs", action="store_true", help="only write the tables into docs/performance.md")
+    parser.add_argument("--docs", action="store_true", help="only write the tables into docs/performance.md and README")
     args = parser.parse_args()
     global CLOCK
     CLOCK = CLOCKS[args.clock]
@@ -285,7 +287,8 @@ def main() -> None:
         facts = {**machine(), "clock": args.clock}
         report[name_of(facts)] = {"machine": facts, "costs": costs}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
-    DOCS.write_text(with_tables(DOCS.read_text(), table(report)))
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(), table(report)))
     print(table(report))
 
 
