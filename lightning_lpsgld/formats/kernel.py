@@ -12,9 +12,11 @@ class KernelIdentity:
     r"""A format in the terms of the kernels: codes, and a gap of :math:`2^{e + \text{offset}}` at exponent e.
 
     A backend has a table of families (:attr:`.NumberFormat.family`): ``"fixed"``, one gap; ``"block"``, one exponent a
-    block, from its largest magnitude; ``"float"``, an exponent an element, with subnormals. A format of a known family
-    is one whose values and whose rounding are fully told by the numbers here, and whose blocks are runs of equal length
-    (:meth:`.Blocks.run_length`); a backend without the family leaves the call to the reference.
+    block, from its largest magnitude; ``"float"``, an exponent an element, with subnormals; ``"scaled"``, such floats
+    over a power of two that a run of a row shares, all other numbers being those of an element. A format of a known
+    family is one whose values and whose rounding are fully told by the numbers here, and whose blocks, unless they are
+    runs of scaled floats, are runs of equal length (:meth:`.Blocks.run_length`); a backend without the family leaves
+    the call to the reference.
 
     Attributes:
         offset: log2 of the gap less the exponent.
@@ -30,6 +32,11 @@ class KernelIdentity:
         bias: Of floats.
         has_nan: Whether the codes have a NaN.
         top_pattern: Bit pattern of the largest finite float.
+        run: Of scaled floats, elements of a run (the last of a row may have fewer).
+        scale_low: log2 of their smallest scale.
+        scale_high: log2 of their largest scale.
+        fits: Whether scales are rounded up, so that nothing saturates.
+        hole: Whether a code is missing below the next power of two.
     """
 
     offset: int
@@ -45,3 +52,8 @@ class KernelIdentity:
     bias: int = 0
     has_nan: bool = False
     top_pattern: int = 0
+    run: int = 0
+    scale_low: int = 0
+    scale_high: int = 0
+    fits: bool = False
+    hole: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from lightning_lpsgld.formats.exponents import (
     power_of_two,
 )
 from lightning_lpsgld.formats.floating import FloatingPoint
+from lightning_lpsgld.formats.kernel import KernelIdentity
 
 __all__ = ["MicroscalingFloat", "Scaling"]
 
@@ -85,6 +86,8 @@ class MicroscalingFloat(BlockFormat):
         OCP Microscaling Formats (MX) Specification, version 1.0, 2023, sections 5 and 6.3; Rouhani et al., 2023,
         arXiv:2310.10537, algorithm 1; Mishra et al., 2025, arXiv:2506.08027 (scales rounded up).
     """
+
+    family: ClassVar[str | None] = "scaled"
 
     exponent_bits: int
     mantissa_bits: int
@@ -377,6 +380,12 @@ class MicroscalingFloat(BlockFormat):
         """Values of the elements times their scales."""
         assert exponents is not None
         return self.element.unpack(codes, None) * power_of_two(self._shift(exponents.long(), codes))
+
+    def kernel(self, dtype: torch.dtype) -> KernelIdentity:
+        """Family ``"scaled"``: numbers of the element, and of its scales."""
+        low, high = self.exponent_range(dtype)
+        own, size, fits, hole = self.element.kernel(dtype), self.block_size, self.scaling == "fit", self.has_hole
+        return replace(own, run=size, scale_low=low, scale_high=high, fits=fits, hole=hole)
 
     def small_case(self, length: int) -> tuple[tuple[int, ...], MicroscalingFloat]:
         """Two rows of two runs, whatever the kernel for the elements sees."""

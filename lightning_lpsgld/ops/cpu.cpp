@@ -8,6 +8,7 @@
 // Words: a *block* shares one exponent; `inner` is its number of elements, contiguous in memory, or 0 where there is no
 // shared exponent (fixed point: one constant gap; *lane* formats: a gap per element). E is the exponent of a block,
 // `offset` what turns it into that of the gap. A *code* is an integer multiple of the gap, held exactly in a float.
+// A *run* is a stretch of a row whose floats share a scale (microscaling); its *shift* is the scale's exponent.
 
 #ifndef LPSGLD_LANES  // ======================= 1. Common to all instruction sets =======================
 
@@ -26,6 +27,7 @@
 #include <cstring>
 #include <mutex>
 #include <new>
+#include <numeric>
 #include <thread>
 #include <vector>
 #if defined(__x86_64__)
@@ -50,7 +52,7 @@
 
 namespace lpsgld {
 
-enum Kind : int32_t { FIXED = 0, BLOCK = 1, FLOAT = 2 };
+enum Kind : int32_t { FIXED = 0, BLOCK = 1, FLOAT = 2, SCALED = 3 };
 enum Mode : int32_t { NEAREST = 0, STOCHASTIC = 1, VC = 2, NONE = 3 };
 enum Dtype : int32_t { F32 = 0, BF16 = 1, F16 = 2, F64 = 3 };  // F64: of `finite` only
 enum Sink : int32_t { VALUES = 0, CODES8 = 1, CODES16 = 2, CODES32 = 3 };
@@ -62,9 +64,11 @@ struct Format {
   float value_min, value_max;         // fixed and floating point
   int32_t mantissa, bias, bits, nan;  // floating point: fields of the bit pattern
   int32_t carry;                      // blocks: 1 if one whose codes pass the top takes the next exponent
+  int32_t run, scale_low, scale_high;  // scaled: elements of a run, exponents of scales; all else is of an element
+  int32_t fits, hole;                  // scaled: scales are rounded up; a code is missing below the next power of two
 };
 struct Key {
-  uint64_t seed, offset, carry;  // carry: seed of the coins of carried blocks
+  uint64_t seed, offset, carry, hole;  // carry, hole: seeds of the coins of carried blocks, and of scaled runs in a hole
   uint32_t step, stream;
 };
 struct Shape {
@@ -80,7 +84,7 @@ struct Step {
 struct StepTensor {
   float *param, *accumulator;
   const float *grad;
-  int64_t numel, weight_inner, gradient_inner, channels, pixels;
+  int64_t numel, weight_inner, gradient_inner, channels, pixels, last;  // last: size of the last dim
   Key weight_key, gradient_key;
   int64_t saturated;
 };
@@ -99,7 +103,7 @@ struct MotionTensor {
   const Motion *motion;
   float *param, *accumulator, *state;
   const float *grad;
-  int64_t numel, weight_inner, velocity_inner, gradient_inner, channels, pixels;
+  int64_t numel, weight_inner, velocity_inner, gradient_inner, channels, pixels, last;
   Key weight_key, velocity_key, gradient_key;
   int64_t saturated;
   double scale;  // of the velocity, if it got one
@@ -118,7 +122,7 @@ struct Task {
   const void *x;
   void *out;
   const float *grad;
-  int64_t numel, inner, gradient_inner, channels, pixels;
+  int64_t numel, inner, gradient_inner, channels, pixels, last;
   Key key, gradient_key;
   int8_t *exponents;
   std::atomic<int64_t> count;  // saturated (values) or NaN (codes)
@@ -153,6 +157,12 @@ INLINE float power_of_two(int k) {  // k in [-149, 127]
   return k >= -126 ? float_of(uint32_t(k + 127) << 23) : float_of(1u << (k + 149));
 }
 INLINE int floor_log2(double x) { return x > 0 ? std::ilogb(x) : -2000; }
+
+// Elements after which, from the start of a tensor, a run of a scaled format ends; 1 for other formats.
+INLINE int64_t grain_of(const Format &f, int64_t last) {
+  if (f.kind != SCALED || last < 1) return 1;
+  return f.run >= last || last % f.run ? last : f.run;
+}
 
 // A peak of a block is 2 * (bits of the largest finite magnitude) + (has infinity): peaks merge by maximum.
 INLINE int exponent_of_peak(uint32_t peak, const Format &f) {
@@ -213,10 +223,12 @@ struct MotionJobs {
 struct Room {
   std::vector<float> force, mean, codes, target, spread;
   std::vector<double> variance;
+  std::vector<int32_t> shifts, gaps;  // of formats whose gaps differ between elements
+  std::vector<int64_t> over;
   void grow(size_t n) {
     if (force.size() >= n) return;
     for (std::vector<float> *v : {&force, &mean, &codes, &target, &spread}) v->resize(n);
-    variance.resize(n);
+    variance.resize(n), shifts.resize(n), gaps.resize(n);
   }
 };
 
@@ -456,17 +468,19 @@ static int64_t cut(Plan &plan, int index, int64_t threads) {
   const Task &t = plan.tasks[index];
   int64_t coarse = t.inner > t.gradient_inner ? t.inner : t.gradient_inner;
   int64_t fine = t.inner && t.gradient_inner ? (t.inner < t.gradient_inner ? t.inner : t.gradient_inner) : coarse;
+  const int64_t grain = std::lcm(grain_of(plan.job->format, t.last), grain_of(plan.job->gradient, t.last));
   bool share = coarse && (fine != coarse || (coarse > ROW_MAX && t.numel / coarse < 4 * threads));
-  if (!share) {
-    int64_t unit = coarse ? coarse : 1, run = ITEM / unit * unit;
+  if (!share || fine % grain) {
+    int64_t unit = std::lcm(coarse ? coarse : 1, grain), run = ITEM / unit * unit;
     if (run == 0) run = unit;
     for (int64_t i = 0; i < t.numel; i += run)
       plan.whole.push_back({index, i, i + run < t.numel ? run : t.numel - i});
     return 0;
   }
+  const int64_t piece = ITEM > grain ? ITEM / grain * grain : grain;
   for (int64_t row = 0; row < t.numel; row += fine)
-    for (int64_t i = 0; i < fine; i += ITEM)
-      plan.shared.push_back({index, row + i, i + ITEM < fine ? ITEM : fine - i});
+    for (int64_t i = 0; i < fine; i += piece)
+      plan.shared.push_back({index, row + i, i + piece < fine ? piece : fine - i});
   return (t.inner ? t.numel / t.inner : 0) + (t.gradient_inner ? t.numel / t.gradient_inner : 0);
 }
 
@@ -512,7 +526,7 @@ struct VarianceTable {
     for (int i = 0; i < 320; i++) {
       double inverse = std::ldexp(1.0, 160 - i), t = variance * inverse * inverse;
       target[i] = float(t), spread[i] = float(std::sqrt(t > 0.25 ? t - 0.25 : 0.0));
-      if (t > (job.format.kind == FLOAT ? 1.0 : 0.25)) job.high_gap = i - 160;
+      if (t > (job.format.kind >= FLOAT ? 1.0 : 0.25)) job.high_gap = i - 160;
     }
     job.target = target, job.spread = spread;
   }
@@ -653,7 +667,7 @@ EXPORT void lpsgld_step(const Step *step, StepTensor *tensors, int count, int th
     Task &t = tasks[size_t(i)];
     fill_task(t, s.accumulator ? s.accumulator : s.param, s.param,
               {s.numel, job.mode == NONE ? 0 : s.weight_inner, s.channels, s.pixels}, s.weight_key);
-    t.grad = s.grad, t.gradient_key = s.gradient_key;
+    t.grad = s.grad, t.gradient_key = s.gradient_key, t.last = s.last;
     t.gradient_inner = job.gradient_mode == NONE ? 0 : s.gradient_inner;
   }
   execute(job, tasks.data(), count, threads);
@@ -675,6 +689,8 @@ struct Motions {
     int64_t unit = 1, run = ITEM / 2;
     for (int64_t inner : inners) unit = inner > unit ? inner : unit;
     for (int64_t inner : inners) unit = inner && unit % inner ? t.numel : unit;
+    const Motion &m = *t.motion;
+    for (const Format *f : {&m.position, &m.velocity, &m.gradient}) unit = std::lcm(unit, grain_of(*f, t.last));
     run = t.motion->rescale ? t.numel : unit > run ? unit : run / unit * unit;
     for (int64_t at = 0; at < t.numel; at += run) items.push_back({i, at, at + run < t.numel ? run : t.numel - at});
   }
@@ -1399,22 +1415,29 @@ static int64_t finish_uniform(const Scale &s, const float *x, const uint32_t *wo
   return total(count);
 }
 
-// floor(log2(a)) of a >= 0, clamped to the format's exponents; zero gives the lowest, infinity the highest.
-INLINE vi exponent_of(vf a, const Format &f) {
+// floor(log2(a)) of a >= 0, clamped; zero gives the lowest, infinity the highest.
+INLINE vi exponent_of(vf a, vi low, vi high) {
   vi tiny = as_int(a) < 0x00800000;
   vf normal = tiny ? a * 0x1p32f : a;
   vi e = ((as_int(normal) >> 23) - 127) + (tiny & -32);
-  return min_of(max_of(e, splat(f.low)), splat(f.high));
+  return min_of(max_of(e, low), high);
 }
 
 // Raised exponents where the noise needs room, as with_headroom but for a vector; `a` finite.
-INLINE vi raised(vi e, vf a, const Job &job) {
+INLINE vi raised(vi e, vf a, const Job &job, vi low, vi high) {
   typedef float half_f __attribute__((vector_size(Q * 4)));
   typedef int32_t half_i __attribute__((vector_size(Q * 4)));
   typedef double half_d __attribute__((vector_size(Q * 8)));
   typedef int64_t half_l __attribute__((vector_size(Q * 8)));
   const Format &f = job.format;
   if (!any(e < job.free_exponent)) return e;
+  if (f.kind >= FLOAT) {  // the next power of two is no code of theirs: no reach is beyond its own exponent
+    const vi reach = as_int(a + float(NOISE_REACH * job.sigma));
+    if (!any(((reach + 4) & 0x7fffff) < 9)) {  // the sum in float32 may be on the other side
+      e = max_of(e, min_of((reach >> 23) - 127, splat(job.free_exponent)));
+      return min_of(max_of(e, low), high);
+    }
+  }
   half_f magnitudes[2];
   half_i wanted[2];
   memcpy(magnitudes, &a, sizeof a);
@@ -1428,7 +1451,7 @@ INLINE vi raised(vi e, vf a, const Job &job) {
   }
   vi w = load<vi>(wanted);
   e = max_of(e, min_of(w, splat(job.free_exponent)));
-  return min_of(max_of(e, splat(f.low)), splat(f.high));
+  return min_of(max_of(e, low), high);
 }
 
 // A Gaussian step that left its binade, 6.7 standard deviations away, still ends on the grid: on an even code.
@@ -1462,27 +1485,43 @@ INLINE vf carried_lanes(vf code, vi over, vi e, const Task &t, const Format &f, 
   return load<vf>(codes);
 }
 
-// One tile with a gap per element: floating point, or blocks of one element.
-template <int M, int S, bool COUNT>
+// Of elements whose gaps differ, beside their values.
+struct Lanes {
+  const int32_t *shift = nullptr;     // scaled: exponent of the run's scale, at every element
+  const int32_t *gap = nullptr;       // where variances differ: exponents of the gaps,
+  const float *target = nullptr;      // and v / gap^2
+  std::vector<int64_t> *over = nullptr;  // gets where there are draws beyond a scale that is rounded up
+};
+
+// One tile with a gap per element: floating point (SHARE: with shared scales), or blocks of one element.
+// EACH: a variance an element.
+template <int M, int S, bool COUNT, bool SHARE = false, bool EACH = false>
 static int64_t finish_lanes(const Job &job, const Task &t, const Format &f, const float *x, const uint32_t *words,
-                            const float *z, int64_t n, void *out, int64_t at, int8_t *exponents) {
-  const bool floating = f.kind == FLOAT;
+                            const float *z, int64_t n, void *out, int64_t at, int8_t *exponents, Lanes lanes = {}) {
+  const bool floating = SHARE || f.kind == FLOAT;
   vi count = {};
   auto body = [&](int64_t i, int m) __attribute__((always_inline)) {
     vf v = load_part(x + i, m), a = magnitude(v), code;
     vi sign = as_int(v) >> 31, good = v == v;
-    if (COUNT && floating) count = a > f.value_max ? count + 1 : count;
-    if (floating) a = M == VC ? a : min_of(a, splat(f.value_max));
+    const vi shift = SHARE ? load<vi>(lanes.shift + i) : vi{}, low = f.low + shift, high_e = f.high + shift;
+    const vf top = SHARE ? power(shift >> 1) * f.value_max * power(shift - (shift >> 1)) : splat(f.value_max);
+    if (COUNT && SHARE) {
+      const vi open = f.fits ? shift < f.scale_high : vi{};
+      count = a > (open ? splat(FLT_MAX) : top) ? count + 1 : count;
+    } else if (COUNT && floating) {
+      count = a > f.value_max ? count + 1 : count;
+    }
+    if (floating) a = M == VC ? a : min_of(a, top);
     vi finite = a < __builtin_inff();
     vf base = floating ? as_float(as_int(a) & finite) : a;
-    vi e = exponent_of(as_float(as_int(base) & good), f);
+    vi e = exponent_of(as_float(as_int(base) & good), low, high_e);
     if (COUNT && !floating) {  // on the mean's own grid
       vi own = e + f.offset, part = own >> 1;
       vi here = a > power(part) * f.code_max * power(own - part);
       count -= f.carry ? here & (e >= f.high) : here;
     }
-    if (M == VC) e = raised(e, as_float(as_int(a) & finite), job);
-    vi gap = e + f.offset, up = -gap, half = up >> 1;
+    if (M == VC && !EACH) e = raised(e, as_float(as_int(a) & finite), job, low, high_e);
+    vi gap = EACH ? load<vi>(lanes.gap + i) : e + f.offset, up = -gap, half = up >> 1;
     vf scaled = a * power(half) * power(up - half);
     if (M != VC) {
       vu w = M == STOCHASTIC ? load<vu>(words + i) : vu{};
@@ -1502,13 +1541,14 @@ static int64_t finish_lanes(const Job &job, const Task &t, const Format &f, cons
       code = as_float(as_int(code) | (sign & (int)0x80000000));
     } else {
       vf unit = power(half), rest = power(up - half);
-      vf target = splat(job.variance_f) * unit * unit * rest * rest;  // v / gap^2, exact but for v's own rounding
+      // v / gap^2, exact but for v's own rounding
+      vf target = EACH ? load_part(lanes.target + i, m) : splat(job.variance_f) * unit * unit * rest * rest;
       vf spread = root(max_of(target - 0.25f, splat(0.0f)));
       scaled = min_of(scaled, splat(0x1p25f));
       scaled = as_float(as_int(scaled) | (sign & (int)0x80000000));
       vu w = load<vu>(words + i);
       vf u = uniform(w);
-      vi high = gap <= job.high_gap;
+      vi high = EACH ? target > 1.0f : gap <= job.high_gap;
       code = floating ? vc_low_float(scaled, target, u, f.code_max) : vc_low(scaled, target, u);
       if (any(high)) {
         vf far = vc_high<false>(scaled, spread, load<vf>(z + i), u);
@@ -1524,7 +1564,13 @@ static int64_t finish_lanes(const Job &job, const Task &t, const Format &f, cons
     }
     half = gap >> 1;
     vf value = code * power(half) * power(gap - half) + 0.0f;
-    if (M == VC && floating) {
+    if (M == VC && SHARE && f.fits) {
+      value = (finite | ~good) ? value : v;
+      if (any(magnitude(value) > top)) lanes.over->push_back(at + i);
+    } else if (M == VC && SHARE) {
+      value = (finite | ~good) ? value : (sign ? -top : top);
+      value = max_of(min_of(value, top), -top);
+    } else if (M == VC && floating) {
       value = (finite | ~good) ? value : (sign ? splat(f.value_min) : splat(f.value_max));
       value = max_of(min_of(value, splat(f.value_max)), splat(f.value_min));
     }
@@ -1539,6 +1585,10 @@ static int64_t finish_lanes(const Job &job, const Task &t, const Format &f, cons
 // What a run of elements needs beside its data; one per item, on the stack.
 struct Scratch {
   Draws gradient, weight, normal, coins;
+  std::vector<int32_t> shifts, gradient_shifts;  // of the run of elements that begins at `origin`, `gradient_origin`
+  std::vector<int64_t> over;
+  int64_t origin = 0, gradient_origin = 0;
+  int lowest = 0;  // shift
   float in[PATCH], out[PATCH];
   Scratch(const Job &job, const Task &t) {
     if (job.descend) gradient.init(t, t.gradient_key, false);
@@ -1552,7 +1602,9 @@ struct Scratch {
   }
 };
 
-INLINE bool lanes(const Format &f, int64_t inner) { return f.kind == FLOAT || (f.kind == BLOCK && inner == 0); }
+INLINE bool lanes(const Format &f, int64_t inner) { return f.kind >= FLOAT || (f.kind == BLOCK && inner == 0); }
+
+#include "cpu_scaled.cpp"
 
 template <int S, bool COUNT, bool CALM = false>
 static int64_t finish_block(Mode mode, const Scale &scale, const float *x, const uint32_t *w, const float *z, int64_t n,
@@ -1577,6 +1629,7 @@ static int64_t finish_tile(const Job &job, Task &t, Scratch &s, int64_t i, int64
     if (S == VALUES && !COUNT && calm) return finish_block<VALUES, false, true>(job.mode, scale, x, w, z, n, out, i);
     return finish_block<S, COUNT>(job.mode, scale, x, w, z, n, out, i);
   }
+  if (f.kind == SCALED) return finish_scaled<COUNT>(job, t, s, x, w, n, limit, out, i);
   if (job.mode == NEAREST) return finish_lanes<NEAREST, S, COUNT>(job, t, f, x, w, nullptr, n, out, i, t.exponents);
   if (job.mode == STOCHASTIC)
     return finish_lanes<STOCHASTIC, S, COUNT>(job, t, f, x, w, nullptr, n, out, i, t.exponents);
@@ -1697,6 +1750,7 @@ INLINE bool may_saturate(const Job &job, const Task &t, const Scale &scale, uint
   const Format &f = job.format;
   if (lanes(f, t.inner) && f.kind == BLOCK)
     return !f.carry || float_of(peak) > f.code_max * power_of_two(f.high + f.offset);
+  if (f.kind == SCALED) return !f.fits || float_of(peak) > f.value_max * power_of_two(f.scale_high);
   if (lanes(f, t.inner)) return float_of(peak) > f.value_max;
   return float_of(peak) > scale.above;  // above <= |below|
 }
@@ -1754,7 +1808,10 @@ static uint32_t drift_one(const Job &job, Task &t, Scratch &s, int64_t i, int64_
   const float *z = job.noise != 0 ? reinterpret_cast<const float *>(s.normal.at(t, i, limit)) : nullptr;
   if (job.gradient_mode == NONE) return move_tile<false>(job, x, grad, scale, nullptr, z, n);
   const uint32_t *w = s.gradient.at(t, i, limit);
-  if (lanes(job.gradient, t.gradient_inner)) {
+  if (job.gradient.kind == SCALED) {
+    const Lanes own{s.gradient_shifts.data() + (i - s.gradient_origin)};
+    finish_lanes<STOCHASTIC, VALUES, false, true>(job, t, job.gradient, grad, w, nullptr, n, s.in, i, nullptr, own);
+  } else if (lanes(job.gradient, t.gradient_inner)) {
     finish_lanes<STOCHASTIC, VALUES, false>(job, t, job.gradient, grad, w, nullptr, n, s.in, i, nullptr);
   } else {
     if (!t.gradient_inner) bound = largest_bits(grad, n);
@@ -1785,6 +1842,10 @@ INLINE void fetch(const float *x, int64_t n) {
 static uint32_t drift_run(const Job &job, Task &t, Scratch &s, int64_t start, int64_t len, int64_t limit,
                           const Scale &scale, uint32_t bound, const Scale *finish) {
   uint32_t bits = 0;
+  if (job.gradient_mode != NONE && job.gradient.kind == SCALED) {
+    s.gradient_origin = start;
+    shifts_of(nullptr, job.gradient, t.last, t.grad + start, start, len, s.gradient_shifts);
+  }
   tiles(t, start, start + len, limit, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     if (i + len + n <= t.numel) fetch(t.grad + i + len, n), fetch(static_cast<const float *>(t.x) + i + len, n);
     uint32_t here = drift_one(job, t, s, i, n, limit, scale, bound);
@@ -1799,8 +1860,12 @@ static void finish_run(const Job &job, Task &t, Scratch &s, int64_t start, int64
                        const Scale &scale) {
   if (t.exponents && t.inner && start % t.inner == 0)
     t.exponents[start / t.inner] = int8_t(scale.exponent + scale.level);
+  const bool scaled = job.format.kind == SCALED;
+  if (scaled) begin_scaled(job, t, s, start, len);
   tiles(t, start, start + len, limit,
         [&](int64_t i, int64_t n) __attribute__((always_inline)) { finish_one(job, t, s, i, n, limit, scale, bound); });
+  if (scaled && job.mode == VC)
+    settle(job.format, t, static_cast<float *>(t.out) + start, start, len, s.shifts.data(), s.over);
 }
 
 INLINE Scale weight_scale(const Job &job, const Task &t, uint32_t peak) {
@@ -1827,32 +1892,48 @@ static void finish(const Job &job, Task &t, int64_t start, int64_t len, uint32_t
   finish_run(job, t, s, start, len, start + len, t.inner && !(peak & 1) ? peak >> 1 : INF_BITS, scale);
 }
 
+// Moves a stretch that is whole blocks of the gradient. Returns the bits of the largest magnitude.
+static uint32_t drift_blocks(const Job &job, Task &t, Scratch &s, int64_t start, int64_t len, int64_t end,
+                             const Scale *finish) {
+  uint32_t bits = 0;
+  for (int64_t row = start, n = t.gradient_inner ? t.gradient_inner : len; row < start + len; row += n) {
+    const float *grad = t.grad + row;
+    const uint32_t bound = t.gradient_inner ? largest_bits(grad, n) : INF_BITS;
+    const uint32_t peak = t.gradient_inner ? peak_from(bound, grad, n) : 0;
+    Scale slope = gradient_scale(job, t, peak);
+    if (t.gradient_inner) slope.level = level_of(job, t, s, row, n, end, slope, peak, true);
+    const uint32_t here = drift_run(job, t, s, row, n, end, slope, bound, finish);
+    bits = here > bits ? here : bits;
+  }
+  return bits;
+}
+
 // Whole blocks (or a run of elements where there are none): each stays in the cache from its first pass to its last.
 static void rows(const Job &job, Task &t, int64_t start, int64_t len) {
   Scratch s(job, t);
-  int64_t end = start + len, unit = t.inner > t.gradient_inner ? t.inner : t.gradient_inner;
+  const int64_t end = start + len, grain = std::lcm(grain_of(job.format, t.last), grain_of(job.gradient, t.last));
+  const int64_t coarse = t.inner > t.gradient_inner ? t.inner : t.gradient_inner;
+  const bool at_once = job.descend && !t.inner && job.format.kind != SCALED;  // tiles are moved and rounded
   Scale constant{};
   if (job.mode != NONE && !t.inner && !lanes(job.format, 0)) constant = scale_for(job, job.format, 0);
-  for (int64_t row = start, n = unit ? unit : len; row < end; row += n) {
-    uint32_t bits = INF_BITS, peak = 0;
-    if (job.descend) {
-      const float *grad = t.grad + row;
-      const uint32_t bound = t.gradient_inner ? largest_bits(grad, n) : INF_BITS;
-      const uint32_t gradient_peak = t.gradient_inner ? peak_from(bound, grad, n) : 0;
-      Scale slope = gradient_scale(job, t, gradient_peak);
-      if (t.gradient_inner) slope.level = level_of(job, t, s, row, n, end, slope, gradient_peak, true);
-      bits = drift_run(job, t, s, row, n, end, slope, bound, job.mode == NONE || t.inner ? nullptr : &constant);
-      peak = peak_from(bits, static_cast<const float *>(t.x) + row, n);
-    } else if (t.inner && job.dtype == F32) {
-      bits = largest_bits(static_cast<const float *>(t.x) + row, n);
-      peak = peak_from(bits, static_cast<const float *>(t.x) + row, n);
-    } else if (t.inner) {
-      peak = scan(t.x, job.dtype, row, n);
+  for (int64_t row = start, n = coarse ? std::lcm(coarse, grain) : len; row < end; row += n) {
+    n = n < end - row ? n : end - row;
+    uint32_t moved = INF_BITS;
+    if (job.descend) moved = drift_blocks(job, t, s, row, n, end, job.mode == NONE || !at_once ? nullptr : &constant);
+    if (job.mode == NONE || at_once) continue;
+    for (int64_t i = row, m = t.inner ? t.inner : n; i < row + n; i += m) {
+      const float *x = static_cast<const float *>(t.x) + i;
+      uint32_t bits = moved, peak = 0;
+      if (t.inner && job.dtype == F32) {
+        if (!job.descend || m != n) bits = largest_bits(x, m);
+        peak = peak_from(bits, x, m);
+      } else if (t.inner) {
+        peak = scan(t.x, job.dtype, i, m);
+      }
+      Scale scale = weight_scale(job, t, peak);
+      if (t.inner) scale.level = level_of(job, t, s, i, m, end, scale, peak, false);
+      finish_run(job, t, s, i, m, end, bits, scale);
     }
-    if (job.mode == NONE || (!t.inner && job.descend)) continue;
-    Scale scale = weight_scale(job, t, peak);
-    if (t.inner) scale.level = level_of(job, t, s, row, n, end, scale, peak, false);
-    finish_run(job, t, s, row, n, end, bits, scale);
   }
 }
 

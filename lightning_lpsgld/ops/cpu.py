@@ -87,7 +87,7 @@ def refusal(op: str, x: Tensor, formats: Sequence[NumberFormat]) -> str | None:
     if op != "decode" and x.dtype not in _DTYPES:
         return f"the kernels take float32, bfloat16 and float16, got {x.dtype}."
     for fmt in formats:
-        if fmt.family not in FAMILIES:
+        if fmt.family not in FAMILIES or (fmt.family == "scaled" and op != "langevin_steps_"):
             return f"no kernel has {'the scales of ' if fmt.blocks.shared else ''}{fmt} built in."
         if run_length(x.shape, fmt) < 0:
             return f"blocks of {fmt} are not runs of equal length in a tensor of shape {tuple(x.shape)}."
@@ -284,6 +284,7 @@ def _fill(
     row: StepTensor, param: Tensor, layout: tuple[int, int], spec: StepSpec, key: DrawKey, index: int, role: Role
 ) -> None:
     row.numel, row.channels, row.pixels = param.numel(), *layout
+    row.last = param.shape[-1] if param.ndim else 1
     row.weight_inner = run_length(param.shape, spec.weight_format)
     row.gradient_inner = run_length(param.shape, spec.gradient_format)
     row.weight_key = native_key(key, stream_id(role, index))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_lpsgld.formats import NumberFormat
-from lightning_lpsgld.ops.carry import carry_key
+from lightning_lpsgld.ops.carry import carry_key, hole_key
 from lightning_lpsgld.ops.cpu_library import Format, Key
 from lightning_lpsgld.random import DrawKey
 
@@ -32,13 +32,16 @@ _NO_KEY = DrawKey(seed=0)
 
 
 def run_length(shape: torch.Size, fmt: NumberFormat | None) -> int:
-    """Elements of a block, 0 where nothing is shared; -1 where a block is no contiguous run of that length."""
-    length = 0 if fmt is None else fmt.blocks.run_length(shape)
+    """Elements of a block, 0 where nothing is shared; -1 where a block is no contiguous run of that length.
+
+    0 of floats that share a scale, too: their runs, of which the last of a row may be shorter, are told by the format.
+    """
+    length = 0 if fmt is None or fmt.family == "scaled" else fmt.blocks.run_length(shape)
     return -1 if length is None else 0 if length == 1 else length
 
 
 #: What the kernels can: families of formats, by their numbers in ``cpu.cpp``.
-FAMILIES: dict[str | None, int] = {"fixed": 0, "block": 1, "float": 2}
+FAMILIES: dict[str | None, int] = {"fixed": 0, "block": 1, "float": 2, "scaled": 3}
 #: Roundings and accumulations, by their numbers there.
 MODES = {"nearest": 0, "stochastic": 1, "naive": 1, "full": 1, "vc": 2, "float": 3}
 
@@ -56,18 +59,19 @@ def native_format(fmt: NumberFormat | None, dtype: torch.dtype, saturate: bool =
     ends = (kernel.min, kernel.max) if saturate else (-math.inf, math.inf)
     codes = (kernel.code_min, kernel.code_max)
     fields = (kernel.mantissa_bits, kernel.bias, fmt.bits, 2 ** (fmt.bits - 1) - 1, kernel.carries)
-    return Format(FAMILIES[fmt.family], kernel.offset, kernel.low, kernel.high, *codes, *ends, *fields)
+    scales = (kernel.run, kernel.scale_low, kernel.scale_high, kernel.fits, kernel.hole)
+    return Format(FAMILIES[fmt.family], kernel.offset, kernel.low, kernel.high, *codes, *ends, *fields, *scales)
 
 
 def native_key(key: DrawKey | None, stream: int | None = None) -> Key:
     """Name of the draws (any, where none are made), of another stream if one is given."""
     key = key or _NO_KEY
-    return Key(key.seed, key.offset, _carry_seed(key.seed), key.step, key.stream if stream is None else stream)
+    return Key(key.seed, key.offset, *_seeds_of_coins(key.seed), key.step, key.stream if stream is None else stream)
 
 
 @lru_cache(maxsize=256)
-def _carry_seed(seed: int) -> int:
-    return carry_key(DrawKey(seed)).seed
+def _seeds_of_coins(seed: int) -> tuple[int, int]:
+    return carry_key(DrawKey(seed)).seed, hole_key(DrawKey(seed)).seed
 
 
 def layout_of(x: Tensor, *formats: NumberFormat | None) -> tuple[int, int] | None:

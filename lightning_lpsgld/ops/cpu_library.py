@@ -24,16 +24,18 @@ class Format(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("kind", "offset", "low", "high")),
         *((name, ctypes.c_float) for name in ("code_min", "code_max", "value_min", "value_max")),
         *((name, ctypes.c_int32) for name in ("mantissa", "bias", "bits", "nan", "carry")),
+        *((name, ctypes.c_int32) for name in ("run", "scale_low", "scale_high", "fits", "hole")),
     ]
 
 
 class Key(ctypes.Structure):
-    """The fields of a :class:`~lightning_lpsgld.random.DrawKey`, and the seed of :func:`.carry.carry_key`."""
+    """The fields of a :class:`~lightning_lpsgld.random.DrawKey`, and the seeds of the keys of :mod:`.carry`."""
 
     _fields_ = [
         ("seed", ctypes.c_uint64),
         ("offset", ctypes.c_uint64),
         ("carry", ctypes.c_uint64),
+        ("hole", ctypes.c_uint64),
         ("step", ctypes.c_uint32),
         ("stream", ctypes.c_uint32),
     ]
@@ -62,7 +64,7 @@ class StepTensor(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("param", "accumulator", "grad")),
-        *((name, ctypes.c_int64) for name in ("numel", "weight_inner", "gradient_inner", "channels", "pixels")),
+        *((name, ctypes.c_int64) for name in ("numel", "weight_inner", "gradient_inner", "channels", "pixels", "last")),
         ("weight_key", Key),
         ("gradient_key", Key),
         ("saturated", ctypes.c_int64),
@@ -89,7 +91,7 @@ class MotionTensor(ctypes.Structure):
         ("motion", ctypes.POINTER(Motion)),
         *((name, ctypes.c_void_p) for name in ("param", "accumulator", "state", "grad")),
         *((name, ctypes.c_int64) for name in ("numel", "weight_inner", "velocity_inner", "gradient_inner")),
-        *((name, ctypes.c_int64) for name in ("channels", "pixels")),
+        *((name, ctypes.c_int64) for name in ("channels", "pixels", "last")),
         *((name, Key) for name in ("weight_key", "velocity_key", "gradient_key")),
         ("saturated", ctypes.c_int64),
         ("scale", ctypes.c_double),

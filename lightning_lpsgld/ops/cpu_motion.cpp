@@ -7,7 +7,8 @@
 // `round_each`.
 
 INLINE void as_task(Task &q, const MotionTensor &t, const float *x, float *out, int64_t inner, const Key &key) {
-  q.x = x, q.out = out, q.numel = t.numel, q.inner = inner, q.channels = t.channels, q.pixels = t.pixels, q.key = key;
+  q.x = x, q.out = out, q.numel = t.numel, q.inner = inner, q.channels = t.channels, q.pixels = t.pixels, q.last = t.last,
+  q.key = key;
 }
 // Elements of a block; `len` where nothing is shared.
 INLINE int64_t block_of(const Format &f, int64_t inner, int64_t len) { return f.kind == FIXED ? len : inner ? inner : 1; }
@@ -27,6 +28,73 @@ static void add_noise(float *x, float *added, const double *each, double one, co
       if (added) added[i - start + j] = here;
     }
   });
+}
+
+// Exponent of the gap of a float whose noise needs room; see gap_exponents of floats.
+INLINE int gap_with_noise(const Format &f, int shift, double size, double sigma) {
+  const int low = f.low + shift, high = f.high + shift;
+  const double reach = size + NOISE_REACH * sigma;
+  int own = log2_of(size), wanted = log2_of(reach), top = wanted + f.offset;
+  own = own < low ? low : own > high ? high : own;
+  wanted += reach > double(f.code_max) * power_of(top < -1022 ? -1022 : top);
+  const int free = log2_of(2.0 * sigma) - f.offset, raised = wanted < free ? wanted : free;
+  const int e = own > raised ? own : raised;
+  return (e > high ? high : e) + f.offset;
+}
+INLINE double finite_size(float x) { return std::fabs(x) <= FLT_MAX ? std::fabs(double(x)) : 0.0; }
+
+// Shifts of runs whose noise differs between elements, at every element; zeros for floats that share nothing.
+static void shifts_for_each(const Format &f, int64_t last, const float *mean, const double *variance, int64_t start,
+                            int64_t len, int32_t *shifts) {
+  if (f.kind == FLOAT) {
+    for (int64_t i = 0; i < len; i++) shifts[i] = 0;
+    return;
+  }
+  runs_of(f, last, start, len, [&](int64_t at, int64_t n) {
+    const float *x = mean + (at - start);
+    const double *v = variance + (at - start);
+    double reach = 0, smallest = INFINITY;
+    for (int64_t j = 0; j < n; j++) {
+      const double sigma = std::sqrt(v[j]), here = finite_size(x[j]) + NOISE_REACH * sigma;
+      reach = here > reach ? here : reach, smallest = sigma < smallest ? sigma : smallest;
+    }
+    const uint32_t peak = slow_peak(x, n);
+    int e = shift_of(nullptr, f, peak);
+    if (peak != 1) {
+      const int free = log2_of(2.0 * smallest) - f.low - f.offset, fit = scale_of(reach, f, true);
+      const int wanted = fit < free ? fit : free;
+      e = held_scale(e > wanted ? e : wanted, f);
+    }
+    for (int64_t j = 0; j < n; j++) shifts[at - start + j] = e;
+  });
+}
+
+// round_each where gaps differ between elements.
+static int64_t round_lanes(const Format &f, const Task &q, Room &room, const float *mean, const double *variance,
+                           int64_t start, int64_t len, float *out) {
+  Draws uniforms, normals;
+  uniforms.init(q, q.key, false), normals.init(q, q.key, true);
+  int32_t *shifts = room.shifts.data(), *gaps = room.gaps.data();
+  float *target = room.target.data();
+  shifts_for_each(f, q.last, mean, variance, start, len, shifts);
+  for (int64_t i = 0; i < len; i++) {
+    gaps[i] = gap_with_noise(f, shifts[i], finite_size(mean[i]), std::sqrt(variance[i]));
+    const double inverse = power_of(-gaps[i]);
+    target[i] = float(variance[i] * inverse * inverse);
+  }
+  room.over.clear();
+  const Job none{};
+  int64_t count = 0;
+  const int64_t end = start + len;
+  tiles(q, start, end, end, [&](int64_t i, int64_t n) {
+    const int64_t at = i - start;
+    const float *z = reinterpret_cast<const float *>(normals.at(q, i, end));
+    const Lanes own{shifts + at, gaps + at, target + at, &room.over};
+    count += finish_lanes<VC, VALUES, true, true, true>(none, q, f, mean + at, uniforms.at(q, i, end), z, n, out + at, i,
+                                                        nullptr, own);
+  });
+  if (f.kind == SCALED) settle(f, q, out, start, len, shifts, room.over);
+  return count;
 }
 
 // Exponent of a block of means whose noise differs between elements; see exponents_with_noise of block formats.
@@ -72,6 +140,7 @@ static void values_of(const Format &f, float gap, const float *mean, const float
 // outside of the range of their grid.
 static int64_t round_each(const Format &f, const Task &q, Room &room, const float *mean, const double *variance,
                           int64_t start, int64_t len, float *out) {
+  if (f.kind >= FLOAT) return round_lanes(f, q, room, mean, variance, start, len, out);
   Draws uniforms, normals, coins;
   Key carry = q.key;
   carry.seed = q.key.carry;
@@ -110,29 +179,46 @@ static int64_t round_each(const Format &f, const Task &q, Room &room, const floa
   return count;
 }
 
-// What the velocity answers to the position's error, by the variance that Q^vc gave it: room.mean becomes
-// beta (new - mean), room.variance what is left of the velocity's.
-static void given_position(const Motion &m, const Job &job, int64_t inner, const float *fresh, int64_t len, Room &room) {
+// What the velocity answers to the error of one position, by the variance that Q^vc gave it at this gap; codes end at
+// `low` and `high`. The mean becomes beta (fresh - mean), the variance what is left of the velocity's.
+INLINE void answer(const Motion &m, float &mean, double &variance, float fresh, int gap_exponent, double low, double high) {
+  const double gap = power_of(gap_exponent), inverse = power_of(-gap_exponent);
+  const double target = m.var_x * inverse * inverse;
+  const double scaled = double(mean) * inverse, part = scaled - std::floor(scaled);
+  double rounding = part * (1.0 - part);
+  rounding = rounding >= 0.0 ? rounding : 0.0;  // of an infinity
+  const double achieved = (target > 0.25 || target > rounding ? target : rounding) * (gap * gap);
+  const double held = scaled < low ? low : scaled > high ? high : scaled, slope = m.cov / achieved;
+  const double left = m.var_v - m.cov * slope;
+  mean = float(slope * double(fresh - float(held * gap)));
+  variance = left > 0.0 ? left : 0.0;
+}
+
+// For a run: room.mean and room.variance. `fresh`: the positions that were drawn.
+static void given_position(const Motion &m, const Job &job, const Task &q, const float *fresh, int64_t start, int64_t len,
+                           Room &room) {
   const Format &f = job.format;
-  const int64_t block = block_of(f, inner, len);
+  float *mean = room.mean.data();
+  double *variance = room.variance.data();
+  if (f.kind >= FLOAT) {
+    int32_t *shifts = room.shifts.data();
+    for (int64_t i = 0; i < len; i++) variance[i] = m.var_x;
+    shifts_for_each(f, q.last, mean, variance, start, len, shifts);
+    for (int64_t i = 0; i < len; i++) {
+      const int gap = gap_with_noise(f, shifts[i], finite_size(mean[i]), job.sigma);
+      const bool open = f.fits && shifts[i] < f.scale_high;
+      const double top = open ? DBL_MAX : double(f.value_max) * power_of(shifts[i] - gap);
+      answer(m, mean[i], variance[i], fresh[i], gap, -top, top);
+    }
+    return;
+  }
+  const int64_t block = block_of(f, q.inner, len);
   for (int64_t b = 0; b < len; b += block) {
-    float *mean = room.mean.data() + b;
-    double *variance = room.variance.data() + b;
-    const Scale s = scale_for(job, f, f.kind == BLOCK ? peak_of(mean, block) : 0);
-    const double gap = std::ldexp(1.0, s.exponent + f.offset), inverse = std::ldexp(1.0, -s.exponent - f.offset);
-    const double target = m.var_x * inverse * inverse;
+    const Scale s = scale_for(job, f, f.kind == BLOCK ? peak_of(mean + b, block) : 0);
     const bool open = f.carry && s.exponent < f.high;
     const double low = open ? -DBL_MAX : double(f.code_min), high = open ? DBL_MAX : double(f.code_max);
-    for (int64_t i = 0; i < block; i++) {
-      const double scaled = double(mean[i]) * inverse, part = scaled - std::floor(scaled);
-      double rounding = part * (1.0 - part);
-      rounding = rounding >= 0.0 ? rounding : 0.0;  // of an infinity
-      const double achieved = (target > 0.25 || target > rounding ? target : rounding) * (gap * gap);
-      const double held = scaled < low ? low : scaled > high ? high : scaled, slope = m.cov / achieved;
-      const double left = m.var_v - m.cov * slope;
-      mean[i] = float(slope * double(fresh[b + i] - float(held * gap)));
-      variance[i] = left > 0.0 ? left : 0.0;
-    }
+    for (int64_t i = b; i < b + block; i++)
+      answer(m, mean[i], variance[i], fresh[i], s.exponent + f.offset, low, high);
   }
 }
 
@@ -204,7 +290,9 @@ static int64_t move_underdamped(const MotionJobs &jobs, MotionTensor &t, const f
   if (m.mode == VC) {
     const int64_t count = put(jobs, t, start, len, room);  // drawn on the grid
     if (m.cov != 0) {
-      given_position(m, jobs.position, t.weight_inner, t.param + start, len, room);
+      Task q{};
+      as_task(q, t, mean - start, t.param, t.weight_inner, t.weight_key);
+      given_position(m, jobs.position, q, t.param + start, start, len, room);
       for (int64_t i = 0; i < len; i++) v[i] += mean[i];
     }
     round_velocity(jobs, t, v, m.cov != 0 ? room.variance.data() : nullptr, m.var_v, start, len, room);

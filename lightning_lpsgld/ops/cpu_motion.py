@@ -35,9 +35,6 @@ def refusal(tensors: Sequence[Tensor], formats: Sequence[NumberFormat]) -> str |
     missing = cpu.unavailable()
     if missing is not None:
         return missing
-    for fmt in formats:
-        if fmt.family == "float":
-            return f"the gaps of {fmt} differ between the elements of a block."
     reasons = (cpu.refusal("langevin_steps_", tensor, formats) for tensor in tensors)
     return next((reason for reason in reasons if reason is not None), None)
 
@@ -67,7 +64,7 @@ def _preconditioned(spec: PreconditionedSpec) -> Motion:
 def _fill(row: MotionTensor, param: Tensor, grad: Tensor, state: Tensor, total: Tensor | None, memory: Memory,
           formats: Sequence[NumberFormat | None]) -> None:  # fmt: skip
     dense, (row.channels, row.pixels) = memory.order_of(param, *formats)
-    row.numel = param.numel()
+    row.numel, row.last = param.numel(), param.shape[-1] if param.ndim else 1
     row.param, row.state = memory.address(param, dense), memory.address(state, dense)
     row.accumulator, row.grad = memory.address(total, dense), memory.address(grad, dense, written=False)
     lengths = [run_length(param.shape, fmt) for fmt in formats]

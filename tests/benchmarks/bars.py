@@ -113,7 +113,7 @@ def step_bars() -> None:
 
 def beyond_bars() -> None:
     """Where the step's bar was not set: T = 1, a small floating-point format, and the plain-torch reference."""
-    for fmt, temperature in (("bfp8", 1.0), ("fixed8.8", 1.0), ("e4m3", 1e-3)):
+    for fmt, temperature in (("bfp8", 1.0), ("fixed8.8", 1.0), ("e4m3", 1e-3), ("mxfp8e4m3-fit", 1e-3)):
         params, _ = model_tensors()
         ours = SGLD(params, 0.5, num_data=50_000, temperature=temperature, weight_format=fmt, gradient_format=fmt)
         ours.round_parameters_()

@@ -17,7 +17,6 @@ from lightning_lpsgld.ops.cpu_library import load
 from lightning_lpsgld.ops.flow import exact_flow
 from lightning_lpsgld.ops.spec import PreconditionedSpec, UnderdampedSpec
 from lightning_lpsgld.random import DrawKey
-from lightning_lpsgld.samplers import SGHMC
 from lightning_lpsgld.samplers.preconditioned import preconditioned_step_
 from lightning_lpsgld.samplers.underdamped import underdamped_step_
 
@@ -60,6 +59,13 @@ CASES = [
     ("vc", "bfp8-clamp", "bfp8-clamp"),
     ("vc", "bfp16", "bfp16"),
     ("vc", "bfp8b3", "bfp8"),
+    ("naive", "e4m3", "mxfp8e5m2"),
+    ("vc", "e4m3", "e4m3"),
+    ("vc", "e5m2", "bfp8"),
+    ("vc", "mxfp8e4m3", "mxfp8e4m3-fit"),
+    ("vc", "mxfp4e2m1-fit", "fixed8.6"),
+    ("vc", "bfp8", "mxfp6e2m3"),
+    ("full", "mxfp8e4m3-fit", None),
 ]
 
 
@@ -106,6 +112,8 @@ def test_underdamped_step_agrees_with_the_composition(mode, weight, velocity, te
         ("full", "bfp8"),
         ("naive", "bfp8"),
         *(("vc", fmt) for fmt in ("bfp8", "fixed8.6", "bfp8-tensor", "bfp16")),
+        *(("vc", fmt) for fmt in ("e4m3", "e2m1", "mxfp8e4m3", "mxfp8e4m3-fit", "mxfp6e3m2", "mxfp4e2m1-fit")),
+        ("naive", "mxfp8e4m3"),
     ],
 )
 @pytest.mark.parametrize("noise", [0.0, 1e-9, 1e-5])
@@ -171,7 +179,7 @@ def test_blocks_of_the_velocity_pass_their_top():
     assert 40 < raised < 360
 
 
-def test_strided_weights_and_floats_take_a_copy_or_the_composition():
+def test_strided_weights_take_a_copy():
     fmt = parse_format("bfp8")
     spec = UnderdampedSpec(exact_flow(0.1, 2.0, 1.0).heated(1e-6), 0.0, fmt, fmt, fmt, "vc", False)
     storage, grad = torch.randn(40, 30), torch.randn(30, 20)
@@ -184,9 +192,5 @@ def test_strided_weights_and_floats_take_a_copy_or_the_composition():
     assert torch.equal(*speeds)
     assert torch.equal(storage[1::2], untouched)
     assert param._version > version
-    assert "differ between the elements" in str(cpu_motion.refusal([plain], [parse_format("e4m3")]))
+    assert cpu_motion.refusal([plain], [parse_format("e4m3"), parse_format("mxfp8e4m3")]) is None
     assert "float32" in str(cpu_motion.refusal([plain.bfloat16()], [fmt]))
-    weight = torch.nn.Parameter(torch.randn(8, 9))
-    weight.grad = torch.ones_like(weight)
-    SGHMC([weight], 0.1, num_data=100, friction=2.0, weight_format="e4m3", velocity_format="e4m3").step()
-    assert bool(weight.isfinite().all())
