@@ -4,7 +4,10 @@
 
 Each kind of training runs in a process of its own, through the Trainer, batch 1 x 128 tokens. Memory is the largest
 resident set over steps 3 to 10 above that of the process before the model was built; time is the median of the same
-steps; the weights after the last step are compared by checksum between both storages.
+steps; the weights after the last step are compared by checksum between both storages. One kind alone, of another
+format (four bits) and with sums beside the weights:
+
+    OMP_NUM_THREADS=2 python tests/benchmarks/storage.py --kind codes --weights bfp4 --accumulator bfp16
 """
 
 from __future__ import annotations
@@ -39,12 +42,16 @@ def digest(module: nn.Module) -> str:
     return found.hexdigest()
 
 
-def train(kind: str, layers: int, width: int, steps: int) -> dict[str, object]:
-    """One training in this process."""
+def train(
+    kind: str, layers: int, width: int, steps: int, weights: str = "bfp8", accumulator: str = "low"
+) -> dict[str, object]:
+    """One training in this process; activations have the format of the weights."""
     watch = Watch(3, 10)
     plugins = []
     if kind in ("float", "codes"):
-        plugins = [LowPrecisionSGLD(seed=0, num_data=10_000, loss_scale=1.0, storage=kind, saved_activations="codes")]
+        formats = {"weights": weights, "activations": weights, "accumulator": accumulator}
+        options = {"num_data": 10_000, "loss_scale": 1.0, "storage": kind, "saved_activations": "codes"}
+        plugins = [LowPrecisionSGLD(seed=0, **formats, **options)]
     trainer = L.Trainer(
         max_steps=steps, accelerator="cpu", plugins=plugins, callbacks=[watch], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -59,7 +66,8 @@ def train(kind: str, layers: int, width: int, steps: int) -> dict[str, object]:
         module = ByteModel(layers, width, optimizer)
     trainer.fit(module, loader)
     return {
-        "kind": kind, "parameters": sum(p.numel() for p in module.parameters()), "peak_bytes": watch.peak - before,
+        "kind": kind, "stored_bytes": sum(getattr(p, "nbytes_stored", p.nbytes) for p in module.parameters()),
+        "parameters": sum(p.numel() for p in module.parameters()), "peak_bytes": watch.peak - before,
         "seconds": statistics.median(watch.seconds), "digest": digest(module),
     }  # fmt: skip
 
@@ -84,10 +92,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=15)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--weights", default="bfp8", help="with --kind: format of weights and activations")
+    parser.add_argument("--accumulator", default="low", help="with --kind: where steps are summed")
     parser.add_argument("--json", type=Path, help="write everything here")
     args = parser.parse_args()
     if args.kind:
-        print(json.dumps(train(args.kind, args.layers, args.width, args.steps)))
+        print(json.dumps(train(args.kind, args.layers, args.width, args.steps, args.weights, args.accumulator)))
         return
     rows = {}
     sizes = [f"--{name}={getattr(args, name)}" for name in ("layers", "width", "steps")]

@@ -5,10 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.triton_checks import FORMATS, cases, check_gap, key_for, same_bits, samples
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lpsgld.formats import check_dtype, parse_format
-from lightning_lpsgld.ops import decode, dispatch, encode, quantize, quantize_variance_corrected, reference, self_check
+from lightning_lpsgld.ops import (
+    CodedTensor,
+    decode,
+    dispatch,
+    encode,
+    quantize,
+    quantize_variance_corrected,
+    reference,
+    self_check,
+)
 from lightning_lpsgld.random import DrawKey, normals, uniforms, words
 
 MICRO = ["mxfp8e4m3", "mxfp8e5m2", "mxfp6e3m2", "mxfp6e2m3", "mxfp4e2m1", "mxfp8e4m3-fit", "mxfp4e2m1-fit"]
@@ -76,6 +85,24 @@ def test_codes_are_the_cpus(text: str, device: str) -> None:
             except ValueError:
                 continue
             assert same_bits(decode(ours, dtype).cpu(), decode(theirs, dtype, backend="reference"))
+
+
+@pytest.mark.parametrize("text", ["bfp3", "bfp4", "bfp6", "fixed5.3", "e2m1", "mxfp4e2m1", "mxfp6e3m2"])
+def test_packed_weights_are_the_cpus(text: str, device: str) -> None:
+    """Bytes, values, views, rows that share bytes, and a row that is set."""
+    for shape in ((37, 5), (6, 64), (4, 3, 3, 2)):
+        values = quantize(samples(shape, torch.float32, 3).nan_to_num(1.0, 8.0, -8.0).cpu(), text, rounding="nearest")
+        here, there = CodedTensor.of(values, text), CodedTensor.of(values.to(device), text)
+        assert torch.equal(there.stored().codes.cpu(), here.stored().codes)
+        assert same_bits(there.decoded().cpu(), values)
+        assert same_bits((there[1:3].transpose(0, 1) + 0.0).cpu(), values[1:3].transpose(0, 1))
+        step = there.stored().stride_of_rows
+        if step < shape[0]:
+            there.cell.set(torch.zeros(step, *shape[1:], device=device), 0, step)
+            assert same_bits(there.decoded().cpu(), torch.cat([torch.zeros_like(values[:step]), values[step:]]))
+        if len(shape) == 2:
+            places = torch.tensor([[3, 1], [5, 3]])
+            assert same_bits(nn.functional.embedding(places.to(device), there).cpu(), there.decoded().cpu()[places])
 
 
 @pytest.mark.parametrize("text", ["bfp8", "bfp4", "bfp8b4", "bfp8-tensor", "bfp8-clamp", "bfp2"])

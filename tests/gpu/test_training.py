@@ -26,6 +26,7 @@ ROWS = {
     "SGLD fixed": {"weights": "fixed8.6", "gradients": "fixed8.6", "activations": "fixed8.5", "errors": "fixed8.7"},
     "SGLD mx": {"weights": "mxfp8e4m3", "gradients": "mxfp8e4m3", "activations": "mxfp8e4m3", "errors": "mxfp8e5m2"},
     "SGLD codes": {"saved_activations": "codes"},
+    "SGLD four bits": {"saved_activations": "codes", "storage": "codes", "weights": "bfp4", "accumulator": "bfp16"},
     "SGHMC": {"sampler": partial(SGHMC, friction=2.0, velocity_format="bfp8")},
     "SGHMC full": {"sampler": partial(SGHMC, friction=2.0), "accumulator": "full"},
     "HALP": {"sampler": partial(HALP, mu=2.0)},
