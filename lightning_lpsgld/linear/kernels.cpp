@@ -52,6 +52,23 @@ struct Problem {
 
 // ------------------------------------------------------------------------------------------------------- pieces
 
+// Bytes that are wanted soon, on their way into the second-level cache: whoever computes fetches some lines now and then,
+// so that memory is never waited for and never idle.
+struct Ahead {
+  const char *at = nullptr, *end = nullptr;
+  template <class T>
+  static Ahead of(const T* x, int64_t count) {
+    return {reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(x + count)};
+  }
+  ALWAYS_INLINE void fetch(int lines) {
+#if HAVE_X86
+    if (at >= end) return;
+    for (int k = 0; k < lines; ++k) _mm_prefetch(at + 64 * k, _MM_HINT_T1);
+    at += 64 * lines;
+#endif
+  }
+};
+
 // A meeting in two halves: between `arrive` and `wait` a thread does what needs nothing of the others. Each tells its
 // turns on a cache line of its own.
 class Meeting {
@@ -90,7 +107,8 @@ class Buffer {
   T* at_;
 };
 
-// Words of Philox4x32-10 for counters (first + k, 0, stream, step): out[4 * 16 * j + 16 * w + lane], 64 words a turn.
+// Words of Philox4x32-10 for counters (k, 0, stream, step), `count` a multiple of 64: word 64 * j + 16 * w + lane is the
+// w-th of counter 16 * j + lane.
 inline void philox_plain(uint32_t* out, int64_t count, uint32_t step, uint32_t stream, uint64_t seed) {
   for (int64_t j = 0; j < count; j += 64) {
     uint32_t c0[16], c1[16], c2[16], c3[16];
@@ -145,7 +163,7 @@ ALWAYS_INLINE void respond_plain(const float* y, const float* odds, const float*
 
 // ------------------------------------------------------------------------ dot products and accumulation, portable
 
-inline void dots_int8_plain(const int8_t* x, int64_t rows, int64_t d, const int8_t* z, int32_t* out, const int8_t*) {
+inline void dots_int8_plain(const int8_t* x, int64_t rows, int64_t d, const int8_t* z, int32_t* out, Ahead&) {
   for (int64_t i = 0; i < rows; ++i) {
     int32_t sum = 0;
     for (int64_t j = 0; j < d; ++j) sum += int32_t(x[i * d + j]) * z[j];
@@ -153,7 +171,7 @@ inline void dots_int8_plain(const int8_t* x, int64_t rows, int64_t d, const int8
   }
 }
 
-inline void sums_int8_plain(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int32_t* out, const int8_t*) {
+inline void sums_int8_plain(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int32_t* out, Ahead&) {
   std::memset(out, 0, d * sizeof(int32_t));
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < d; ++j) out[j] += int32_t(x[i * d + j]) * q[i];
@@ -176,7 +194,7 @@ inline void code_weights_plain(const float* weights, float inverse, const uint32
   for (int64_t i = 0; i < rows; ++i) codes[i] = int8_t(round_up_if(weights[i] * inverse, float(bits[i] >> 8) / 16777216.0f));
 }
 
-inline void dots_float_plain(const float* x, int64_t rows, int64_t d, const float* z, float* out, const float*) {
+inline void dots_float_plain(const float* x, int64_t rows, int64_t d, const float* z, float* out, Ahead&) {
   for (int64_t i = 0; i < rows; ++i) {
     float lane[32] = {};
     for (int64_t j = 0; j < d; j += 32)
@@ -187,7 +205,7 @@ inline void dots_float_plain(const float* x, int64_t rows, int64_t d, const floa
   }
 }
 
-inline void sums_float_plain(const float* x, int64_t rows, int64_t d, const float* q, float* out, const float*) {
+inline void sums_float_plain(const float* x, int64_t rows, int64_t d, const float* q, float* out, Ahead&) {
   for (int64_t j = 0; j < d; j += 64) {
     float lane[64];
     std::memcpy(lane, out + j, sizeof lane);
@@ -208,9 +226,6 @@ TARGET(AVX2) inline __m128i hsum256(const __m256i* v) {
   return _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
 }
 
-// Into the second-level cache. Fetching past the end of the data is harmless.
-inline void fetch(const void* line) { _mm_prefetch(static_cast<const char*>(line), _MM_HINT_T1); }
-
 // vpmaddubsw takes unsigned by signed bytes: |w| times x with w's sign. Pairs fit into 16 bits, as no |x| is above 127 and
 // no |w| above 128. `weights` and `sizes` are w and |w|.
 TARGET(AVX2) ALWAYS_INLINE __m256i products(__m256i x, __m256i weights, __m256i sizes) {
@@ -218,7 +233,8 @@ TARGET(AVX2) ALWAYS_INLINE __m256i products(__m256i x, __m256i weights, __m256i 
 }
 
 TARGET(AVX2) void dots_int8_avx2(const int8_t* x, int64_t rows, int64_t d, const int8_t* z, int32_t* out,
-                                 const int8_t* ahead) {
+                                 Ahead& ahead) {
+  Ahead next = ahead;
   for (int64_t i = 0; i < rows; i += 4) {
     __m256i s[4] = {};
     const int64_t left = rows - i < 4 ? rows - i : 4;
@@ -226,7 +242,7 @@ TARGET(AVX2) void dots_int8_avx2(const int8_t* x, int64_t rows, int64_t d, const
     for (int k = 0; k < 4; ++k) p[k] = x + (i + (k < left ? k : 0)) * d;
     for (int64_t j = 0; j < d; j += 32) {
       const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(z + j)), size = _mm256_abs_epi8(w);
-      fetch(ahead + i * d / 2 + 2 * j);
+      next.fetch(1);
       for (int k = 0; k < 4; ++k) {
         const __m256i row = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p[k] + j));
         s[k] = _mm256_add_epi32(s[k], products(row, w, size));
@@ -234,40 +250,48 @@ TARGET(AVX2) void dots_int8_avx2(const int8_t* x, int64_t rows, int64_t d, const
     }
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), hsum256(s));
   }
+  ahead = next;
 }
 
 // Rows whose weights have one sign, by fours: so the size of a weight is the unsigned factor, and the sign is that of the
-// addition. What is missing to a four is a row times zero.
+// addition. What is missing to a four is a row times zero. Without branches, as signs are as good as random.
 struct Fours {
   std::vector<const int8_t*> row;
-  std::vector<int32_t> sizes;
+  std::vector<uint8_t> size;
+  int64_t count = 0;
   void gather(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int sign) {
-    row.clear(), sizes.clear();
+    row.resize(rows + 4), size.resize(rows + 4);
+    const int8_t** to = row.data();
+    uint8_t* sizes = size.data();
+    int64_t found = 0;
     for (int64_t i = 0; i < rows; ++i) {
-      if (q[i] * sign <= 0) continue;
-      if (row.size() % 4 == 0) sizes.push_back(0);
-      sizes.back() |= q[i] * sign << row.size() % 4 * 8;
-      row.push_back(x + i * d);
+      const int weight = q[i] * sign;
+      to[found] = x + i * d, sizes[found] = uint8_t(weight);
+      found += weight > 0;
     }
-    while (row.size() % 4) row.push_back(x);
+    count = (found + 3) / 4;
+    for (; found < 4 * count; ++found) to[found] = x, sizes[found] = 0;
   }
 };
 
 // sums +- rows of up to 4 fours from column j on. Four rows' bytes of one column come side by side in a 32-bit lane.
 template <int Sign>
-TARGET(AVX2) ALWAYS_INLINE void add_fours(__m256i* sums, const int8_t* const* row, const int32_t* sizes, int64_t fours,
-                                          int64_t j) {
+TARGET(AVX2) ALWAYS_INLINE void add_fours(__m256i* sums, const int8_t* const* row, const uint8_t* sizes, int64_t fours,
+                                          int64_t j, Ahead& next) {
   const __m256i ones = _mm256_set1_epi16(1);
   __m256i s[4];
   for (int k = 0; k < 4; ++k) s[k] = _mm256_load_si256(sums + k);
   for (int64_t f = 0; f < fours; ++f) {
     __m256i r[4];
     for (int k = 0; k < 4; ++k) r[k] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row[4 * f + k] + j));
+    next.fetch(1);
     const __m256i a = _mm256_unpacklo_epi8(r[0], r[1]), b = _mm256_unpacklo_epi8(r[2], r[3]);
     const __m256i c = _mm256_unpackhi_epi8(r[0], r[1]), e = _mm256_unpackhi_epi8(r[2], r[3]);
     const __m256i t[4] = {_mm256_unpacklo_epi16(a, b), _mm256_unpackhi_epi16(a, b), _mm256_unpacklo_epi16(c, e),
                           _mm256_unpackhi_epi16(c, e)};
-    const __m256i w = _mm256_set1_epi32(sizes[f]);
+    int32_t packed;
+    std::memcpy(&packed, sizes + 4 * f, 4);
+    const __m256i w = _mm256_set1_epi32(packed);
     for (int k = 0; k < 4; ++k) {
       const __m256i part = _mm256_madd_epi16(_mm256_maddubs_epi16(w, t[k]), ones);
       s[k] = Sign > 0 ? _mm256_add_epi32(s[k], part) : _mm256_sub_epi32(s[k], part);
@@ -277,28 +301,27 @@ TARGET(AVX2) ALWAYS_INLINE void add_fours(__m256i* sums, const int8_t* const* ro
 }
 
 template <int Sign>
-TARGET(AVX2) inline const int8_t* add_signed_avx2(const Fours& some, int64_t d, int32_t* out, const int8_t* next) {
-  const int64_t count = some.sizes.size();
-  for (int64_t f = 0; f < count; f += 4) {
+TARGET(AVX2) inline void add_signed_avx2(const Fours& some, int64_t d, int32_t* out, Ahead& ahead) {
+  Ahead next = ahead;
+  for (int64_t f = 0; f < some.count; f += 4) {
     const int8_t* const* row = some.row.data() + 4 * f;
     for (int64_t j = 0; j < d; j += 32) {
       __m256i* const sums = reinterpret_cast<__m256i*>(out + j);
-      fetch(next), fetch(next + 64), fetch(next + 128), fetch(next + 192), next += 256;
-      if (f + 4 <= count) add_fours<Sign>(sums, row, some.sizes.data() + f, 4, j);
-      else add_fours<Sign>(sums, row, some.sizes.data() + f, count - f, j);
+      if (f + 4 <= some.count) add_fours<Sign>(sums, row, some.size.data() + 4 * f, 4, j, next);
+      else add_fours<Sign>(sums, row, some.size.data() + 4 * f, some.count - f, j, next);
     }
   }
-  return next;
+  ahead = next;
 }
 
 TARGET(AVX2) void sums_int8_avx2(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int32_t* out,
-                                 const int8_t* ahead) {
+                                 Ahead& ahead) {
   static thread_local Fours some;
   std::memset(out, 0, d * sizeof(int32_t));
   some.gather(x, rows, d, q, 1);
-  const int8_t* next = add_signed_avx2<1>(some, d, out, ahead + rows * d / 2);
+  add_signed_avx2<1>(some, d, out, ahead);
   some.gather(x, rows, d, q, -1);
-  add_signed_avx2<-1>(some, d, out, next);
+  add_signed_avx2<-1>(some, d, out, ahead);
   // Unpacking works within 128-bit lanes: lane L of s[k] holds columns 16 L + 4 k .. 16 L + 4 k + 3.
   __m256i* const sums = reinterpret_cast<__m256i*>(out);
   for (int64_t j = 0; j < d / 8; j += 4) {
@@ -317,14 +340,15 @@ TARGET(AVX2) inline float hsum256(__m256 v) {
   return lane[0] + lane[1] + lane[2] + lane[3] + lane[4] + lane[5] + lane[6] + lane[7];
 }
 
-TARGET(AVX2) void dots_float_avx2(const float* x, int64_t rows, int64_t d, const float* z, float* out, const float* ahead) {
+TARGET(AVX2) void dots_float_avx2(const float* x, int64_t rows, int64_t d, const float* z, float* out, Ahead& ahead) {
+  Ahead next = ahead;
   int64_t i = 0;
   for (; i + 4 <= rows; i += 4) {
     __m256 s[4][2] = {};
     const float* p = x + i * d;
     for (int64_t j = 0; j < d; j += 16) {
       const __m256 w = _mm256_loadu_ps(z + j), v = _mm256_loadu_ps(z + j + 8);
-      fetch(ahead + i * d / 2 + 2 * j), fetch(ahead + i * d / 2 + 2 * j + 16);
+      next.fetch(2);
       for (int k = 0; k < 4; ++k) {
         s[k][0] = _mm256_fmadd_ps(_mm256_loadu_ps(p + k * d + j), w, s[k][0]);
         s[k][1] = _mm256_fmadd_ps(_mm256_loadu_ps(p + k * d + j + 8), v, s[k][1]);
@@ -332,6 +356,7 @@ TARGET(AVX2) void dots_float_avx2(const float* x, int64_t rows, int64_t d, const
     }
     for (int k = 0; k < 4; ++k) out[i + k] = hsum256(_mm256_add_ps(s[k][0], s[k][1]));
   }
+  ahead = next;
   for (; i < rows; ++i) {
     __m256 s = _mm256_setzero_ps();
     for (int64_t j = 0; j < d; j += 8) s = _mm256_fmadd_ps(_mm256_loadu_ps(x + i * d + j), _mm256_loadu_ps(z + j), s);
@@ -339,18 +364,19 @@ TARGET(AVX2) void dots_float_avx2(const float* x, int64_t rows, int64_t d, const
   }
 }
 
-TARGET(AVX2) void sums_float_avx2(const float* x, int64_t rows, int64_t d, const float* q, float* out, const float* ahead) {
-  const float* next = ahead + rows * d / 2;
+TARGET(AVX2) void sums_float_avx2(const float* x, int64_t rows, int64_t d, const float* q, float* out, Ahead& ahead) {
+  Ahead next = ahead;
   for (int64_t j = 0; j < d; j += 64) {
     __m256 s[8];
     for (int k = 0; k < 8; ++k) s[k] = _mm256_loadu_ps(out + j + 8 * k);
     for (int64_t i = 0; i < rows; ++i) {
       const __m256 w = _mm256_set1_ps(q[i]);
-      fetch(next), fetch(next + 16), next += 32;
+      next.fetch(2);
       for (int k = 0; k < 8; ++k) s[k] = _mm256_fmadd_ps(_mm256_loadu_ps(x + i * d + j + 8 * k), w, s[k]);
     }
     for (int k = 0; k < 8; ++k) _mm256_storeu_ps(out + j + 8 * k, s[k]);
   }
+  ahead = next;
 }
 
 // Two vectors side by side: one multiplication waits for the other's.
@@ -429,23 +455,25 @@ TARGET(AVX2) void code_weights_avx2(const float* weights, float inverse, const u
 
 // vpdpbusd takes unsigned by signed bytes: x ^ 0x80 is x + 128, and 128 * sum(z) is taken off again.
 TARGET(AVX512) void dots_int8_avx512(const int8_t* x, int64_t rows, int64_t d, const int8_t* z, int32_t* out,
-                                     const int8_t* ahead) {
+                                     Ahead& ahead) {
   const __m512i flip = _mm512_set1_epi8(int8_t(0x80));
   __m512i total = _mm512_setzero_si512();
   for (int64_t j = 0; j < d; j += 64) total = _mm512_dpbusd_epi32(total, flip, _mm512_loadu_si512(z + j));
   const int32_t bias = _mm512_reduce_add_epi32(total);
+  Ahead next = ahead;
   int64_t i = 0;
   for (; i + 4 <= rows; i += 4) {
     __m512i s[4] = {};
     const int8_t* p = x + i * d;
     for (int64_t j = 0; j < d; j += 64) {
       const __m512i w = _mm512_loadu_si512(z + j);
-      fetch(ahead + i * d / 2 + 2 * j), fetch(ahead + i * d / 2 + 2 * j + 64);
+      next.fetch(2);
       for (int k = 0; k < 4; ++k)
         s[k] = _mm512_dpbusd_epi32(s[k], _mm512_xor_si512(_mm512_loadu_si512(p + k * d + j), flip), w);
     }
     for (int k = 0; k < 4; ++k) out[i + k] = _mm512_reduce_add_epi32(s[k]) - bias;
   }
+  ahead = next;
   for (; i < rows; ++i) {
     __m512i s = _mm512_setzero_si512();
     for (int64_t j = 0; j < d; j += 64)
@@ -456,9 +484,9 @@ TARGET(AVX512) void dots_int8_avx512(const int8_t* x, int64_t rows, int64_t d, c
 
 // Four rows at a time: their bytes of one column side by side in a 32-bit lane, against (q_i .. q_i+3).
 TARGET(AVX512) void sums_int8_avx512(const int8_t* x, int64_t rows, int64_t d, const int8_t* q, int32_t* out,
-                                     const int8_t* ahead) {
+                                     Ahead& ahead) {
   const __m512i flip = _mm512_set1_epi8(int8_t(0x80));
-  const int8_t* next = ahead + rows * d / 2;
+  Ahead next = ahead;
   int32_t bias = 0;
   for (int64_t i = 0; i < rows; ++i) bias += q[i];
   for (int64_t j = 0; j < d; j += 16) _mm512_storeu_si512(out + j, _mm512_set1_epi32(-128 * bias));
@@ -472,7 +500,7 @@ TARGET(AVX512) void sums_int8_avx512(const int8_t* x, int64_t rows, int64_t d, c
         const int64_t left = rows - i < 4 ? rows - i : 4;
         for (int64_t k = 0; k < 4; ++k)
           r[k] = _mm512_xor_si512(_mm512_loadu_si512(x + (i + (k < left ? k : 0)) * d + j), flip);
-        fetch(next), fetch(next + 64), next += 128;
+        next.fetch(2);
         const __m512i a = _mm512_unpacklo_epi8(r[0], r[1]), b = _mm512_unpacklo_epi8(r[2], r[3]);
         const __m512i c = _mm512_unpackhi_epi8(r[0], r[1]), e = _mm512_unpackhi_epi8(r[2], r[3]);
         int32_t packed = 0;
@@ -487,6 +515,7 @@ TARGET(AVX512) void sums_int8_avx512(const int8_t* x, int64_t rows, int64_t d, c
       for (int k = 0; k < 4; ++k) _mm512_storeu_si512(out + j + 16 * k, s[k]);
     }
   }
+  ahead = next;
   // Unpacking works within 128-bit lanes: lane L of s[k] holds columns 16 L + 4 k .. 16 L + 4 k + 3.
   for (int64_t j = 0; j < d; j += 64) {
     __m512i s[4];
@@ -501,18 +530,20 @@ TARGET(AVX512) void sums_int8_avx512(const int8_t* x, int64_t rows, int64_t d, c
 }
 
 TARGET(AVX512) void dots_float_avx512(const float* x, int64_t rows, int64_t d, const float* z, float* out,
-                                      const float* ahead) {
+                                      Ahead& ahead) {
+  Ahead next = ahead;
   int64_t i = 0;
   for (; i + 4 <= rows; i += 4) {
     __m512 s[4] = {};
     const float* p = x + i * d;
     for (int64_t j = 0; j < d; j += 16) {
       const __m512 w = _mm512_loadu_ps(z + j);
-      fetch(ahead + i * d / 2 + 2 * j), fetch(ahead + i * d / 2 + 2 * j + 16);
+      next.fetch(2);
       for (int k = 0; k < 4; ++k) s[k] = _mm512_fmadd_ps(_mm512_loadu_ps(p + k * d + j), w, s[k]);
     }
     for (int k = 0; k < 4; ++k) out[i + k] = _mm512_reduce_add_ps(s[k]);
   }
+  ahead = next;
   for (; i < rows; ++i) {
     __m512 s = _mm512_setzero_ps();
     for (int64_t j = 0; j < d; j += 16) s = _mm512_fmadd_ps(_mm512_loadu_ps(x + i * d + j), _mm512_loadu_ps(z + j), s);
@@ -521,20 +552,19 @@ TARGET(AVX512) void dots_float_avx512(const float* x, int64_t rows, int64_t d, c
 }
 
 TARGET(AVX512) void sums_float_avx512(const float* x, int64_t rows, int64_t d, const float* q, float* out,
-                                      const float* ahead) {
-  const float* next = ahead + rows * d / 2;
+                                      Ahead& ahead) {
+  Ahead next = ahead;
   for (int64_t j = 0; j < d; j += 64) {
     __m512 s[4];
     for (int k = 0; k < 4; ++k) s[k] = _mm512_loadu_ps(out + j + 16 * k);
     for (int64_t i = 0; i < rows; ++i) {
       const __m512 w = _mm512_set1_ps(q[i]);
-      for (int k = 0; k < 4; ++k) {
-        if (k % 2) fetch(next), next += 16;
-        s[k] = _mm512_fmadd_ps(_mm512_loadu_ps(x + i * d + j + 16 * k), w, s[k]);
-      }
+      next.fetch(2);
+      for (int k = 0; k < 4; ++k) s[k] = _mm512_fmadd_ps(_mm512_loadu_ps(x + i * d + j + 16 * k), w, s[k]);
     }
     for (int k = 0; k < 4; ++k) _mm512_storeu_ps(out + j + 16 * k, s[k]);
   }
+  ahead = next;
 }
 
 TARGET(AVX512) void philox_avx512(uint32_t* out, int64_t count, uint32_t step, uint32_t stream, uint64_t seed) {
@@ -658,13 +688,9 @@ void parallel(int threads, Body body) {
   for (auto& thread : pool) thread.join();
 }
 
-// Rows [begin, begin + rows) of the data, and where the rows that are wanted after them begin.
-struct Piece {
-  int64_t begin, rows, ahead;
-};
-
 // ------------------------------------------------------------------------------------------------- mini-batches
 
+// What a thread keeps of a piece of rows.
 struct Scratch {
   Buffer<int32_t> dots, sums;
   Buffer<float> floats, weights;
@@ -674,33 +700,80 @@ struct Scratch {
       : dots(rows + 16), sums(d), floats(rows + 16), weights(rows + 16), codes(rows + 64), bits(rows + 63) {}
 };
 
-// partial += sum over the rows of a piece of response_i x_ij, times `factor`; responses are rounded to 8 bits.
-void add_piece(const Problem& p, Scratch& s, const int8_t* z, const Piece& piece, int64_t step, float factor, float* partial) {
+// Rows [begin, begin + rows) of mini-batch `block` in the order, which ends with them where `last`.
+struct Piece {
+  int64_t block, begin, rows;
+  bool first, last;
+};
+
+// One thread's pieces of an epoch, one after another: of each mini-batch about equal shares, in multiples of 4 rows.
+class Pieces {
+ public:
+  Pieces(const Problem& p, int t, int64_t most) : p_(&p), t_(t), most_(most) { enter(0); }
+  bool done() const { return here_.block >= p_->blocks; }
+  const Piece& here() const { return here_; }
+  void advance() {
+    if (here_.last) return enter(here_.block + 1);
+    place(here_.begin + here_.rows, false);
+  }
+
+ private:
+  void enter(int64_t block) {
+    here_.block = block;
+    if (done()) return;
+    const int64_t first = int64_t(p_->order[block]) * p_->batch, last = std::min(p_->n, first + p_->batch);
+    const int64_t part = ((last - first + p_->threads - 1) / p_->threads + 3) / 4 * 4;
+    const int64_t begin = std::min(last, first + t_ * part);
+    end_ = std::min(last, begin + part);
+    place(begin, true);
+  }
+  void place(int64_t begin, bool first) {
+    const int64_t rows = std::min(most_, end_ - begin);
+    here_ = {here_.block, begin, rows, first, begin + rows >= end_};
+  }
+  const Problem* p_;
+  int t_;
+  int64_t most_, end_ = 0;
+  Piece here_{};
+};
+
+template <class Code>
+Ahead rows_of(const Problem& p, const Pieces& pieces) {
+  if (pieces.done()) return {};
+  return Ahead::of(static_cast<const Code*>(p.x) + pieces.here().begin * p.d, pieces.here().rows * p.d);
+}
+
+// partial (where it is the first piece) = or += sum over its rows of response_i x_ij, times `factor`; responses are
+// rounded to 8 bits.
+void add_piece(const Problem& p, Scratch& s, const int8_t* z, const Piece& piece, float factor, float* partial, Ahead ahead) {
   const int8_t* x = static_cast<const int8_t*>(p.x) + piece.begin * p.d;
-  const int8_t* ahead = static_cast<const int8_t*>(p.x) + piece.ahead * p.d;
+  const uint32_t step = uint32_t(p.first_step + piece.block);
   DISPATCH(dots_int8, x, piece.rows, p.d, z, s.dots.data(), ahead);
   const float unit = float(p.unit * p.gap);
   for (int64_t i = 0; i < piece.rows; ++i) s.floats[i] = unit * s.dots[i];
   respond(p, piece.begin, piece.rows, s.floats.data(), 1.0f, s.weights.data());
   float largest = 0;
   for (int64_t i = 0; i < piece.rows; ++i) largest = std::max(largest, std::fabs(s.weights[i]));
+  if (piece.first && largest == 0) std::fill_n(partial, p.d, 0.0f);
   if (largest == 0) return;
-  words(p, s.bits.data(), (piece.rows + 63) / 64 * 64, uint32_t(step), uint32_t(piece.begin) | 0x80000000u);
+  words(p, s.bits.data(), (piece.rows + 63) / 64 * 64, step, uint32_t(piece.begin) | 0x80000000u);
   DISPATCH(code_weights, s.weights.data(), 127.0f / largest, s.bits.data(), piece.rows, s.codes.data());
   DISPATCH(sums_int8, x, piece.rows, p.d, s.codes.data(), s.sums.data(), ahead);
   const float scale = factor * float(p.unit / p.gap) * largest / 127.0f;
-  for (int64_t j = 0; j < p.d; ++j) partial[j] += scale * s.sums[j];
+  if (piece.first) std::transform(s.sums.data(), s.sums.data() + p.d, partial, [=](int32_t sum) { return scale * sum; });
+  else for (int64_t j = 0; j < p.d; ++j) partial[j] += scale * s.sums[j];
 }
 
-void add_piece(const Problem& p, Scratch& s, const float* z, const Piece& piece, int64_t, float factor, float* partial) {
+void add_piece(const Problem& p, Scratch& s, const float* z, const Piece& piece, float factor, float* partial, Ahead ahead) {
   const float* x = static_cast<const float*>(p.x) + piece.begin * p.d;
-  const float* ahead = static_cast<const float*>(p.x) + piece.ahead * p.d;
+  if (piece.first) std::fill_n(partial, p.d, 0.0f);
   DISPATCH(dots_float, x, piece.rows, p.d, z, s.floats.data(), ahead);
   respond(p, piece.begin, piece.rows, s.floats.data(), factor, s.weights.data());
   DISPATCH(sums_float, x, piece.rows, p.d, s.weights.data(), partial, ahead);
 }
 
-// z <- Q((z - lr g / gap - drift) * shrink): the step and the implicit penalty, in units of the gap.
+// z <- Q((z - lr g / gap - drift) * shrink): the step and the implicit penalty, in units of the gap. Returns how many
+// offsets left the range.
 int64_t move(const Problem& p, int8_t* z, const float* g, const uint32_t* bits) {
   return DISPATCH(move_low, z, g, p.drift, p.shrink, bits, p.d);
 }
@@ -710,12 +783,13 @@ int64_t move(const Problem& p, float* z, const float* g, const uint32_t*) {
   return 0;
 }
 
-// Rows of block b that are thread t's: about equal shares, in multiples of 4.
-inline void my_rows(const Problem& p, int64_t block, int t, int64_t& begin, int64_t& end) {
-  const int64_t first = block * p.batch, last = std::min(p.n, first + p.batch);
-  const int64_t part = ((last - first + p.threads - 1) / p.threads + 3) / 4 * 4;
-  begin = std::min(last, first + t * part);
-  end = std::min(last, begin + part);
+// The sums of all threads, in the order of the threads.
+const float* total(const Problem& p, const float* partial, float* g) {
+  if (p.threads == 1) return partial;
+  for (int64_t j = 0; j < p.d; ++j) g[j] = partial[j] + partial[p.d + j];
+  for (int other = 2; other < p.threads; ++other)
+    for (int64_t j = 0; j < p.d; ++j) g[j] += partial[other * p.d + j];
+  return g;
 }
 
 // One thread's epoch. Every thread keeps its own copy of the offset and moves all of it, by the same sums and the same
@@ -724,31 +798,21 @@ template <class Code>
 int64_t walk_epoch(const Problem& p, int t, int64_t rows, Meeting& meeting, const Buffer<float>& partial) {
   Scratch s(rows, p.d);
   Buffer<Code> z(p.d);
-  Buffer<float> g(p.d);
+  Buffer<float> sum(p.d);
   Buffer<uint32_t> bits(p.d);
   std::copy_n(static_cast<const Code*>(p.offset), p.d, z.data());
-  const auto sums = [&](int64_t k, int who) { return partial.data() + (k % 2 * p.threads + who) * p.d; };
   int64_t outside = 0;
-  for (int64_t k = 0; k < p.blocks; ++k) {
-    const int64_t first = int64_t(p.order[k]) * p.batch, count = std::min(p.n, first + p.batch) - first;
-    float* mine = sums(k, t);
-    std::fill_n(mine, p.d, 0.0f);
-    int64_t begin, end, next, unused;
-    my_rows(p, p.order[k], t, begin, end);
-    my_rows(p, p.order[k + 1 < p.blocks ? k + 1 : k], t, next, unused);
-    for (int64_t at = begin; at < end; at += rows) {
-      const Piece piece{at, std::min(rows, end - at), at + rows < end ? at + rows : next};
-      add_piece(p, s, z.data(), piece, p.first_step + k, float(p.lr) / float(count), mine);
-    }
+  for (Pieces pieces(p, t, rows), next = pieces; !pieces.done(); pieces = next) {
+    next.advance();
+    const Piece& piece = pieces.here();
+    const int64_t k = piece.block, count = std::min(p.batch, p.n - int64_t(p.order[k]) * p.batch);
+    float* sums = partial.data() + k % 2 * p.threads * p.d;
+    add_piece(p, s, z.data(), piece, float(p.lr) / float(count), sums + t * p.d, rows_of<Code>(p, next));
+    if (!piece.last) continue;
     meeting.arrive(t, k + 1);
     if constexpr (sizeof(Code) == 1) words(p, bits.data(), p.d, uint32_t(p.first_step + k), 0);
     meeting.wait(k + 1);
-    std::copy_n(sums(k, 0), p.d, g.data());
-    for (int other = 1; other < p.threads; ++other) {
-      const float* theirs = sums(k, other);
-      for (int64_t j = 0; j < p.d; ++j) g[j] += theirs[j];
-    }
-    outside += move(p, z.data(), g.data(), bits.data());
+    outside += move(p, z.data(), total(p, sums, sum.data()), bits.data());
   }
   if (t == 0) std::copy_n(z.data(), p.d, static_cast<Code*>(p.offset));
   return outside;
@@ -809,8 +873,7 @@ double missing_derivatives(const Problem& p, Sweep& s, bool low, int64_t begin, 
 }
 
 // sum[j] += what `full` lacks of the rows of a chunk, rounded to 8 bits; what was added is in `residual`.
-void add_missing(const Problem& p, Sweep& s, double largest, const int8_t* x, const int8_t* ahead, int64_t begin,
-                 int64_t rows) {
+void add_missing(const Problem& p, Sweep& s, double largest, const int8_t* x, int64_t begin, int64_t rows, Ahead& ahead) {
   const double scale = largest / 127.0, inverse = 127.0 / largest, value = scale * p.unit;
   for (int64_t i = 0; i < rows; ++i) {
     const double code = std::rint(s.missing[i] * inverse);
@@ -821,19 +884,25 @@ void add_missing(const Problem& p, Sweep& s, double largest, const int8_t* x, co
   for (int64_t j = 0; j < p.d; ++j) s.sum[j] += value * s.counts[j];
 }
 
-void add_missing(const Problem& p, Sweep& s, double, const float* x, const float* ahead, int64_t begin, int64_t rows) {
+void add_missing(const Problem& p, Sweep& s, double, const float* x, int64_t begin, int64_t rows, Ahead& ahead) {
   for (int64_t i = 0; i < rows; ++i) p.residual[begin + i] += (s.weights[i] = float(s.missing[i]));
   std::fill_n(s.partial.data(), p.d, 0.0f);
   DISPATCH(sums_float, x, rows, p.d, s.weights.data(), s.partial.data(), ahead);
   for (int64_t j = 0; j < p.d; ++j) s.sum[j] += s.partial[j];
 }
 
-void margin_changes(const Problem& p, Sweep& s, const int8_t* x, int64_t rows, const int8_t* ahead) {
+void margin_changes(const Problem& p, Sweep& s, const int8_t* x, int64_t rows, Ahead& ahead) {
   DISPATCH(dots_int8, x, rows, p.d, static_cast<const int8_t*>(p.offset), s.dots.data(), ahead);
 }
 
-void margin_changes(const Problem& p, Sweep& s, const float* x, int64_t rows, const float* ahead) {
+void margin_changes(const Problem& p, Sweep& s, const float* x, int64_t rows, Ahead& ahead) {
   DISPATCH(dots_float, x, rows, p.d, static_cast<const float*>(p.offset), s.floats.data(), ahead);
+}
+
+// What belongs to rows beside their columns.
+void fetch_margins(const Problem& p, int64_t begin, int64_t rows) {
+  const auto all = [](Ahead bytes) { bytes.fetch(int((bytes.end - bytes.at + 63) / 64)); };
+  all(Ahead::of(p.margin + begin, rows)), all(Ahead::of(p.residual + begin, rows)), all(Ahead::of(p.y + begin, rows));
 }
 
 // One thread's share of the blocks, every `threads`-th, each in chunks.
@@ -844,11 +913,13 @@ void sweep(const Problem& p, int t, int64_t chunk, Sweep& s) {
     const int64_t begin = int64_t(p.order[k]) * p.batch, end = std::min(p.n, begin + p.batch);
     const int64_t after = int64_t(p.order[k + p.threads < p.blocks ? k + p.threads : k]) * p.batch;
     for (int64_t at = begin; at < end; at += chunk) {
-      const int64_t rows = std::min(chunk, end - at);
-      const Code *here = x + at * p.d, *ahead = x + (at + chunk < end ? at + chunk : after) * p.d;
+      const int64_t rows = std::min(chunk, end - at), next = at + chunk < end ? at + chunk : after;
+      const Code* here = x + at * p.d;
+      Ahead ahead = Ahead::of(x + next * p.d, std::min(chunk, p.n - next) * p.d);
       margin_changes(p, s, here, rows, ahead);
       const double largest = missing_derivatives(p, s, sizeof(Code) == 1, at, rows);
-      if (largest > 0) add_missing(p, s, largest, here, ahead, at, rows);
+      fetch_margins(p, next, std::min(chunk, p.n - next));
+      if (largest > 0) add_missing(p, s, largest, here, at, rows, ahead);
     }
   }
 }
@@ -884,11 +955,12 @@ EXPORT void lpsgld_linear_normal(const float* x, int64_t rows, int64_t d, const 
   p.level = level;
   const int64_t chunk = 64;
   float dots[chunk];
+  Ahead none;
   std::fill(out, out + d, 0.0f);
   for (int64_t i = 0; i < rows; i += chunk) {
     const int64_t count = std::min(chunk, rows - i);
-    DISPATCH(dots_float, x + i * d, count, d, v, dots, x + (i + count) * d);
-    DISPATCH(sums_float, x + i * d, count, d, dots, out, x + (i + count) * d);
+    DISPATCH(dots_float, x + i * d, count, d, v, dots, none);
+    DISPATCH(sums_float, x + i * d, count, d, dots, out, none);
   }
 }
 
