@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from pathlib import Path
 from typing import Any, cast
 
 from lightning_lpsgld.bank import BankError, SampleBank
 from lightning_lpsgld.bank.beside import made_beside
-from lightning_lpsgld.cli.built import BuiltCLI, built
+from lightning_lpsgld.cli.built import BuiltCLI, built, in_one_line
 from lightning_lpsgld.cli.errors import CommandError, one_line
+from lightning_lpsgld.cli.opened import opened_bank
+from lightning_lpsgld.cli.outputs import checked_folder
 from lightning_lpsgld.cli.parsing import OneLineParser, as_json
 from lightning_lpsgld.cli.plan import optimizer_of, training_loss
 from lightning_lpsgld.precision.num_data import count_examples
@@ -165,6 +166,7 @@ def _verify(options: Namespace) -> int:
 
 
 def _merge(options: Namespace) -> int:
+    checked_folder(options.into, "into", of_bank=True)
     sources = [SampleBank.open(path) for path in options.sources]
     for source in sources:
         _say_damage(source)
@@ -188,7 +190,8 @@ def copy_samples(bank: SampleBank, indices: list[int], into: str) -> SampleBank:
 
 
 def _thin(options: Namespace) -> int:
-    bank = SampleBank.open(options.path)
+    checked_folder(options.into, "into", of_bank=True)
+    bank = opened_bank(options.path, "path")
     if not 1 <= options.keep <= len(bank):
         raise CommandError(f"--keep: must be between 1 and the {len(bank)} samples of {options.path}.")
     n, k = len(bank), options.keep
@@ -208,6 +211,11 @@ def _selected(bank: SampleBank, options: Namespace) -> Selection:
     if options.config is None:
         raise CommandError(f"--config: --method {options.method} needs the run's YAML file.")
     cli = built(BuiltCLI, ["--config", options.config])
+    with in_one_line(cli.config):
+        return _chosen(cli, bank, options)
+
+
+def _chosen(cli: BuiltCLI, bank: SampleBank, options: Namespace) -> Selection:
     if options.method == "nll":
         ensemble = PosteriorEnsemble(cli.model, bank, task="multiclass", members="streamed")
         return greedy_selection(member_probabilities(ensemble, cli.loader("val")), options.keep)
@@ -228,9 +236,8 @@ def _selected(bank: SampleBank, options: Namespace) -> Selection:
 def _export(options: Namespace) -> int:
     from safetensors.torch import save_file
 
-    bank = SampleBank.open(options.path)
-    if not len(bank):
-        raise CommandError(f"{options.path}: has no usable sample, and {len(bank.damaged)} that are damaged.")
+    folder = checked_folder(options.into, "into", of_bank=False)
+    bank = opened_bank(options.path, "path")
     if options.base is not None:
         bank.give_base(read_tensors(options.base, "--base"))
     elif bank.needs_base:
@@ -238,7 +245,6 @@ def _export(options: Namespace) -> int:
     indices = list(range(len(bank))) if options.index is None else options.index
     if any(not 0 <= index < len(bank) for index in indices):
         raise CommandError(f"--index: must be between 0 and {len(bank) - 1}, got {indices}.")
-    folder = Path(options.into)
     folder.mkdir(parents=True, exist_ok=True)
     for index in indices:
         sample = bank.sample(index)

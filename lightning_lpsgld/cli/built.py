@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_lpsgld.bank import BankError, SampleBank
-from lightning_lpsgld.cli.errors import CommandError, key_of, one_line
+from lightning_lpsgld.bank import SampleBank
+from lightning_lpsgld.cli.errors import CommandError, as_command_error
+from lightning_lpsgld.cli.opened import opened_bank
 from lightning_lpsgld.cli.trainer import EnsembleOptions, LowPrecisionCLI
 
-__all__ = ["BuiltCLI", "built", "opened_bank", "with_key"]
+__all__ = ["BuiltCLI", "built", "ensemble_bank", "in_one_line"]
 
 
 class BuiltCLI(LowPrecisionCLI):
@@ -25,8 +28,22 @@ class BuiltCLI(LowPrecisionCLI):
         return super().init_parser(**{**kwargs, **named})
 
     def loader(self, which: Literal["train", "val", "test"]) -> Any:
-        """A dataloader of the configured data."""
+        """The dataloader of the configured data.
+
+        Raises:
+            CommandError: If there is none, or more than one.
+        """
         return self._loader(which)
+
+    def batch(self, which: Literal["train", "val", "test"]) -> Any:
+        """The first batch of it.
+
+        Raises:
+            CommandError: If there is none.
+        """
+        for batch in self.loader(which):
+            return batch
+        raise CommandError(f"data: {which}_dataloader() gives no batch; a command needs one to look at.")
 
 
 def built(kind: type[BuiltCLI], args: list[str]) -> BuiltCLI:
@@ -41,13 +58,28 @@ def built(kind: type[BuiltCLI], args: list[str]) -> BuiltCLI:
         return kind(save_config_callback=None, args=args, run=False)
 
 
-def with_key(error: Exception, config: Any) -> CommandError:
-    """The error as one line, with its key where it is known; what is wrong with a bank is so with ``ensemble.bank``."""
-    key = "ensemble.bank" if isinstance(error, BankError) else key_of(error, config)
-    return CommandError(f"{key}: {one_line(error)}" if key else one_line(error))
+@contextmanager
+def in_one_line(config: Any) -> Iterator[None]:
+    """What a value is refused for becomes one line with its key; what the user's own code raises stays as it is.
+
+    Args:
+        config: The parsed configuration.
+
+    Raises:
+        CommandError: In place of an error that is about values.
+    """
+    try:
+        yield
+    except CommandError:
+        raise
+    except Exception as error:
+        found = as_command_error(error, config)
+        if found is None:
+            raise
+        raise found from error
 
 
-def opened_bank(options: EnsembleOptions, example: str) -> SampleBank:
+def ensemble_bank(options: EnsembleOptions, example: str) -> SampleBank:
     """The bank of a command that needs one.
 
     Args:
@@ -59,12 +91,4 @@ def opened_bank(options: EnsembleOptions, example: str) -> SampleBank:
     """
     if options.bank is None:
         raise CommandError(f"ensemble.bank: is needed, e.g. `{example}`.")
-    try:
-        bank = SampleBank.open(options.bank)
-    except (BankError, OSError) as error:
-        raise CommandError(f"ensemble.bank: {one_line(error)}") from error
-    if not len(bank):
-        raise CommandError(
-            f"ensemble.bank: {options.bank} has no usable sample, and {len(bank.damaged)} that are damaged."
-        )
-    return bank
+    return opened_bank(options.bank, "ensemble.bank")

@@ -7,8 +7,9 @@ from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_lpsgld.cli.built import BuiltCLI, built, opened_bank, with_key
+from lightning_lpsgld.cli.built import BuiltCLI, built, ensemble_bank, in_one_line
 from lightning_lpsgld.cli.errors import CommandError
+from lightning_lpsgld.cli.outputs import checked_file
 from lightning_lpsgld.cli.trainer import EnsembleOptions
 from lightning_lpsgld.export import export_onnx, export_program
 
@@ -41,7 +42,7 @@ def run(args: list[str]) -> int:
     cli = built(ExportCLI, args)
     options = cli._get(cli.config_init, "ensemble")
     options = options if isinstance(options, EnsembleOptions) else EnsembleOptions(**options)
-    bank = opened_bank(options, EXAMPLE)
+    bank = ensemble_bank(options, EXAMPLE)
     if options.output is None:
         raise CommandError(f"ensemble.output: is needed, e.g. `{EXAMPLE}`.")
     suffix = Path(options.output).suffix
@@ -49,14 +50,11 @@ def run(args: list[str]) -> int:
         raise CommandError(f"ensemble.output: must end in .onnx or .pt2, got {options.output!r}.")
     if cli.config["inputs"] not in ("train", "val", "test"):
         raise CommandError(f"inputs: must be train, val or test, got {cli.config['inputs']!r}.")
+    output = checked_file(options.output, "ensemble.output")
     write = export_onnx if suffix == ".onnx" else export_program
-    try:
-        batch = next(iter(cli.loader(cli.config["inputs"])))
+    with in_one_line(cli.config):
+        batch = cli.batch(cli.config["inputs"])
         known: dict[str, Any] = {"task": options.task, "noise_std": options.noise_std}
         known["max_length"] = cli.config["max_length"]
-        print(write(cli.model, bank, options.output, batch, **known))
-    except CommandError:
-        raise
-    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
-        raise with_key(error, cli.config) from error
+        print(write(cli.model, bank, output, batch, **known))
     return 0

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_lpsgld.analysis import plan as make_plan
 from lightning_lpsgld.analysis.plan_report import LayerPlan, Plan
 from lightning_lpsgld.callbacks import SampleCollector
-from lightning_lpsgld.cli.built import BuiltCLI, built, with_key
+from lightning_lpsgld.cli.built import BuiltCLI, built, in_one_line
 from lightning_lpsgld.cli.errors import CommandError, one_line
 from lightning_lpsgld.cli.parsing import as_json
 from lightning_lpsgld.precision.num_data import count_examples
@@ -47,12 +47,8 @@ def run(args: list[str]) -> int:
         args: Arguments after ``lpsgld plan``.
     """
     cli = built(PlanCLI, args)
-    try:
+    with in_one_line(cli.config):
         result = _planned(cli)
-    except CommandError:
-        raise
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
-        raise with_key(error, cli.config) from error
     print(as_json(_as_dict(result)) if cli.config["json"] else result)
     return 0
 
@@ -64,15 +60,13 @@ def _planned(cli: BuiltCLI) -> Plan:
     if cli.config["ckpt_path"]:
         _load(cli.model, cli.config["ckpt_path"])
     loader = cli.loader("train")
-    if not hasattr(loader, "__iter__") or isinstance(loader, (dict, list, tuple)):
-        raise CommandError(f"data: a plan takes one train dataloader, and there is {type(loader).__name__}.")
     num_data = count_examples(loader) if plugin.num_data == "auto" else plugin.num_data
     optimizer, scheduler = optimizer_of(cli.model, cli.trainer)
     steps = _steps(cli.trainer, loader)
     collectors = [c for c in cli.trainer.callbacks if isinstance(c, SampleCollector)]  # type: ignore[attr-defined]
     return make_plan(
         cli.model,
-        next(iter(loader)),
+        cli.batch("train"),
         training_loss,
         lr=step_sizes(optimizer, scheduler, steps),
         num_data=num_data,
@@ -95,7 +89,7 @@ def _load(model: Any, path: str) -> None:
     try:
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
     except (OSError, RuntimeError, KeyError, TypeError, UnpicklingError) as error:
-        raise CommandError(f"ckpt_path: {path}: {one_line(error)}") from error
+        raise CommandError(f"ckpt_path: {path}: {type(error).__name__}: {one_line(error)}") from error
 
 
 def optimizer_of(model: Any, trainer: Any) -> tuple[Optimizer, Any]:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_lpsgld.cli.built import BuiltCLI, built, opened_bank, with_key
+from lightning_lpsgld.cli.built import BuiltCLI, built, ensemble_bank, in_one_line
 from lightning_lpsgld.cli.errors import CommandError
+from lightning_lpsgld.cli.outputs import checked_file
 from lightning_lpsgld.cli.trainer import EnsembleOptions
 from lightning_lpsgld.predictive import Regression, Task, TaskName
 from lightning_lpsgld.report import gather, render
@@ -50,19 +51,18 @@ def run(args: list[str]) -> int:
     cli = built(ReportCLI, args)
     options = cli._get(cli.config_init, "ensemble")
     options = options if isinstance(options, EnsembleOptions) else EnsembleOptions(**options)
-    bank = opened_bank(options, EXAMPLE)
-    output = Path(options.output or "report.html")
-    if output.suffix != ".html":
+    bank = ensemble_bank(options, EXAMPLE)
+    if options.output is not None and not options.output.endswith(".html"):
         raise CommandError(f"ensemble.output: must end in .html, got {options.output!r}.")
+    output = checked_file("report.html" if options.output is None else options.output, "ensemble.output")
     if cli.config["inputs"] not in ("val", "test"):
         raise CommandError(f"inputs: must be val or test, got {cli.config['inputs']!r}.")
-    try:
+    metrics = cli.config["metrics"]
+    if metrics is not None and not Path(metrics).is_file():
+        raise CommandError(f"metrics: {metrics} is no file; name the metrics.csv that the run's CSVLogger wrote.")
+    with in_one_line(cli.config):
         batches = cli.loader(cli.config["inputs"])
-        facts = gather(bank, cli.model, batches, task=_task(options), metrics_csv=cli.config["metrics"])
-    except CommandError:
-        raise
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
-        raise with_key(error, cli.config) from error
-    output.write_text(render(facts, f"Samples at {options.bank}"), encoding="utf-8")
+        facts = gather(bank, cli.model, batches, task=_task(options), metrics_csv=metrics)
+        output.write_text(render(facts, f"Samples at {options.bank}"), encoding="utf-8")
     print(output)
     return 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import re
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +16,11 @@ from lightning_lpsgld.callbacks import (
     SampleCollector,
     SamplingProgress,
 )
-from lightning_lpsgld.cli.errors import CommandError, inner_reason, is_about_values, key_of, one_line
+from lightning_lpsgld.cli.configs import check_configs
+from lightning_lpsgld.cli.errors import CommandError, as_command_error, inner_reason, key_of, one_line
+from lightning_lpsgld.cli.opened import opened_bank
+from lightning_lpsgld.cli.outputs import checked_file
+from lightning_lpsgld.cli.refusals import parse_message
 from lightning_lpsgld.precision import LowPrecisionSGLD
 from lightning_lpsgld.serving import PosteriorModule, PredictionWriter
 
@@ -102,12 +107,15 @@ class LowPrecisionCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; what is refused becomes one line with its key."""
+        given = sys.argv[1:] if args is None else args
+        if isinstance(given, list):
+            check_configs([str(arg) for arg in given])
         try:
             super().parse_arguments(parser, args)
         except (CommandError, SystemExit):
             raise
         except Exception as error:
-            raise CommandError(_parse_message(error)) from error
+            raise CommandError(parse_message(error, tuple(COMMANDS))) from error
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer; what one of them refuses becomes one line with its key."""
@@ -145,9 +153,11 @@ class LowPrecisionCLI(LightningCLI):
         options = self._use_ensemble()
         if options.output is not None:
             try:
-                self.trainer.callbacks.append(PredictionWriter(options.output))  # type: ignore[attr-defined]
+                writer = PredictionWriter(options.output)
             except (ValueError, ImportError) as error:
                 raise CommandError(f"ensemble.output: {one_line(error)}") from error
+            checked_file(options.output, "ensemble.output")
+            self.trainer.callbacks.append(writer)  # type: ignore[attr-defined]
 
     def _use_ensemble(self) -> EnsembleOptions:
         options = self._get(self.config_init, "ensemble")
@@ -157,17 +167,13 @@ class LowPrecisionCLI(LightningCLI):
                 if getattr(options, name) is not None:
                     raise CommandError(f"ensemble.{name}: needs ensemble.bank.")
             return options
-        try:
-            self.model = self._ensemble(options)
-        except (ValueError, RuntimeError, TypeError) as error:
-            key = "coverage" if "coverage" in str(error) or "held-out" in str(error) else "bank"
-            raise CommandError(f"ensemble.{key}: {one_line(error)}") from error
+        self.model = self._ensemble(options)
         return options
 
     def _ensemble(self, options: EnsembleOptions) -> PosteriorModule:
         module = PosteriorModule.from_bank(
             self.model,
-            options.bank or "",
+            opened_bank(options.bank or "", "ensemble.bank"),
             task=options.task,
             noise_std=options.noise_std,
             refresh_batch_norm=self._loader("train") if options.refresh_batch_norm else None,
@@ -184,25 +190,16 @@ class LowPrecisionCLI(LightningCLI):
             source.prepare_data()
             source.setup("test" if which == "test" else "fit")
         try:
-            return getattr(source, f"{which}_dataloader")()
+            made = getattr(source, f"{which}_dataloader")()
         except Exception as error:
             raise CommandError(
                 f"data: needs {which}_dataloader() of {type(source).__name__}: {one_line(error)}"
             ) from error
-
-
-def _parse_message(error: Exception) -> str:
-    """Jsonargparse's message in one line that begins with the key."""
-    text = " ".join(str(error).split())
-    unknown = re.search(r"""(?:(\w+) ["'`]([\w.]+)["'`] )?does not accept option ["'`]([\w.]+)["'`]""", text)
-    if unknown:
-        group = f"{unknown[2]}." if unknown[1] == "Group" else ""
-        return f"{group}{unknown[3].removeprefix(group)}: there is no such option."
-    found = re.search(r"""(?:Parser key|[Kk]ey|Option|Group)\s+["'`]([\w.\[\]]+)["'`]""", text)
-    if not found:
-        return one_line(text)
-    key = re.sub(rf"^({'|'.join(COMMANDS)})\.", "", found.group(1))
-    return one_line(f"{key}: {inner_reason(text[: found.start()] + text[found.end() :])}")
+        if not hasattr(made, "__iter__") or isinstance(made, (Mapping, list, tuple)):
+            raise CommandError(
+                f"data: {which}_dataloader() gave a {type(made).__name__}, and this takes one DataLoader; return that."
+            )
+        return made
 
 
 class _ParsersOnly(Exception):
@@ -233,7 +230,8 @@ def run(args: ArgsType = None) -> None:
     cli: list[Any] = []
 
     class Kept(LowPrecisionCLI):
-        def before_instantiate_classes(self) -> None:
+        def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+            super().parse_arguments(parser, args)
             cli.append(self)
 
     try:
@@ -241,8 +239,8 @@ def run(args: ArgsType = None) -> None:
     except (CommandError, SystemExit):
         raise
     except Exception as error:
-        if not is_about_values(error):
+        config: Any = cli[0].config if cli else {}
+        found = as_command_error(error, config.get(config.get("subcommand"), config) if cli else config)
+        if found is None:
             raise
-        config = cli[0].config[cli[0].subcommand] if cli else {}
-        key = key_of(error, config)
-        raise CommandError(f"{key}: {one_line(error)}" if key else one_line(error)) from error
+        raise found from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -187,7 +188,8 @@ def prepared(
         bank.give_base(module)
     inputs, packed = checked_inputs(batch, max_length), pack(bank)
     ensemble = PosteriorEnsemble(module, bank, task=task, forward=forward, noise_std=noise_std, members="streamed")
-    opened = open_output(next(ensemble.outputs(inputs)), ensemble.task)
+    with closing(ensemble.outputs(inputs)) as outputs:
+        opened = open_output(next(outputs), ensemble.task)
     found = task_of(opened, ensemble.task)
     first = opened.mean if isinstance(opened, GaussianOutput) else opened
     wrong = first.ndim == 0 or (isinstance(found, Multiclass) and (first.ndim < 2 or first.shape[1] < 2))
@@ -221,16 +223,24 @@ def traced(module: nn.Module, inputs: Inputs, tensors: tuple[Tensor, ...], max_l
         return torch.export.export(module, (inputs, *tensors), dynamic_shapes=shapes, strict=False)
     except Exception as error:
         if max_length is None:
-            raise
+            raise RuntimeError(
+                f"export: torch.export cannot trace this network: {_reason(error)}. Its forward must not "
+                "branch on values of tensors; pass forward=function(module, inputs) that calls a part that does not."
+            ) from error
         try:
             traced(module, inputs, tensors, max_length=None)
         except Exception:  # it is not about the length
             raise error from None
         raise ValueError(
             f"export: this network cannot be exported for sequences of any length up to {max_length}: "
-            f"{' '.join(str(error).split())[:300]} Make `max_length` smaller, or leave it out: the file then takes "
+            f"{_reason(error)} Make `max_length` smaller, or leave it out: the file then takes "
             "the length of your batch."
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What the exporter says, without what it prints about itself."""
+    return " ".join(str(error).split("\n\n")[0].split())[:300] or type(error).__name__
 
 
 def posterior(answers: Sequence[tuple[Tensor, ...]], head: Head) -> dict[str, Tensor]:

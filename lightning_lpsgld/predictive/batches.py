@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["by_keyword", "default_inputs", "default_logits", "default_targets", "device_of", "to_device"]
+__all__ = [
+    "DataError",
+    "by_keyword",
+    "default_inputs",
+    "default_logits",
+    "default_targets",
+    "device_of",
+    "required_targets",
+    "to_device",
+    "with_targets",
+]
 
 _INPUTS = ("inputs", "input", "images", "image", "x", "features", "data")
 _TARGETS = ("targets", "target", "labels", "label", "y")
 #: Keys by which models of Hugging Face name their inputs; such a batch is passed on by keyword.
 _KEYWORDS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")
+
+
+class DataError(ValueError):
+    """There is no batch, or targets are missing from one, or they do not fit what is predicted."""
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -73,6 +87,43 @@ def default_targets(batch: Any) -> Tensor | None:
         found = [batch[name] for name in _TARGETS if name in batch]
         return found[0] if found else None
     return batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+
+
+def required_targets(batch: Any, targets: Callable[[Any], Any], who: str, purpose: str) -> Any:
+    """The targets of a batch.
+
+    Args:
+        batch: What a dataloader gives.
+        targets: Takes them from it.
+        who: Who needs them, for the message.
+        purpose: What for.
+
+    Raises:
+        DataError: If there are none.
+    """
+    truth = targets(batch)
+    if truth is None:
+        raise DataError(
+            f"{who}: a batch has no targets to {purpose} with. It takes (inputs, targets), or a mapping with one of "
+            f"{', '.join(_TARGETS)}; in Python, pass targets=function(batch)."
+        )
+    return truth
+
+
+def with_targets(
+    batches: Iterable[Any], targets: Callable[[Any], Any], who: str, purpose: str
+) -> Iterator[tuple[Any, Any]]:
+    """Batches and their targets, as :func:`required_targets` takes them.
+
+    Raises:
+        DataError: If a batch has none, or there is no batch.
+    """
+    found = False
+    for batch in batches:
+        found = True
+        yield batch, required_targets(batch, targets, who, purpose)
+    if not found:
+        raise DataError(f"{who}: got no batch of held-out data to {purpose} with.")
 
 
 def by_keyword(batch: Any) -> dict[str, Any] | None:

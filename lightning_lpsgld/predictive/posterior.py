@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lpsgld.bank import BankError, SampleBank, module_tensors
-from lightning_lpsgld.predictive.batches import default_logits, default_targets, device_of, to_device
+from lightning_lpsgld.predictive.batches import default_logits, default_targets, device_of, to_device, with_targets
 from lightning_lpsgld.predictive.conformal import (
     SetScore,
     class_scores,
@@ -34,7 +35,7 @@ from lightning_lpsgld.predictive.prediction import ClassPrediction, Prediction, 
 from lightning_lpsgld.predictive.reading import TaskName, named_task
 from lightning_lpsgld.predictive.reduction import open_output, reduce_outputs, task_of
 from lightning_lpsgld.predictive.swap import swapped_weights
-from lightning_lpsgld.predictive.tasks import Multilabel, Task
+from lightning_lpsgld.predictive.tasks import Multilabel, Task, check_labels, class_indices
 
 __all__ = ["PosteriorEnsemble"]
 
@@ -203,10 +204,14 @@ class PosteriorEnsemble(nn.Module):
             self._stack()
         return len(self._extra)
 
-    def outputs(self, batch: Any) -> Iterator[Any]:
-        """What each member gives for a batch: logits, values, or pairs; in evaluation mode, without gradients."""
+    @torch.no_grad()  # while a member computes, not while the caller does
+    def outputs(self, batch: Any) -> Generator[Any, None, None]:
+        """What each member gives for a batch: logits, values, or pairs; in evaluation mode, without gradients.
+
+        Until the generator is at its end or closed the module is in evaluation mode.
+        """
         batch = to_device(batch, device_of(self.module))
-        with torch.no_grad(), evaluation_mode(self.called):
+        with evaluation_mode(self.called):
             if self._stacked:
                 values = {name: getattr(self, key) for name, key in self._stacked.items()}
                 yield from stacked_outputs(self.called, values, batch, self.chunk)
@@ -249,12 +254,13 @@ class PosteriorEnsemble(nn.Module):
         return result
 
     def _reduced(self, batch: Any) -> tuple[Prediction, torch.dtype]:
-        outputs = (open_output(output, self.task) for output in self.outputs(batch))
-        head = next(outputs)
-        task = task_of(head, self.task)
-        first = head if isinstance(head, Tensor) else head.mean
-        dtype = torch.promote_types(first.dtype, torch.float32)
-        return reduce_outputs(itertools.chain([head], outputs), task, self.noise_variance), dtype
+        with closing(self.outputs(batch)) as raw:
+            outputs = (open_output(output, self.task) for output in raw)
+            head = next(outputs)
+            task = task_of(head, self.task)
+            first = head if isinstance(head, Tensor) else head.mean
+            dtype = torch.promote_types(first.dtype, torch.float32)
+            return reduce_outputs(itertools.chain([head], outputs), task, self.noise_variance), dtype
 
     def _with_sets(self, prediction: Prediction) -> Prediction:
         if isinstance(prediction, ClassPrediction):
@@ -294,13 +300,8 @@ class PosteriorEnsemble(nn.Module):
             Vovk, Gammerman & Shafer, 2005; Lei et al., 2018, arXiv:1604.04173.
         """
         scores = []
-        for batch in batches:
-            truth = targets(batch)
-            if truth is None:
-                raise ValueError("PosteriorEnsemble.calibrate: a batch has no targets; pass targets=function(batch).")
+        for batch, truth in with_targets(batches, targets, "PosteriorEnsemble.calibrate", "calibrate"):
             scores.append(self._scores(self._exact(batch)[0], truth.to(device_of(self.module)), score))
-        if not scores:
-            raise ValueError("PosteriorEnsemble.calibrate got no batch of held-out data.")
         self._quantile = conformal_quantile(torch.cat(scores), coverage)
         self.coverage, self.score = coverage, score
         return self._quantile
@@ -313,7 +314,9 @@ class PosteriorEnsemble(nn.Module):
                 "PosteriorEnsemble.calibrate: prediction sets are for one class label a point; outputs per pixel or "
                 f"per label (shape {tuple(prediction.mean.shape)}) are not exchangeable points."
             )
-        return class_scores(prediction.mean, score).gather(1, truth.long().reshape(-1, 1)).squeeze(1)
+        labels = class_indices(truth, self.task)
+        check_labels(labels, prediction.mean.shape[1])
+        return class_scores(prediction.mean, score).gather(1, labels.long().reshape(-1, 1)).squeeze(1)
 
     # -------------------------------------------------------------------------------------------------- plain arrays
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lpsgld.bank import SampleBank
-from lightning_lpsgld.predictive.batches import default_targets, device_of, to_device
+from lightning_lpsgld.predictive.batches import DataError, default_targets, device_of, to_device, with_targets
 from lightning_lpsgld.predictive.posterior import PosteriorEnsemble
 from lightning_lpsgld.predictive.swap import swapped_weights
+from lightning_lpsgld.predictive.tasks import check_labels
 
 __all__ = ["Selection", "greedy_selection", "member_probabilities", "posterior_scores", "stein_thinning"]
 
@@ -170,18 +172,25 @@ def member_probabilities(
         float64, shape ``(samples, points)``.
 
     Raises:
-        ValueError: If a batch has no targets, or there is none.
+        ValueError: If a batch has no targets or targets that are no classes, or there is none.
     """
     rows = []
-    for batch in batches:
-        truth = targets(batch)
-        if truth is None:
-            raise ValueError("selection: a batch has no targets to score with; pass targets=function(batch).")
-        labels = truth.long().to(device_of(ensemble.module))[:, None]
-        rows.append(torch.stack([o.double().softmax(1).gather(1, labels)[:, 0] for o in ensemble.outputs(batch)]))
-    if not rows:
-        raise ValueError("selection: got no batch of held-out data.")
+    for batch, truth in with_targets(batches, targets, "selection", "score"):
+        labels = truth.to(device_of(ensemble.module))
+        with closing(ensemble.outputs(batch)) as outputs:
+            rows.append(torch.stack([_likelihood(output, labels) for output in outputs]))
     return torch.cat(rows, dim=1)
+
+
+def _likelihood(logits: Tensor, truth: Tensor) -> Tensor:
+    """Probability of each target, shape ``(n,)``."""
+    if logits.ndim != 2 or truth.shape != logits.shape[:1]:
+        raise DataError(
+            f"selection: takes logits (n, classes) and one class a point, got {tuple(logits.shape)} and targets "
+            f"{tuple(truth.shape)}."
+        )
+    check_labels(truth, logits.shape[1])
+    return logits.double().softmax(1).gather(1, truth.long()[:, None])[:, 0]
 
 
 def posterior_scores(

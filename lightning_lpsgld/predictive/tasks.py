@@ -11,12 +11,25 @@ from torch import Tensor
 
 from lightning_lpsgld.metrics import mixture_points
 from lightning_lpsgld.metrics.simplex import warn_of_sigmoids
+from lightning_lpsgld.predictive.batches import DataError
 from lightning_lpsgld.predictive.ensemble import PosteriorPredictive, probabilities_of
 from lightning_lpsgld.predictive.mixtures import MixturePredictive
 from lightning_lpsgld.predictive.outputs import GaussianOutput, OutputForm
 from lightning_lpsgld.predictive.running import RunningPredictive
 
-__all__ = ["Binary", "Multiclass", "Multilabel", "Regression", "Task", "class_dim_of", "logits_in", "same_points"]
+__all__ = [
+    "IGNORED",
+    "Binary",
+    "Multiclass",
+    "Multilabel",
+    "Regression",
+    "Task",
+    "check_labels",
+    "class_dim_of",
+    "class_indices",
+    "logits_in",
+    "same_points",
+]
 
 #: What ``cross_entropy`` ignores when nothing is said.
 IGNORED = -100
@@ -78,6 +91,29 @@ def class_dim_of(logits: Tensor, targets: Tensor) -> int | None:
     return -1 if targets.shape == logits.shape[:-1] and logits.shape[-1] > 1 else None
 
 
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Refuse targets that are no class.
+
+    Args:
+        labels: Targets of the points that count, any shape.
+        classes: How many there are.
+
+    Raises:
+        DataError: If they are no integers, or one is out of range.
+    """
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise DataError(f"task='multiclass': targets must be integer class indices, got {labels.dtype}.")
+    if not labels.numel():
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        wrong = low if low < 0 else high
+        raise DataError(
+            f"task='multiclass': target {wrong} is no class of {classes} (0 to {classes - 1}). If it marks points "
+            f"that do not count, pass ignore_index={wrong}."
+        )
+
+
 @dataclass(frozen=True)
 class Multiclass(_ClassTask):
     """One of several classes for every point, pixel or token.
@@ -125,7 +161,7 @@ class Multiclass(_ClassTask):
         keep = labels != (IGNORED if self.ignore_index is None else self.ignore_index)
         if not bool(keep.all()):
             flat, labels = flat[keep], labels[keep]
-        self._check_range(labels, flat.shape[1])
+        check_labels(labels, flat.shape[1])
         return probabilities_of(flat), labels
 
     def _dim(self, logits: Tensor, targets: Tensor | None, soft: bool) -> int:
@@ -141,17 +177,6 @@ class Multiclass(_ClassTask):
                 f"{tuple(targets.shape)}."
             )
         return dim
-
-    def _check_range(self, labels: Tensor, classes: int) -> None:
-        if not labels.numel():
-            return
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= classes:
-            wrong = low if low < 0 else high
-            raise ValueError(
-                f"task='multiclass': target {wrong} is no class of {classes} (0 to {classes - 1}). If it marks points "
-                f"that do not count, pass ignore_index={wrong}."
-            )
 
 
 class _BinaryTask(_ClassTask):
@@ -225,6 +250,21 @@ class Multilabel(_BinaryTask):
 
     name: ClassVar[str] = "multilabel"
     ignore_index: int | None = None
+
+
+def class_indices(targets: Tensor, task: Task | None) -> Tensor:
+    """Targets as class indices: those of yes or no may be 0.0 and 1.0, or False and True, as their loss takes them.
+
+    Args:
+        targets: Any shape.
+        task: The task; ``None``: classes.
+
+    Returns:
+        The targets, int64 if the task is yes or no and they are.
+    """
+    if isinstance(task, Binary) and (not targets.is_floating_point() or bool((targets == targets.round()).all())):
+        return targets.long()
+    return targets
 
 
 def same_points(output: Tensor, targets: Tensor) -> bool:

@@ -25,6 +25,7 @@ from lightning_lpsgld.predictive import (
     default_targets,
     swapped_weights,
 )
+from lightning_lpsgld.predictive.batches import DataError, by_keyword, required_targets
 from lightning_lpsgld.predictive.tasks import IGNORED
 from lightning_lpsgld.report.charts import Curve
 
@@ -214,7 +215,7 @@ def _with_images(mistakes: list[Mistake], batches: Iterable[Any]) -> list[Mistak
     images: dict[int, Tensor] = {}
     start = 0
     for batch in batches:
-        x = default_inputs(batch) if wanted else None
+        x = default_inputs(batch) if wanted and by_keyword(batch) is None else None
         if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] not in (1, 3):
             return mistakes
         images |= {i: x[i - start].float().cpu() for i in wanted if start <= i < start + len(x)}
@@ -235,7 +236,7 @@ def _named_batches(batches: Iterable[Any]) -> tuple[Any, Any]:
     again = list(batches) if isinstance(batches, Iterator) else batches
     first = next(iter(again), None)
     if first is None:
-        raise ValueError("report: got no test batch.")
+        raise DataError("report: got no test batch.")
     return again, first
 
 
@@ -265,9 +266,7 @@ def evaluate(
     if default_targets(first) is not None:
         task = _decided(bank, module, first, task, logits)
     for batch in again:
-        truth = default_targets(batch)
-        if truth is None:
-            raise ValueError("report: a batch has no targets to score with.")
+        truth = required_targets(batch, default_targets, "report", "score")
         origins.append(start + _origins(task, truth))
         start += len(truth)
     sums = None if isinstance(task, Regression) else _Answers()

@@ -79,7 +79,12 @@ def _logged(path: str | os.PathLike[str] | None, prefix: str) -> dict[str, list[
         return {}
     found: dict[str, list[tuple[float, float]]] = {}
     with open(path, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
+        table = csv.DictReader(file)
+        if "step" not in (table.fieldnames or ()):
+            raise ValueError(
+                f"{os.fspath(path)} is no metrics.csv of a CSVLogger: its first line names no column `step`."
+            )
+        for row in table:
             for name, value in row.items():
                 if name and name.startswith(prefix) and value:
                     found.setdefault(name.removeprefix(prefix), []).append((float(row["step"]), float(value)))
@@ -116,8 +121,10 @@ def gather(
             each layer over time.
 
     Raises:
-        ValueError: If the bank is empty, there is no batch, one has no targets, or predictions do not fit the task.
+        ValueError: If the bank is empty, there is no batch, one has no targets, predictions do not fit the task, or
+            ``metrics_csv`` is something else.
     """
+    heat, schedule = _logged(metrics_csv, "noise/achieved_over_target/"), _logged(metrics_csv, "lr-")
     evaluation = evaluate(bank, module, batches, task, logits)
     draws = chain_draws(bank)
     return Facts(
@@ -126,6 +133,6 @@ def gather(
         rates=[(info.step, info.lr, info.cycle) for info in bank.infos],
         traces=_traces(bank, draws),
         convergence=_convergence(draws),
-        heat=_logged(metrics_csv, "noise/achieved_over_target/"),
-        schedule=_logged(metrics_csv, "lr-"),
+        heat=heat,
+        schedule=schedule,
     )

@@ -14,7 +14,8 @@ from torchmetrics import MeanMetric, Metric
 from lightning_lpsgld.bank import SampleBank
 from lightning_lpsgld.metrics import CalibrationError, brier_score, categorical_nll
 from lightning_lpsgld.predictive import ClassPrediction, PosteriorEnsemble, Prediction, RegressionPrediction
-from lightning_lpsgld.predictive.batches import default_targets
+from lightning_lpsgld.predictive.batches import DataError, default_targets, required_targets
+from lightning_lpsgld.predictive.tasks import IGNORED, check_labels, class_indices, same_points
 
 __all__ = ["PosteriorModule"]
 
@@ -83,18 +84,24 @@ class PosteriorModule(pl.LightningModule):
         for (loader, name), meter in self._meters.items():
             suffix = f"/dataloader_idx_{loader}" if several else ""
             # all ranks have the same value; `sync_dist` only keeps Lightning from warning that they might not
-            self.log(f"ensemble/{name}{suffix}", meter.compute(), sync_dist=True, batch_size=1)
+            self.log(
+                f"ensemble/{name}{suffix}", meter.compute(), sync_dist=True, batch_size=1, add_dataloader_idx=False
+            )
         self._meters = {}
 
     def _score(self, batch: Any, loader: int) -> None:
-        truth = self.targets(batch)
-        if truth is None:
-            raise ValueError("PosteriorModule: a batch has no targets to test with; pass targets=function(batch).")
+        truth = required_targets(batch, self.targets, "PosteriorModule", "test")
         prediction = self(batch)
+        truth = truth.to(prediction.mean.device)
         if isinstance(prediction, ClassPrediction):
-            self._score_classes(prediction, truth.to(prediction.mean.device), loader)
-        else:
-            self._score_values(prediction, truth.to(prediction.mean.device).reshape(prediction.mean.shape), loader)
+            self._score_classes(prediction, truth, loader)
+            return
+        if not same_points(prediction.mean, truth):
+            raise DataError(
+                f"PosteriorModule: targets must have the shape of the means, got {tuple(truth.shape)} and "
+                f"{tuple(prediction.mean.shape)}."
+            )
+        self._score_values(prediction, truth.reshape(prediction.mean.shape), loader)
 
     def _update(self, loader: int, name: str, build: Callable[[], Metric], *values: Tensor) -> None:
         if (loader, name) not in self._meters:
@@ -110,17 +117,34 @@ class PosteriorModule(pl.LightningModule):
         if p.shape == truth.shape:  # one label a column
             self._update_means(loader, {"accuracy": (p > 0.5) == (truth > 0.5), "nll": _binary_nll(p, truth)})
             return
-        flat, labels = p.movedim(1, -1).reshape(-1, p.shape[1]), truth.reshape(-1)
+        flat, labels, keep = self._points(p, truth)
+        if not len(labels):
+            return
         terms = {
             "accuracy": flat.argmax(1) == labels,
             "nll": categorical_nll(flat, labels).expand(len(labels)),
             "brier": brier_score(flat, labels).expand(len(labels)),
         }
         if prediction.sets is not None:
-            terms["coverage"] = prediction.sets.gather(1, labels.long()[:, None])
-            terms["set_size"] = prediction.sets.sum(1)
+            sets = prediction.sets[keep]
+            terms["coverage"] = sets.gather(1, labels.long()[:, None])
+            terms["set_size"] = sets.sum(1)
         self._update_means(loader, terms)
         self._update(loader, "ece", CalibrationError, flat, labels)
+
+    def _points(self, p: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Probabilities ``(points, classes)`` and labels of the points that count, and which of all these are."""
+        flat, labels = p.movedim(1, -1).reshape(-1, p.shape[1]), class_indices(truth, self.ensemble.task).reshape(-1)
+        if len(flat) != len(labels):
+            raise DataError(
+                f"PosteriorModule: probabilities {tuple(p.shape)} take one class a point, got targets "
+                f"{tuple(truth.shape)}."
+            )
+        ignored = getattr(self.ensemble.task, "ignore_index", None)
+        keep = labels != (IGNORED if ignored is None else ignored)
+        flat, labels = flat[keep], labels[keep]
+        check_labels(labels, p.shape[1])
+        return flat, labels, keep
 
     def _score_values(self, prediction: Any, truth: Tensor, loader: int) -> None:
         assert isinstance(prediction, RegressionPrediction)

@@ -41,6 +41,11 @@ class Broken(Net):
         raise KeyError("my own mistake")
 
 
+class Branching(Net):
+    def forward(self, x):
+        return self.net(x) if float(x.sum()) > 0 else 2 * self.net(x)
+
+
 class Data(L.LightningDataModule):
     def _loader(self, seed, n):
         g = torch.Generator().manual_seed(seed)
@@ -58,6 +63,35 @@ class Data(L.LightningDataModule):
 
     def predict_dataloader(self):
         return self._loader(2, 12)
+
+
+class NoTargets(Data):
+    def val_dataloader(self):
+        return DataLoader(torch.randn(30, 3), batch_size=4)
+
+    test_dataloader = val_dataloader
+
+
+class OtherClasses(Data):
+    def _loader(self, seed, n):
+        return DataLoader(TensorDataset(torch.randn(n, 3), torch.full((n,), 9)), batch_size=4)
+
+
+class NoRows(Data):
+    def _loader(self, seed, n):
+        return DataLoader(TensorDataset(torch.randn(0, 3), torch.zeros(0, dtype=torch.long)), batch_size=4)
+
+
+class Several(Data):
+    def val_dataloader(self):
+        return [self._loader(1, 30), self._loader(2, 30)]
+
+    test_dataloader = val_dataloader
+
+
+class NotThere(Data):
+    def prepare_data(self):
+        raise RuntimeError("the archive is not there")
 """
 CONFIG = """
 seed_everything: 0

@@ -76,7 +76,7 @@ BAD = {
     },
     "bank thin": samples("thin", "new", *THIN, kind=("--keep", "x"))
     | {
-        DAMAGED: (("bank", "thin", "damaged", "new", *THIN), "the 0 samples"),
+        DAMAGED: (("bank", "thin", "damaged", "new", *THIN), "damaged has no usable sample"),
         OTHER: (("bank", "thin", "wide", "new", *THIN, "--method=nll", *RUN), "net.0.weight"),
     },
     "bank export": samples("export", "new", kind=("--index", "x"))

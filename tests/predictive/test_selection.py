@@ -118,3 +118,19 @@ def test_refusals():
         greedy_selection(likelihoods()[0], 1)
     with pytest.raises(ValueError, match=r"must be \(K, d\)"):
         stein_thinning(torch.zeros(3, 2), torch.zeros(3, 1), 1)
+
+
+def test_a_refusal_leaves_gradients_and_modes_as_they_were():
+    """Members compute without gradients in evaluation mode, and what stops them gives both back."""
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Dropout()).train()
+    bank = SampleBank()
+    for step in range(2):
+        bank.add(module, step=step)
+    ensemble = PosteriorEnsemble(module, bank, members="streamed")
+    ensemble.train()
+    with pytest.raises(ValueError, match="target 9 is no class of 3"):
+        member_probabilities(ensemble, [(torch.ones(1, 2), torch.tensor([9]))])
+    assert torch.is_grad_enabled()
+    assert module[1].training
+    for _ in ensemble.outputs(torch.ones(1, 2)):
+        assert torch.is_grad_enabled(), "only the member computes without gradients"

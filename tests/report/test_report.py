@@ -144,6 +144,25 @@ def test_errors_of_numbers_are_those_that_the_spread_does_not_explain():
     )  # the mixture is near a Gaussian
 
 
+class Tokenized(nn.Module):
+    """Called by keyword, as the models of Hugging Face are."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Embedding(7, 3)
+
+    def forward(self, input_ids, attention_mask):
+        return (self.net(input_ids) * attention_mask[..., None]).mean(1)
+
+
+def test_a_tokenized_batch_has_no_pictures():
+    ids = torch.randint(7, (12, 5))
+    batch = {"input_ids": ids, "attention_mask": torch.ones(12, 5), "labels": torch.randint(3, (12,))}
+    found = gather(bank_for(Tokenized), Tokenized(), [batch])
+    assert found.evaluation.task == "multiclass"
+    assert all(mistake.image is None for mistake in found.evaluation.mistakes)
+
+
 def test_inputs_with_ignored_points_keep_their_numbers():
     build = REPORTS["pixels"][0]
     facts = gather(bank_for(build), build(), pixels())

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_lpsgld import PosteriorEnsemble
 from lightning_lpsgld.bank import SampleBank
 from lightning_lpsgld.metrics import CalibrationError, brier_score, categorical_nll
+from lightning_lpsgld.predictive import Multiclass
 from lightning_lpsgld.serving import PosteriorModule, PredictionWriter, prediction_columns
 
 
@@ -164,3 +165,51 @@ def test_refusals(tmp_path):
         make_trainer(callbacks=[PredictionWriter(tmp_path / "p.csv")]).predict(
             module, [SyntheticData().test_dataloader(), narrow]
         )
+
+
+def test_several_loaders_have_scores_of_their_own():
+    module, data = PosteriorModule.from_bank(small_mlp(9), bank_of(small_mlp)), SyntheticData()
+    loaders = [data.val_dataloader(), data.test_dataloader()]
+    scores = make_trainer().test(module, loaders, verbose=False)
+    alone = [make_trainer().test(module, loader, verbose=False)[0] for loader in loaders]
+    for number, own in enumerate(alone):
+        for name, value in own.items():
+            assert scores[number][f"{name}/dataloader_idx_{number}"] == pytest.approx(value, rel=1e-6)
+
+
+@pytest.mark.parametrize("ignored", [None, 255])
+def test_pixels_that_do_not_count_are_left_out(ignored):
+    build = lambda seed: nn.Conv2d(1, 3, 1)  # noqa: E731
+    module = PosteriorModule.from_bank(build(0), bank_of(build), task=Multiclass(ignore_index=ignored))
+    x, y = torch.randn(5, 1, 4, 4), torch.randint(3, (5, 4, 4))
+    y[:, 1:] = -100 if ignored is None else ignored
+    (scores,) = make_trainer().test(module, DataLoader(TensorDataset(x, y), 2), verbose=False)
+    expected = (module(x).labels == y)[:, :1].double().mean().item()
+    assert scores["ensemble/accuracy"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int64])
+def test_yes_or_no_may_be_written_as_the_loss_takes_it(dtype):
+    build = lambda seed: nn.Linear(3, 1)  # noqa: E731
+    module = PosteriorModule.from_bank(build(0), bank_of(build), task="binary")
+    x, y = torch.randn(21, 3), (torch.rand(21, 1) > 0.5).to(dtype)
+    module.ensemble.calibrate([(x, y)], coverage=0.8)
+    (scores,) = make_trainer().test(module, DataLoader(TensorDataset(x, y), 4), verbose=False)
+    assert scores["ensemble/accuracy"] == pytest.approx((module(x).labels == y[:, 0]).double().mean().item(), rel=1e-6)
+    assert scores["ensemble/coverage"] >= 0.8
+
+
+def test_targets_that_do_not_fit_are_refused():
+    module = PosteriorModule.from_bank(small_mlp(9), bank_of(small_mlp))
+    x = SyntheticData().test.tensors[0][:8]
+    for targets, said in (
+        (torch.full((8,), 7), "target 7 is no class of 3"),
+        (torch.rand(8), "must be integer class indices"),
+        (torch.zeros(8, 2, dtype=torch.long), "take one class a point"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            make_trainer().test(module, DataLoader(TensorDataset(x, targets), 4), verbose=False)
+    module = PosteriorModule.from_bank(Regressor(7), bank_of(Regressor), task="regression", noise_std=0.5)
+    data = DataLoader(TensorDataset(torch.randn(6, 3), torch.randn(6, 6)), 6)
+    with pytest.raises(ValueError, match="must have the shape of the means"):
+        make_trainer().test(module, data, verbose=False)
