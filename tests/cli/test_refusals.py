@@ -50,8 +50,13 @@ FILES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("command", [("fit",), ("plan",), ("bank", "thin", "bank", "new", "--keep=2", "--method=nll")])
+THIN = ("bank", "thin", "bank", "new", "--keep=2", "--method=nll")
+
+
+TRIED = [*((("plan",), name) for name in FILES), (("fit",), "empty"), (THIN, "empty")]
+
+
+@pytest.mark.parametrize(("command", "name"), TRIED)
 def test_a_file_that_is_no_configuration(run_folder, lpsgld, command, name):
     content, start, word = FILES[name]
     (run_folder / "bad.yaml").write_bytes(content)
@@ -167,7 +172,7 @@ def test_data_that_do_not_fit_are_said_to_be_so(run_folder, lpsgld, command, dat
     (run_folder / "bad.yaml").write_text((run_folder / "run.yaml").read_text().replace(".Data", f".{data}"))
     args = (command, BANK, *OUT.get(command, ()), *(("--ensemble.coverage=0.8",) if command == "predict" else ()))
     args = ("plan",) if command == "plan" else args
-    args = ("bank", "thin", "bank", "new", "--keep=2", "--method=nll") if command == "thin" else args
+    args = THIN if command == "thin" else args
     line = refused(lpsgld, *args, "--config=bad.yaml")
     assert line.startswith("data: ")
     assert said in line
