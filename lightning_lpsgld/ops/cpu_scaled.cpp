@@ -84,11 +84,11 @@ INLINE bool shifts_from(const Job *job, const Format &f, int32_t *peaks, int64_t
   for (int64_t i = 0; i < n; i += L) {
     const vi bits = load<vi>(peaks + i);
     largest = max_of(largest, bits);
-    vi e = ((bits + own) >> 23) - bias;
+    vi e = ((vi)((vu)bits + uint32_t(own)) >> 23) - bias;  // unsigned: NaN may be among them, which is found below
     if (job) {
-      const vi with = as_int(as_float(bits) + reach) + beyond;
+      const vi with = (vi)((vu)(as_float(bits) + reach) + uint32_t(beyond));
       e = max_of(e, min_of((with >> 23) - bias, splat(free)));
-      const vi close = ((with + 4) & 0x7fffff) < 9;  // the sum in float32 may be on the other side
+      const vi close = (vi)(((vu)with + 4u) & 0x7fffffu) < 9;  // the sum in float32 may be on the other side
       if (any(close))
         for (int l = 0; l < L; l++)
           if (close[l]) e[l] = bits[l] < int(INF_BITS) ? shift_of(job, f, 2 * uint32_t(bits[l])) : 0;

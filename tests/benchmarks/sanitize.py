@@ -28,6 +28,7 @@ KERNELS = {
 }
 TESTS = (
     "tests/ops/test_cpu_backend.py", "tests/ops/test_block_top.py", "tests/ops/test_evaluation_chain.py",
+    "tests/ops/test_cpu_finite.py", "tests/ops/test_cpu_motion.py", "tests/ops/test_cpu_scaled.py",
     "tests/linear/test_linear_halp.py",
 )  # fmt: skip
 LEVELS = ("baseline", "avx2", "avx512")
