@@ -134,7 +134,7 @@ class SampleBank(WrittenSamples):
         bank = cls()
         store = FileStore(open_folder(path))
         if not store.folder.exists(MANIFEST):
-            raise BankError(f"There is no sample bank at {store.location}: it has no {MANIFEST}.")
+            raise store.explained(f"There is no sample bank at {store.location}: it has no {MANIFEST}.")
         bank._store, bank._catalog = store, store.load()
         if base is not None:
             bank.give_base(base)
@@ -153,6 +153,8 @@ class SampleBank(WrittenSamples):
             BankError: If there is no intact sample, there are samples of different modules, or the bank has a writer.
         """
         store = FileStore(open_folder(path))
+        if not store.folder.there():
+            raise BankError(f"There is no sample bank at {store.location}: there is no such folder.")
         try:
             store.rebuild()
         finally:

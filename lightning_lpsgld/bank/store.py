@@ -186,9 +186,21 @@ class FileStore:
                     return self._replayed(manifest, mark)
             except BankError as error:
                 if self.folder.mark(MANIFEST) == mark:
-                    known = str(self.location) in str(error)
-                    raise (error if known else BankError(f"{self.location}: {error}")) from error.__cause__
+                    raise self.explained(str(error)) from error.__cause__
         raise BankError(f"The bank at {self.location} changes faster than it can be read.")
+
+    def explained(self, text: str) -> BankError:
+        """An error with the place, and with the way back where there are samples."""
+        text = text if str(self.location) in text else f"{self.location}: {text}"
+        if "recover" not in text and any(parse_sample_name(name) is not None for name in self._names()):
+            text += " There are samples: `SampleBank.recover(path)`, or `lpsgld bank recover PATH`, lists them anew."
+        return BankError(text)
+
+    def _names(self) -> list[str]:
+        try:
+            return list(self.folder.names())
+        except (BankError, OSError):
+            return []
 
     def _replayed(self, manifest: Manifest, mark: object) -> Catalog:
         catalog = manifest.catalog

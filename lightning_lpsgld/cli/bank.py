@@ -1,4 +1,4 @@
-"""``lpsgld bank ls|info|verify|merge|thin|export``: look into a bank of samples and change it."""
+"""``lpsgld bank ls|info|verify|recover|merge|thin|export``: look into a bank of samples and change it."""
 
 from __future__ import annotations
 
@@ -26,21 +26,27 @@ from lightning_lpsgld.predictive.selection import (
     stein_thinning,
 )
 
-__all__ = ["EXAMPLE", "SUMMARY", "copy_samples", "parser", "run"]
+__all__ = ["ACTIONS", "EXAMPLE", "SUMMARY", "copy_samples", "parser", "run"]
 
 #: The command in the list of ``lpsgld --help``.
-SUMMARY = "look into a bank of samples: ls, info, verify, merge, thin, export"
+SUMMARY = "look into a bank of samples: ls, info, verify, recover, merge, thin, export"
 #: A call, for its help.
 EXAMPLE = "lpsgld bank info bank"
 
 _EXAMPLES = {
     "ls": ("list the samples", "lpsgld bank ls bank"),
     "info": ("what the samples are samples of, and how large", "lpsgld bank info bank --json"),
-    "verify": ("read every file and compare checksums; exit 1 if one is damaged", "lpsgld bank verify bank"),
+    "verify": (
+        "read every file and compare checksums; exit 1 if one is damaged or not listed",
+        "lpsgld bank verify bank",
+    ),
+    "recover": ("list the samples anew from their files, if what names them is lost", "lpsgld bank recover bank"),
     "merge": ("new bank with the samples of several", "lpsgld bank merge all run1/bank run2/bank"),
     "thin": ("new bank with fewer samples", "lpsgld bank thin bank small --keep 5"),
     "export": ("write samples as float32 state dicts in safetensors", "lpsgld bank export bank folder"),
 }
+#: What can be done to a bank.
+ACTIONS = tuple(_EXAMPLES)
 
 
 def parser(action: str) -> OneLineParser:
@@ -161,8 +167,18 @@ def _info(options: Namespace) -> int:
 def _verify(options: Namespace) -> int:
     bank = SampleBank.open(options.path, verify=True)
     _say_damage(bank)
-    print(f"{len(bank)} samples are whole, {len(bank.damaged)} damaged.")
-    return 1 if bank.damaged else 0
+    for name in bank.unlisted:
+        print(f"not listed: {name}; lpsgld bank recover {options.path} takes it in if it is whole")
+    print(f"{len(bank)} samples are whole, {len(bank.damaged)} damaged, {len(bank.unlisted)} not listed.")
+    return 1 if bank.damaged or bank.unlisted else 0
+
+
+def _recover(options: Namespace) -> int:
+    bank = SampleBank.recover(options.path)
+    left = len(bank.unlisted)
+    note = f"; {left} more files are not whole" if left else ""
+    print(f"{bank.path}: {len(bank)} samples of chains {bank.chains} are listed{note}.")
+    return 0
 
 
 def _merge(options: Namespace) -> int:
@@ -255,4 +271,6 @@ def _export(options: Namespace) -> int:
     return 0
 
 
-_ACTIONS = {"ls": _ls, "info": _info, "verify": _verify, "merge": _merge, "thin": _thin, "export": _export}
+_ACTIONS = {
+    "ls": _ls, "info": _info, "verify": _verify, "recover": _recover, "merge": _merge, "thin": _thin, "export": _export,
+}  # fmt: skip

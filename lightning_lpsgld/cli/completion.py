@@ -14,7 +14,6 @@ SUMMARY = "print the completion script of a shell"
 #: A call, for its help.
 EXAMPLE = 'eval "$(lpsgld completion bash)"'
 
-_ACTIONS = ("ls", "info", "verify", "merge", "thin", "export")
 _OTHERS = ("plan", "bank", "report", "export", "completion")
 _FUNCTION = """_lpsgld() {
     local word="${COMP_WORDS[COMP_CWORD]}" place="${COMP_WORDS[1]}"
@@ -38,8 +37,8 @@ def _options(parser: argparse.ArgumentParser) -> list[str]:
 
 def _words() -> dict[str, list[str]]:
     """What may come next, by place."""
-    words = {"": [*trainer.COMMANDS, *_OTHERS], "bank": list(_ACTIONS), "completion": ["bash", "zsh"]}
-    words |= {f"bank_{action}": _options(bank.parser(action)) for action in _ACTIONS}
+    words = {"": [*trainer.COMMANDS, *_OTHERS], "bank": list(bank.ACTIONS), "completion": ["bash", "zsh"]}
+    words |= {f"bank_{action}": _options(bank.parser(action)) for action in bank.ACTIONS}
     for name, parser in trainer.parsers().items():
         words[name] = _options(parser)
     words["plan"] = sorted({*words["fit"], "--json"})

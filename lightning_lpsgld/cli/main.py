@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from lightning_lpsgld.cli import bank, completion, export, plan, report, trainer
@@ -33,7 +34,8 @@ def _help() -> str:
         "commands:",
     ]
     lines += [f"  {name:<11} {text}" for name, text, _ in rows]
-    lines += ["", "examples:", *(f"  {example}" for _, _, example in rows), "", "`lpsgld COMMAND --help` says more."]
+    lines += ["", "examples:", *(f"  {example}" for _, _, example in rows), ""]
+    lines += ["`lpsgld COMMAND --help` says more; `lpsgld --version` prints the version."]
     return "\n".join(lines)
 
 
@@ -56,6 +58,9 @@ def main(args: Sequence[str] | dict[str, Any] | None = None) -> None:
     command = given[0] if given else "--help"
     if command in ("-h", "--help"):
         print(_help())
+        return
+    if command == "--version":
+        print(f"lpsgld {version('lightning_lpsgld')}")
         return
     try:
         code = _run(command, given, args is None)

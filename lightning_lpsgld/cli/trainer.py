@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lightning_lpsgld.callbacks import (
@@ -158,12 +159,21 @@ class LowPrecisionCLI(LightningCLI):
                 raise CommandError(f"ensemble.output: {one_line(error)}") from error
             checked_file(options.output, "ensemble.output")
             self.trainer.callbacks.append(writer)  # type: ignore[attr-defined]
+        elif options.bank is not None and not self._keeps_predictions():
+            raise CommandError(
+                "ensemble.output: nothing would keep the predictions; name a .parquet or .csv file, or put a "
+                "BasePredictionWriter into trainer.callbacks."
+            )
+
+    def _keeps_predictions(self) -> bool:
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        return any(isinstance(callback, BasePredictionWriter) for callback in callbacks)
 
     def _use_ensemble(self) -> EnsembleOptions:
         options = self._get(self.config_init, "ensemble")
         options = options if isinstance(options, EnsembleOptions) else EnsembleOptions(**options)
         if options.bank is None:
-            for name in ("coverage", "noise_std"):
+            for name in ("output", "coverage", "noise_std"):
                 if getattr(options, name) is not None:
                     raise CommandError(f"ensemble.{name}: needs ensemble.bank.")
             return options

@@ -199,7 +199,7 @@ def prepared(
             f"'multilabel', or values with task='regression'; got task={found.name!r} and {tuple(first.shape)}."
         )
     known = found.noise_variance if isinstance(found, Regression) else None
-    head = Head(found, ensemble.noise_variance if known is None else known)
+    head = Head(found, (ensemble.noise_variance or 0.0) if known is None else known)
     return Subject(bank, ensemble, inputs, packed, head, max_length)
 
 

@@ -41,7 +41,7 @@ def finite_flags(tensors: Sequence[Tensor]) -> Tensor:
         >>> finite_flags([torch.ones(3), torch.tensor([1.0, torch.nan])]).tolist()
         [True, False]
     """
-    count = len(tensors)
+    count, tensors = len(tensors), tensors[::-1]  # what a step reads first is read last, and then in the cache
     flags = torch.ones(count, dtype=torch.bool)
     load()[0].lpsgld_finite(
         (ctypes.c_void_p * count)(*(x.data_ptr() for x in tensors)),
@@ -51,4 +51,4 @@ def finite_flags(tensors: Sequence[Tensor]) -> Tensor:
         count,
         torch.get_num_threads(),
     )
-    return flags
+    return flags.flip(0)

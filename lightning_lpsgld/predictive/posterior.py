@@ -110,7 +110,7 @@ class PosteriorEnsemble(nn.Module):
             bank.give_base(module)
         self.called = Called(getattr(module, "_orig_mod", module), forward)
         self.bank, self.task, self.chunk = bank, named_task(task), chunk
-        self.noise_variance = 0.0 if noise_std is None else float(noise_std) ** 2
+        self.noise_variance = None if noise_std is None else float(noise_std) ** 2
         self.coverage: float | None = None
         self.score: SetScore = "threshold"
         self._quantile = 0.0

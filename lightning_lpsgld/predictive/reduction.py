@@ -76,19 +76,25 @@ def _moments(outputs: Iterable[Any], noise_variance: float) -> RegressionPredict
     return RegressionPrediction(mean, spread / count, aleatoric / count)
 
 
-def reduce_outputs(outputs: Iterable[Any], task: Task, noise_variance: float) -> Prediction:
+def reduce_outputs(outputs: Iterable[Any], task: Task, noise_variance: float | None) -> Prediction:
     """One prediction, in float64, from what the members gave.
 
     Args:
         outputs: Of each member, at least one, as :func:`open_output` gives them.
         task: Their task.
-        noise_variance: Aleatoric variance of members that give values only, where the task does not say it.
+        noise_variance: Aleatoric variance of members that give values only, where the task does not say it; ``None``:
+            nobody has, and it is 0.
 
     Raises:
         TypeError: If an output is no tensor that the task can read.
-        ValueError: If a shape does not fit the task, or a variance is negative.
+        ValueError: If a shape does not fit the task, a variance is negative, or one is given for another task.
     """
     if isinstance(task, Regression):
-        return _moments(outputs, noise_variance if task.noise_variance is None else task.noise_variance)
+        return _moments(outputs, (noise_variance or 0.0) if task.noise_variance is None else task.noise_variance)
+    if noise_variance is not None:
+        kind = type(task).__name__.lower()
+        raise ValueError(
+            f"PosteriorEnsemble: `noise_std` is of a regression, and these outputs are {kind}; leave it out."
+        )
     assert isinstance(task, (Multiclass, Binary, Multilabel)), task
     return _classes(outputs, task)

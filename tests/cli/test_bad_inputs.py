@@ -17,6 +17,7 @@ def ensemble(command):
     """Bad inputs of a command that runs the samples of a bank: arguments, and words of the line."""
     out = ("--ensemble.output=out.html",) if command == "report" else ()
     out = ("--ensemble.output=out.pt2",) if command == "export" else out
+    out = ("--ensemble.output=out.csv",) if command == "predict" else out
     run = (command, *RUN, *out)
     return {
         MISSING: ((*run, "--ensemble.bank=none"), "ensemble.bank: There is no sample bank at none"),
@@ -66,6 +67,7 @@ BAD = {
     "bank ls": samples("ls", kind=("--json=yes",)),
     "bank info": samples("info", kind=("--json=yes",)),
     "bank verify": samples("verify", kind=("7",)),
+    "bank recover": {k: v for k, v in samples("recover", kind=("7",)).items() if k != TORN},  # that one it mends
     "bank merge": {
         MISSING: (("bank", "merge", "new", "bank", "none"), "There is no sample bank at none"),
         TORN: (("bank", "merge", "new", "bank", "torn"), "torn"),
@@ -135,11 +137,12 @@ def test_every_command_and_every_action_is_tried(lpsgld):
     listed = lpsgld("--help")[1]
     commands = {command.split()[0] for command in BAD}
     assert all(f"  {command} " in listed for command in commands)
-    assert lpsgld("bank", "look", "bank")[2][0].count(",") == 5
+    assert lpsgld("bank", "look", "bank")[2][0].count(",") == 6
     assert {command.split()[1] for command in BAD if " " in command} == {
         "ls",
         "info",
         "verify",
+        "recover",
         "merge",
         "thin",
         "export",

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+import lightning_lpsgld
 from lightning_lpsgld.bank import SampleBank
 
 RUN = ("--config", "run.yaml")
@@ -97,8 +98,11 @@ def test_own_mistakes_keep_their_traceback(folder, lpsgld):
         (("--ensemble.bank=bank", "--model.width=7"), "ensemble.bank: `net.0.weight` is (7, 3)"),
         (("--ensemble.bank=bank", "--ensemble.coverage=0.999"), "ensemble.coverage: conformal: 30 held-out points"),
         (("--ensemble.coverage=0.9",), "ensemble.coverage: needs ensemble.bank."),
+        (("--ensemble.output=p.csv",), "ensemble.output: needs ensemble.bank."),
+        (("--ensemble.bank=bank",), "ensemble.output: nothing would keep the predictions; name a .parquet or .csv"),
         (("--ensemble.bank=bank", "--ensemble.output=p.txt"), "ensemble.output: PredictionWriter: `path` must end"),
         (("--ensemble.bank=bank", "--ensemble.task=ranking"), "ensemble.task: "),
+        (("--ensemble.bank=bank", "--ensemble.output=p.csv", "--ensemble.noise_std=0.1"), ""),
     ],
 )
 def test_bad_ensembles(run_folder, lpsgld, args, said):
@@ -169,12 +173,42 @@ def damage(folder):
 
 
 def test_bank_verify(run_folder, lpsgld):
-    assert lpsgld("bank", "verify", "bank")[:2] == (0, "4 samples are whole, 0 damaged.\n")
+    assert lpsgld("bank", "verify", "bank")[:2] == (0, "4 samples are whole, 0 damaged, 0 not listed.\n")
     damage(run_folder)
     code, out, _ = lpsgld("bank", "verify", "bank")
     assert code == 1
-    assert "3 samples are whole, 1 damaged." in out
+    assert "3 samples are whole, 1 damaged, 0 not listed." in out
     assert "damaged: chain 0, step " in out
+
+
+def test_bank_recover_lists_what_a_lost_table_named(run_folder, lpsgld):
+    """A journal cut at the end of a line, a manifest that is no JSON, and one that is lost."""
+    folder = run_folder / "bank"
+    (journal,) = folder.glob("journal*")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:-2]))
+    code, out, _ = lpsgld("bank", "verify", "bank")
+    assert code == 1
+    assert "2 samples are whole, 0 damaged, 2 not listed." in out
+    assert out.count("lpsgld bank recover bank takes it in if it is whole") == 2
+    assert lpsgld("bank", "recover", "bank")[:2] == (0, "bank: 4 samples of chains [0] are listed.\n")
+    for damaged in (b"{", b"[]", None):
+        manifest = folder / "manifest.json"
+        manifest.unlink() if damaged is None else manifest.write_bytes(damaged)
+        code, _, errors = lpsgld("bank", "info", "bank")
+        assert (code, len(errors)) == (2, 1)
+        assert "recover" in errors[0]
+        assert lpsgld("bank", "recover", "bank")[0] == 0
+        assert lpsgld("bank", "verify", "bank")[0] == 0
+    damage(run_folder)
+    (folder / "manifest.json").unlink()
+    assert "3 samples of chains [0] are listed; 1 more files are not whole." in lpsgld("bank", "recover", "bank")[1]
+    code, _, errors = lpsgld("bank", "recover", "nowhere")
+    assert (code, len(errors)) == (2, 1)
+
+
+def test_the_version_is_the_packages(lpsgld):
+    assert lpsgld("--version")[:2] == (0, f"lpsgld {lightning_lpsgld.__version__}\n")
 
 
 def test_bank_merge(run_folder, lpsgld):
@@ -323,7 +357,7 @@ def test_banks_with_a_base(run_folder, lpsgld, kind):
         (("thin", "bank", "small", "--keep", "1", "--method", "nll"), "--config: --method nll needs the run's YAML"),
         (("export", "bank", "plain", "--index", "7"), "--index: must be between 0 and 3"),
         (("ls",), "the following arguments are required: path"),
-        (("look", "bank"), "there is no action 'look'; use ls, info, verify, merge, thin, export."),
+        (("look", "bank"), "there is no action 'look'; use ls, info, verify, recover, merge, thin, export."),
     ],
 )
 def test_bad_banks(run_folder, lpsgld, args, said):
