@@ -159,20 +159,23 @@ def relative_times(path: Path, study: Study) -> dict[tuple[str, float], float]:
     """(method/format, temperature) -> seconds over those of float32 SGD, where both ran on the same kind of machine.
 
     Args:
-        path: ``rows.csv``; ``rows.json`` beside it tells the machines.
+        path: ``rows.csv``; ``rows.json`` beside it tells the machines, and with ``busy`` that others used one: what ran
+            there has no time.
         study: Of which rows.
     """
     machines = {
         run: tuple(entry.get(name, "") for name in ("cpu", "gpu", "threads"))
         for entry in json.loads(path.with_suffix(".json").read_text())
-        for run in entry["runs"]
+        for run in (() if entry.get("busy") else entry["runs"])
     }
     seconds: dict[tuple[str, ...], dict[tuple[str, float], list[float]]] = defaultdict(lambda: defaultdict(list))
     for entry in study.entries(path):
         if entry["of"] == "ensemble":
             temperature = float(entry["temperature"])
             run = "-".join(entry[name] for name in ("data", "size", "method", "format"))
-            machine = machines[f"{run}-T{temperature:g}-s{entry['seed']}"]
+            machine = machines.get(f"{run}-T{temperature:g}-s{entry['seed']}")
+            if machine is None:
+                continue
             seconds[machine][f"{entry['method']}/{entry['format']}", temperature].append(float(entry["seconds"]))
     ratios: dict[tuple[str, float], list[float]] = defaultdict(list)
     for here in seconds.values():

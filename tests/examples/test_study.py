@@ -294,6 +294,8 @@ def test_the_time_of_a_row_is_that_of_sgd_on_the_same_machine(tmp_path):
     assert relative_times(tmp_path / "rows.csv", Study(100)) == {("sgd/fp32", 0.0): 1.0, ("sgld/fp32", 0.0): 2.0}
     remember(tmp_path / "rows.csv", "fashion-mnist-100-swa-fp32-T0-s0", {"cpu": "b"})  # made again, elsewhere
     assert relative_times(tmp_path / "rows.csv", Study(100))["swa/fp32", 0.0] == 5.0
+    remember(tmp_path / "rows.csv", "fashion-mnist-100-swa-fp32-T0-s0", {"cpu": "b", "busy": True})
+    assert ("swa/fp32", 0.0) not in relative_times(tmp_path / "rows.csv", Study(100))
 
 
 def test_peers_run_at_the_cost_of_a_row(tmp_path):
