@@ -10,6 +10,7 @@ from typing import Any, Literal
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from lightning_lpsgld.arithmetic import Arithmetic
 from lightning_lpsgld.callbacks import (
     ChainDiagnostics,
     EffectiveTemperature,
@@ -50,6 +51,7 @@ class EnsembleOptions:
         task: As for PosteriorEnsemble.
         noise_std: As for PosteriorEnsemble.
         refresh_batch_norm: Measure BatchNorm statistics anew on the training data.
+        arithmetic: As for PosteriorEnsemble.
     """
 
     bank: str | None = None
@@ -58,6 +60,7 @@ class EnsembleOptions:
     task: Literal["auto", "multiclass", "binary", "multilabel", "regression"] = "auto"
     noise_std: float | None = None
     refresh_batch_norm: bool = False
+    arithmetic: Arithmetic = "auto"
 
 
 class LowPrecisionCLI(LightningCLI):
@@ -187,6 +190,7 @@ class LowPrecisionCLI(LightningCLI):
             task=options.task,
             noise_std=options.noise_std,
             refresh_batch_norm=self._loader("train") if options.refresh_batch_norm else None,
+            arithmetic=options.arithmetic,
         )
         if options.coverage is not None:
             module.ensemble.calibrate(self._loader("val"), coverage=options.coverage)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_map
 
+from lightning_lpsgld.arithmetic import Arithmetic, check_choice
 from lightning_lpsgld.bank import SampleBank, module_tensors
 from lightning_lpsgld.predictive.batch_norm import refresh_batch_norm
+from lightning_lpsgld.predictive.integers import layer_arithmetic
 from lightning_lpsgld.predictive.swap import swapped_weights
 
 __all__ = [
@@ -38,21 +40,28 @@ class Called(nn.Module):
         super().__init__()
         self.module, self.rule = module, rule
 
-    def forward(self, batch: Any) -> Any:
-        """Output of the module for a batch."""
-        return self.rule(self.module, batch)
+    def forward(self, batch: Any, arithmetic: Arithmetic = "simulated") -> Any:
+        """Output of the module for a batch, its layers' products in an arithmetic."""
+        with layer_arithmetic(self.module, arithmetic):
+            return self.rule(self.module, batch)
 
-    def call_with(self, tensors: Mapping[str, Tensor], batch: Any) -> Any:
+    def call_with(self, tensors: Mapping[str, Tensor], batch: Any, arithmetic: Arithmetic = "simulated") -> Any:
         """Output with ``tensors`` (by the module's names) in place of its own; these are left alone."""
-        return functional_call(self, {f"module.{name}": value for name, value in tensors.items()}, (batch,))
+        return functional_call(self, {f"module.{name}": value for name, value in tensors.items()}, (batch, arithmetic))
 
 
-def check_how(members: str, memory_limit: int, chunk: int) -> None:
+def check_how(members: str, memory_limit: int, chunk: int, arithmetic: str) -> None:
     """Refuse what an ensemble cannot do with its members.
 
     Raises:
-        ValueError: If ``members`` is unknown, or a number is no int >= 1.
+        ValueError: If ``members`` or ``arithmetic`` is unknown, they exclude each other, or a number is no int >= 1.
     """
+    check_choice("PosteriorEnsemble", arithmetic)
+    if members == "stacked" and arithmetic == "integer":
+        raise ValueError(
+            "PosteriorEnsemble: members='stacked' computes all members at once, in floats; with arithmetic='integer' "
+            "use members='streamed'."
+        )
     if members not in ("auto", "stacked", "streamed"):
         raise ValueError(f"PosteriorEnsemble: `members` must be 'auto', 'stacked' or 'streamed', got {members!r}.")
     for name, value in {"memory_limit": memory_limit, "chunk": chunk}.items():
@@ -73,8 +82,9 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 
 def streamed_outputs(
-    called: Called, bank: SampleBank, extra: list[dict[str, Tensor]], batch: Any, scratch: dict[str, Tensor]
-) -> Iterator[Any]:
+    called: Called, bank: SampleBank, extra: list[dict[str, Tensor]], batch: Any, scratch: dict[str, Tensor],
+    arithmetic: Arithmetic,
+) -> Iterator[Any]:  # fmt: skip
     """Output of one member after the other; in memory are the codes of all and the values of one.
 
     Args:
@@ -83,6 +93,7 @@ def streamed_outputs(
         extra: Tensors that replace stored ones, per sample; empty: none.
         batch: What ``called`` takes.
         scratch: Tensors by name that values are decoded into; made by the first call.
+        arithmetic: Of the products of layers.
     """
     own = module_tensors(called.module)
     assert bank.spec is not None
@@ -94,7 +105,7 @@ def streamed_outputs(
         values = bank.sample(index).state_dict() | (extra[index] if extra else {})
         for name in names:
             scratch[name].copy_(values[name])
-        yield called.call_with(scratch, batch)
+        yield called.call_with(scratch, batch, arithmetic)
 
 
 def stack(bank: SampleBank, extra: list[dict[str, Tensor]]) -> dict[str, Tensor]:

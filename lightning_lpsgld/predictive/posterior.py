@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_lpsgld.arithmetic import Arithmetic
 from lightning_lpsgld.bank import BankError, SampleBank, module_tensors
 from lightning_lpsgld.predictive.batches import default_logits, default_targets, device_of, to_device, with_targets
 from lightning_lpsgld.predictive.conformal import (
@@ -54,8 +55,8 @@ class PosteriorEnsemble(nn.Module):
     (float32 values of all, computed together by ``torch.func.vmap``). ``"auto"`` stacks what fits ``memory_limit``
     and goes back to streaming where a module cannot be vectorized; :attr:`how` says which it was.
 
-    **Where the promise stops.** The members compute at full precision: activations are not rounded as in training
-    (inside a Trainer with the plugin they are, and members are streamed).
+    **Where the promise stops.** Activations are not rounded as in training, unless something casts them (the plugin in
+    a Trainer, or your own casting): then members are streamed, and their layers multiply 8-bit codes where that pays.
     Coverage holds for points exchangeable with the held-out ones, on average, not for every class.
 
     Args:
@@ -71,6 +72,8 @@ class PosteriorEnsemble(nn.Module):
         members: ``"auto"``, ``"stacked"`` or ``"streamed"``.
         memory_limit: Most bytes of stacked float values under ``"auto"``.
         chunk: Members computed at once when stacked; activations take so many times the memory.
+        arithmetic: Of streamed members where an :class:`~lightning_lpsgld.casting.ActivationCasting` is on the module
+            (the plugin's in a Trainer, or your own): see :func:`.layer_arithmetic`.
 
     Raises:
         ValueError: If the bank is empty or an argument is out of range.
@@ -99,9 +102,10 @@ class PosteriorEnsemble(nn.Module):
         members: Literal["auto", "stacked", "streamed"] = "auto",
         memory_limit: int = 2**30,
         chunk: int = 16,
+        arithmetic: Arithmetic = "auto",
     ) -> None:
         super().__init__()
-        check_how(members, memory_limit, chunk)
+        check_how(members, memory_limit, chunk, arithmetic)
         if noise_std is not None and not 0.0 <= noise_std < float("inf"):
             raise ValueError(f"PosteriorEnsemble: `noise_std` must be finite and >= 0, got {noise_std}.")
         if not len(bank):
@@ -109,7 +113,7 @@ class PosteriorEnsemble(nn.Module):
         if bank.needs_base:
             bank.give_base(module)
         self.called = Called(getattr(module, "_orig_mod", module), forward)
-        self.bank, self.task, self.chunk = bank, named_task(task), chunk
+        self.bank, self.task, self.chunk, self.arithmetic = bank, named_task(task), chunk, arithmetic
         self.noise_variance = None if noise_std is None else float(noise_std) ** 2
         self.coverage: float | None = None
         self.score: SetScore = "threshold"
@@ -119,7 +123,8 @@ class PosteriorEnsemble(nn.Module):
         self._stacked: dict[str, str] = {}
         self._may_fall_back = members == "auto"
         self._check_module()
-        if members == "stacked" or (members == "auto" and bank.nbytes_fp32 <= memory_limit):
+        fits = bank.nbytes_fp32 <= memory_limit and arithmetic != "integer"
+        if members == "stacked" or (members == "auto" and fits):
             self._stack()
 
     @classmethod
@@ -174,10 +179,8 @@ class PosteriorEnsemble(nn.Module):
         names |= {n for n, _ in self.called.named_buffers(remove_duplicate=False)}
         lost = [name for name in module_tensors(self.module) if f"module.{name}" not in names]
         if lost:
-            raise BankError(
-                f"PosteriorEnsemble: `{lost[0]}` is inside a part that torch.compile wrapped; pass the module as it "
-                "was before compiling."
-            )
+            part = f"`{lost[0]}` is inside a part that torch.compile wrapped"
+            raise BankError(f"PosteriorEnsemble: {part}; pass the module as it was before compiling.")
 
     def _stack(self) -> None:
         values, device = stack(self.bank, self._extra), device_of(self.module)
@@ -206,17 +209,15 @@ class PosteriorEnsemble(nn.Module):
 
     @torch.no_grad()  # while a member computes, not while the caller does
     def outputs(self, batch: Any) -> Generator[Any, None, None]:
-        """What each member gives for a batch: logits, values, or pairs; in evaluation mode, without gradients.
-
-        Until the generator is at its end or closed the module is in evaluation mode.
-        """
+        """What each member gives for a batch (logits, values, or pairs), without gradients, in evaluation mode."""
         batch = to_device(batch, device_of(self.module))
         with evaluation_mode(self.called):
             if self._stacked:
                 values = {name: getattr(self, key) for name, key in self._stacked.items()}
                 yield from stacked_outputs(self.called, values, batch, self.chunk)
             else:
-                yield from streamed_outputs(self.called, self.bank, self._extra, batch, self._scratch)
+                rest = batch, self._scratch, self.arithmetic
+                yield from streamed_outputs(self.called, self.bank, self._extra, *rest)
 
     # -------------------------------------------------------------------------------------------------- the prediction
 

@@ -12,7 +12,7 @@ from helpers.small_resnet import SmallResNet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lpsgld import BlockFloatingPoint, EnsembleEvaluation, LowPrecisionSGLD, SampleBank
+from lightning_lpsgld import BlockFloatingPoint, EnsembleEvaluation, LowPrecisionSGLD, PosteriorEnsemble, SampleBank
 from lightning_lpsgld.arithmetic import ArithmeticRefusal, capability, layers
 from lightning_lpsgld.arithmetic.capability import VARIABLE
 from lightning_lpsgld.casting import ActivationCasting
@@ -300,6 +300,40 @@ def test_bayesian_model_average_takes_it_too():
     assert torch.allclose(results[0], results[2], atol=1e-6)
     with pytest.raises(ArithmeticRefusal, match="activations of Sequential are not rounded"):
         bayesian_model_average(bank, net, batches, arithmetic="integer")
+
+
+@pytest.mark.skipif(not capability().onednn, reason="needs integer products")
+def test_members_of_a_posterior_ensemble_run_in_integers(monkeypatch):
+    """Streamed members multiply codes where casts make them; layers are named though their weights are replaced."""
+    net, x = _mlp(), torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    bank, raw = SampleBank(), SampleBank()
+    for step in range(2):
+        for p in net.parameters():
+            torch.nn.init.normal_(p)
+        raw.add(net, step=step)
+        _on_grid(net)
+        bank.add(net, step=step, formats={name: "bfp8" for name, _ in net.named_parameters()})
+    casting = ActivationCasting(net, seed=0).attach()
+    means, products, run = {}, [], layers._run
+    monkeypatch.setattr(layers, "_run", lambda *args: products.append(1) or run(*args))
+    for arithmetic in ("simulated", "auto", "integer"):
+        ensemble = PosteriorEnsemble(net, bank, task="multiclass", arithmetic=arithmetic)
+        products.clear()
+        means[arithmetic] = ensemble(x).mean
+        assert ensemble.how == "streamed"
+        assert len(products) == (0 if arithmetic == "simulated" else 2 * 2)  # two members, all layers but the first
+    assert torch.allclose(means["simulated"], means["auto"], atol=1e-6)
+    assert torch.equal(means["integer"], means["auto"])
+    with pytest.raises(ArithmeticRefusal, match="layer '2' cannot run in integers: its weight does not lie on a grid"):
+        PosteriorEnsemble(net, raw, task="multiclass", arithmetic="integer")(x)
+    casting.remove()
+    with pytest.raises(ArithmeticRefusal, match="activations of Sequential are not rounded"):
+        PosteriorEnsemble(net, bank, task="multiclass", arithmetic="integer")(x)
+    assert PosteriorEnsemble(net, bank, task="multiclass").how == "stacked"
+    with pytest.raises(ValueError, match="members='stacked' computes all members at once"):
+        PosteriorEnsemble(net, bank, members="stacked", arithmetic="integer")
+    with pytest.raises(ValueError, match="PosteriorEnsemble: `arithmetic` must be one of"):
+        PosteriorEnsemble(net, bank, arithmetic="int8")
 
 
 def test_arguments_are_refused_early():
