@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def test_a_kind_is_measured(kind, phase):
     found = costs.cost(kind, phase, lambda: SmallResNet(4), batch=4, budget=0.0)
     weights = sum(p.numel() for p in SmallResNet(4).parameters())
     assert found.keys() == {"seconds", "peak_bytes", "bytes"}
-    assert found["seconds"] > 0
+    assert math.isfinite(found["seconds"])
+    assert found["seconds"] > 0 or (kind, phase) == ("codes", "prediction")  # a difference
     assert found["peak_bytes"] >= 0
     assert (found["bytes"] >= 4 * weights) == (kind == "sgd")
     assert found["bytes"] >= weights
