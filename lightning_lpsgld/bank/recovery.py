@@ -15,7 +15,7 @@ from lightning_lpsgld.bank.records import Record, check_size, checksum, parse_sa
 from lightning_lpsgld.bank.spec import ModuleSpec
 from lightning_lpsgld.bank.tensors import described_base, parse_base, parse_sample
 
-__all__ = ["Found", "check_vacant", "intact_samples", "most_common_base"]
+__all__ = ["Found", "check_vacant", "has_samples", "intact_samples", "most_common_base"]
 
 #: Longest header of a safetensors file that is looked at; those of a million tensors fit.
 _MAX_HEADER = 2**28
@@ -29,6 +29,11 @@ class Found(NamedTuple):
     base: Base | None
 
 
+def has_samples(folder: Folder) -> bool:
+    """Whether files of samples are in a folder, listed or not; not if there is no folder."""
+    return folder.there() and any(parse_sample_name(name) is not None for name in folder.names())
+
+
 def check_vacant(folder: Folder) -> None:
     """Refuse a place for a new bank that has one already, or what is left of one.
 
@@ -39,7 +44,7 @@ def check_vacant(folder: Folder) -> None:
         raise BankError(
             f"A bank is at {folder.location} already. Use `SampleBank.open`, `exist_ok=True`, or another path."
         )
-    if folder.there() and any(parse_sample_name(name) for name in folder.names()):
+    if has_samples(folder):
         raise BankError(f"{folder.location} has samples but no {MANIFEST}. `SampleBank.recover` rebuilds it.")
 
 

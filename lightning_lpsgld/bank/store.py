@@ -20,7 +20,7 @@ from lightning_lpsgld.bank.journal import header, journal_name, line, replay
 from lightning_lpsgld.bank.lock import FileLock
 from lightning_lpsgld.bank.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest
 from lightning_lpsgld.bank.records import Record, checksum, parse_sample_name, sample_name
-from lightning_lpsgld.bank.recovery import Found, check_vacant, intact_samples, most_common_base
+from lightning_lpsgld.bank.recovery import Found, check_vacant, has_samples, intact_samples, most_common_base
 from lightning_lpsgld.bank.sample import Sample, SampleInfo
 from lightning_lpsgld.bank.spec import ModuleSpec
 from lightning_lpsgld.bank.tensors import base_bytes, parse_base, parse_sample, sample_bytes
@@ -192,15 +192,9 @@ class FileStore:
     def explained(self, text: str) -> BankError:
         """An error with the place, and with the way back where there are samples."""
         text = text if str(self.location) in text else f"{self.location}: {text}"
-        if "recover" not in text and any(parse_sample_name(name) is not None for name in self._names()):
+        if "recover" not in text and has_samples(self.folder):
             text += " There are samples: `SampleBank.recover(path)`, or `lpsgld bank recover PATH`, lists them anew."
         return BankError(text)
-
-    def _names(self) -> list[str]:
-        try:
-            return list(self.folder.names())
-        except (BankError, OSError):
-            return []
 
     def _replayed(self, manifest: Manifest, mark: object) -> Catalog:
         catalog = manifest.catalog
