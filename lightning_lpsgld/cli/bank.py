@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from lightning_lpsgld.bank import BankError, SampleBank
 from lightning_lpsgld.bank.beside import made_beside
-from lightning_lpsgld.cli.built import BuiltCLI, built, in_one_line
-from lightning_lpsgld.cli.errors import CommandError, one_line
+from lightning_lpsgld.cli.built import BuiltCLI, built
+from lightning_lpsgld.cli.errors import CommandError, in_one_line, one_line
 from lightning_lpsgld.cli.opened import opened_bank
 from lightning_lpsgld.cli.outputs import checked_folder
 from lightning_lpsgld.cli.parsing import OneLineParser, as_json

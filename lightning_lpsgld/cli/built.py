@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_lpsgld.bank import SampleBank
-from lightning_lpsgld.cli.errors import CommandError, as_command_error
+from lightning_lpsgld.cli.errors import CommandError
 from lightning_lpsgld.cli.opened import opened_bank
 from lightning_lpsgld.cli.trainer import EnsembleOptions, LowPrecisionCLI
 
-__all__ = ["BuiltCLI", "built", "ensemble_bank", "in_one_line"]
+__all__ = ["BuiltCLI", "built", "ensemble_bank"]
 
 
 class BuiltCLI(LowPrecisionCLI):
@@ -56,27 +54,6 @@ def built(kind: type[BuiltCLI], args: list[str]) -> BuiltCLI:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter is intended.*")
         return kind(save_config_callback=None, args=args, run=False)
-
-
-@contextmanager
-def in_one_line(config: Any) -> Iterator[None]:
-    """What a value is refused for becomes one line with its key; what the user's own code raises stays as it is.
-
-    Args:
-        config: The parsed configuration.
-
-    Raises:
-        CommandError: In place of an error that is about values.
-    """
-    try:
-        yield
-    except CommandError:
-        raise
-    except Exception as error:
-        found = as_command_error(error, config)
-        if found is None:
-            raise
-        raise found from error
 
 
 def ensemble_bank(options: EnsembleOptions, example: str) -> SampleBank:

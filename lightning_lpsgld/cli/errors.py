@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -14,7 +15,7 @@ from lightning_lpsgld.bank import BankError
 from lightning_lpsgld.formats import parse_format
 from lightning_lpsgld.predictive.batches import DataError
 
-__all__ = ["CommandError", "as_command_error", "inner_reason", "key_of", "one_line"]
+__all__ = ["CommandError", "as_command_error", "in_one_line", "inner_reason", "key_of", "one_line"]
 
 _LONGEST = 400
 _OURS = "lightning_lpsgld"
@@ -111,8 +112,6 @@ def as_command_error(error: BaseException, config: Any) -> CommandError | None:
         error: What was raised while the configured objects were built or run.
         config: The parsed configuration.
     """
-    if isinstance(error, CommandError):
-        return error
     plain = _plain(config)
     known = _of_checkpoint(error, plain) or _of_data(error, plain)
     if known is not None:
@@ -124,6 +123,27 @@ def as_command_error(error: BaseException, config: Any) -> CommandError | None:
         return None
     key = key_of(error, plain)
     return CommandError(f"{key}: {one_line(error)}" if key else one_line(error))
+
+
+@contextmanager
+def in_one_line(config: Any) -> Iterator[None]:
+    """What a value is refused for becomes one line with its key; what the user's own code raises stays as it is.
+
+    Args:
+        config: The parsed configuration.
+
+    Raises:
+        CommandError: In place of an error that is about values.
+    """
+    try:
+        yield
+    except CommandError:
+        raise
+    except Exception as error:
+        found = as_command_error(error, config)
+        if found is None:
+            raise
+        raise found from error
 
 
 # ------------------------------------------------------------------------------------------------------------- the key

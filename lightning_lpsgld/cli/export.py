@@ -7,10 +7,9 @@ from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_lpsgld.cli.built import BuiltCLI, built, ensemble_bank, in_one_line
-from lightning_lpsgld.cli.errors import CommandError
+from lightning_lpsgld.cli.built import BuiltCLI, built, ensemble_bank
+from lightning_lpsgld.cli.errors import CommandError, in_one_line
 from lightning_lpsgld.cli.outputs import checked_file
-from lightning_lpsgld.cli.trainer import EnsembleOptions
 from lightning_lpsgld.export import export_onnx, export_program
 
 __all__ = ["EXAMPLE", "SUMMARY", "ExportCLI", "run"]
@@ -40,8 +39,7 @@ def run(args: list[str]) -> int:
         args: Arguments after ``lpsgld export``.
     """
     cli = built(ExportCLI, args)
-    options = cli._get(cli.config_init, "ensemble")
-    options = options if isinstance(options, EnsembleOptions) else EnsembleOptions(**options)
+    options = cli.ensemble_options
     bank = ensemble_bank(options, EXAMPLE)
     if options.output is None:
         raise CommandError(f"ensemble.output: is needed, e.g. `{EXAMPLE}`.")

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from lightning_lpsgld.analysis import plan as make_plan
 from lightning_lpsgld.analysis.plan_report import LayerPlan, Plan
 from lightning_lpsgld.callbacks import SampleCollector
-from lightning_lpsgld.cli.built import BuiltCLI, built, in_one_line
-from lightning_lpsgld.cli.errors import CommandError, one_line
+from lightning_lpsgld.cli.built import BuiltCLI, built
+from lightning_lpsgld.cli.errors import CommandError, in_one_line, one_line
 from lightning_lpsgld.cli.parsing import as_json
 from lightning_lpsgld.precision.num_data import count_examples
 

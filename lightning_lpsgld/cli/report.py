@@ -6,8 +6,8 @@ from pathlib import Path
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_lpsgld.cli.built import BuiltCLI, built, ensemble_bank, in_one_line
-from lightning_lpsgld.cli.errors import CommandError
+from lightning_lpsgld.cli.built import BuiltCLI, built, ensemble_bank
+from lightning_lpsgld.cli.errors import CommandError, in_one_line
 from lightning_lpsgld.cli.outputs import checked_file
 from lightning_lpsgld.cli.trainer import EnsembleOptions
 from lightning_lpsgld.predictive import Regression, Task, TaskName
@@ -49,8 +49,7 @@ def run(args: list[str]) -> int:
         args: Arguments after ``lpsgld report``.
     """
     cli = built(ReportCLI, args)
-    options = cli._get(cli.config_init, "ensemble")
-    options = options if isinstance(options, EnsembleOptions) else EnsembleOptions(**options)
+    options = cli.ensemble_options
     bank = ensemble_bank(options, EXAMPLE)
     if options.output is not None and not options.output.endswith(".html"):
         raise CommandError(f"ensemble.output: must end in .html, got {options.output!r}.")

@@ -19,7 +19,7 @@ from lightning_lpsgld.callbacks import (
     SamplingProgress,
 )
 from lightning_lpsgld.cli.configs import check_configs
-from lightning_lpsgld.cli.errors import CommandError, as_command_error, inner_reason, key_of, one_line
+from lightning_lpsgld.cli.errors import CommandError, in_one_line, inner_reason, key_of, one_line
 from lightning_lpsgld.cli.opened import opened_bank
 from lightning_lpsgld.cli.outputs import checked_file
 from lightning_lpsgld.cli.refusals import parse_message
@@ -172,9 +172,14 @@ class LowPrecisionCLI(LightningCLI):
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         return any(isinstance(callback, BasePredictionWriter) for callback in callbacks)
 
-    def _use_ensemble(self) -> EnsembleOptions:
+    @property
+    def ensemble_options(self) -> EnsembleOptions:
+        """The section ``ensemble``."""
         options = self._get(self.config_init, "ensemble")
-        options = options if isinstance(options, EnsembleOptions) else EnsembleOptions(**options)
+        return options if isinstance(options, EnsembleOptions) else EnsembleOptions(**options)
+
+    def _use_ensemble(self) -> EnsembleOptions:
+        options = self.ensemble_options
         if options.bank is None:
             for name in ("output", "coverage", "noise_std"):
                 if getattr(options, name) is not None:
@@ -241,20 +246,12 @@ def run(args: ArgsType = None) -> None:
     Args:
         args: Arguments, the command first; ``None``: those of the process.
     """
-    cli: list[Any] = []
+    config: dict[str, Any] = {}
 
     class Kept(LowPrecisionCLI):
         def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
             super().parse_arguments(parser, args)
-            cli.append(self)
+            config.update(self.config.get(self.config.get("subcommand"), self.config).as_dict())
 
-    try:
+    with in_one_line(config):
         Kept(save_config_callback=None, args=args)
-    except (CommandError, SystemExit):
-        raise
-    except Exception as error:
-        config: Any = cli[0].config if cli else {}
-        found = as_command_error(error, config.get(config.get("subcommand"), config) if cli else config)
-        if found is None:
-            raise
-        raise found from error
