@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 
 import pytest
 import torch
@@ -36,11 +37,16 @@ def _environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(_ENVIRONMENT_THAT_MAY_CHANGE)}
 
 
+def _printed_to():
+    """The file that rich's console of the process was sent to: what Lightning prints then is in no output."""
+    return getattr(getattr(sys.modules.get("rich"), "_console", None), "_file", None)
+
+
 @pytest.fixture(autouse=True)
 def no_leaks():
-    """Fail a test that leaves the default dtype, the thread count, grad mode or the environment changed."""
+    """Fail a test that leaves the default dtype, threads, grad mode, environment or rich's console changed."""
     before = (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), _environment())
-    level = logging.getLogger().level
+    level, file = logging.getLogger().level, _printed_to()
     yield
     after = (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), _environment())
     torch.set_default_dtype(before[0])
@@ -53,6 +59,7 @@ def no_leaks():
     changed = {k for k in before[3].keys() | after[3].keys() if before[3].get(k) != after[3].get(k)}
     assert before[:3] == after[:3], f"default dtype, threads or grad mode leaked: {before[:3]} -> {after[:3]}"
     assert not changed, f"environment variables leaked: {sorted(changed)}"
+    assert _printed_to() is file, f"rich's console prints to {_printed_to()!r} from now on"
 
 
 @pytest.fixture(params=SEEDED_BACKENDS)

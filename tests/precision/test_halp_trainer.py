@@ -9,6 +9,7 @@ import socket
 
 import lightning.pytorch as pl
 import pytest
+import rich
 import torch
 import torchmetrics
 from helpers.models import Classifier, RecordingLogger, SyntheticData, make_trainer, small_convnet, small_mlp
@@ -74,7 +75,8 @@ def test_the_whole_table_of_roundings_runs_and_the_card_names_the_offsets():
 
 
 @pytest.mark.parametrize("kind", ["rich", "tqdm"])
-def test_the_full_gradient_pass_is_counted_beside_the_progress_bar(kind, capsys):
+def test_the_full_gradient_pass_is_counted_beside_the_progress_bar(kind, capsys, monkeypatch):
+    monkeypatch.setattr(rich, "_console", None)  # the bar configures the console of the process for good
     shown = io.StringIO()
     console = {"file": shown, "force_terminal": True, "width": 200}
     bar = RichProgressBar(refresh_rate=1, console_kwargs=console) if kind == "rich" else TQDMProgressBar(refresh_rate=1)
